@@ -1,0 +1,31 @@
+"""MoDSE at a size for two CPU cores: 8 experts of widths 4.5:0.5, 4:1, 3:2, 2.5:2.5 times the model width, top-2.
+
+    python train.py --config=configs/tiny.py --workdir=runs/tiny
+
+PLACEHOLDER
+"""
+from modse_jax.config import default_config
+from modse_jax.moe import sizing
+
+RATIO_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
+
+
+def get_config():
+    config = default_config()
+    config.model.dim = 128
+    config.model.num_layers = 3
+    config.model.num_heads = 2
+    config.model.vocab_size = 4096
+    config.moe.width = 320
+    config.moe.widths = sizing.widths_from_ratio_pairs(RATIO_PAIRS, config.model.dim)
+    config.moe.pairs = True
+    config.data.source = "python_stdlib"
+    config.data.tokenizer = "sentencepiece"
+    config.data.sequence_length = 256
+    config.training.batch_size = 8
+    config.training.steps = 600
+    config.training.checkpoint_every = 100
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.final_learning_rate = 1e-4
+    config.optimizer.warmup_steps = 50
+    return config

@@ -1,0 +1,14 @@
+"""The equal-width twin of configs/tiny.py: the same parameter count, data and schedule.
+
+    python train.py --config=configs/tiny_baseline.py --workdir=runs/tiny_baseline
+
+PLACEHOLDER
+"""
+from configs import tiny
+
+
+def get_config():
+    config = tiny.get_config()
+    config.moe.widths = ()
+    config.moe.pairs = False
+    return config

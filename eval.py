@@ -1,0 +1,28 @@
+"""Evaluate a checkpoint: python eval.py --workdir=runs/tiny [--step=N] [--suite=loss,routing,sample] [--limit=N]"""
+from absl import flags
+
+from modse_jax import command_line
+from modse_jax.config import UserError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A directory that train.py has filled.")
+STEP = flags.DEFINE_integer("step", 0, "A saved step; 0 for the newest.", lower_bound=0)
+SUITE = flags.DEFINE_list("suite", ["loss", "routing", "sample"], "What to run.")
+LIMIT = flags.DEFINE_integer("limit", 0, "Validation records; 0 for all.", lower_bound=0)
+BATCH = flags.DEFINE_integer("batch_size", 0, "Sequences per batch; 0 for evaluation.batch_size.", lower_bound=0)
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt of the sample suite; may be repeated.")
+flags.mark_flag_as_required("workdir")
+
+
+def main() -> int:
+    from modse_jax.evaluation import report, scoring
+    if not all(PROMPT.value):
+        raise UserError("--prompt is empty; give some text")
+    result = scoring.evaluate(WORKDIR.value, STEP.value, tuple(SUITE.value), LIMIT.value, BATCH.value,
+                              tuple(PROMPT.value))
+    print(scoring.console(result))
+    report.write(WORKDIR.value)
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)

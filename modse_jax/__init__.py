@@ -1,0 +1,1 @@
+"""Mixture-of-Experts language models whose experts have different widths, in JAX."""

@@ -1,0 +1,50 @@
+"""Flags to a Config, and errors to one line and exit code 2, for train.py and eval.py."""
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from modse_jax.config import UserError
+
+BAD_INPUT = 2
+
+
+def run(main: Callable[[], int]) -> None:
+    """main() under absl: its return value is the exit code; bad flags, values and files end in one line and exit code
+    2."""
+    logging.set_verbosity(logging.ERROR)    # orbax tells of every step it takes
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    app.run(lambda _: _exit_code(main), flags_parser=_parse)
+
+
+def config_values(flag) -> dict:
+    """The plain values of a config flag; UserError where its file cannot be loaded."""
+    try:
+        return flag.value.to_dict()
+    except OSError as error:
+        file = flags.FLAGS[flag.name].config_filename or "(none)"
+        raise UserError(f"--config={file} cannot be loaded: {str(error).splitlines()[-1].strip()}; the configs are in "
+                        f"configs/") from None
+
+
+def _exit_code(main):
+    try:
+        return main()
+    except UserError as error:
+        return _complain(error)
+
+
+def _parse(argv):
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, UserError) as error:
+        sys.exit(_complain(error.args[0] if isinstance(error, KeyError) and error.args else error))
+    if len(rest) > 1:
+        sys.exit(_complain(f"unexpected argument {rest[1]!r}; options are written --name=value"))
+    return rest
+
+
+def _complain(error):
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return BAD_INPUT

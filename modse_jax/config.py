@@ -1,0 +1,294 @@
+"""Every option of a run, once: type, default, allowed values, one line of help.
+
+A config file builds a ConfigDict with `default_config()` and overrides a few values; `from_dict` turns it (or a
+workdir's config.json) into the frozen, checked `Config` that the rest of the code reads. Values 0 and "" mean "off",
+because a flag cannot override None. `python -m modse_jax.config` prints the table of the README.
+"""
+import dataclasses
+import difflib
+import math
+import typing
+
+import ml_collections
+
+from modse_jax.moe import sizing
+
+BACKENDS = ("auto", "reference", "blocked")
+GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalised")
+GATE_TERMS = ("none", "learned")
+DTYPES = ("float32", "bfloat16")
+
+# What a resumed run may change: nothing here changes the function being trained.
+RESUMABLE = ("training.steps", "training.log_every", "training.eval_every", "training.checkpoint_every",
+             "checkpoint.keep", "evaluation.batch_size", "evaluation.sample_tokens", "evaluation.prompts",
+             "evaluation.temperature", "evaluation.top_k", "evaluation.top_p")
+
+
+class UserError(Exception):
+    """What the user can mend: shown as one line, exit code 2, nothing written."""
+
+
+def option(default, help, *, minimum=None, above=None, below=None, choices=None):
+    limits = dict(help=help, minimum=minimum, above=above, below=below, choices=choices)
+    return dataclasses.field(default=default, metadata=limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    dim: int = option(256, "model width D", minimum=2)
+    num_layers: int = option(4, "decoder blocks, each with an MoE layer", minimum=1)
+    num_heads: int = option(4, "attention heads; dim must divide by it", minimum=1)
+    num_kv_heads: int = option(0, "key/value heads; 0 = num_heads (multi-head attention)", minimum=0)
+    context_length: int = option(512, "longest sequence, in tokens", minimum=2)
+    vocab_size: int = option(4096, "rows of the embedding; at least the tokenizer's", minimum=4)
+    rope_base: float = option(10000.0, "base of the rotary frequencies", above=0)
+    norm_eps: float = option(1e-5, "epsilon of every RMSNorm", above=0)
+    tie_embeddings: bool = option(False, "one matrix for input and output embedding")
+    dtype: str = option("float32", "compute type; parameters, router, softmax and loss stay float32", choices=DTYPES)
+    remat: str = option("none", "what the backward pass recomputes: nothing, or every block",
+                        choices=("none", "full"))
+
+
+@dataclasses.dataclass(frozen=True)
+class MoE:
+    num_experts: int = option(8, "experts per layer, E", minimum=1)
+    top_k: int = option(2, "experts per token, K", minimum=1)
+    width: int = option(640, "hidden width h of an expert when `widths` is empty; half of a pair's sum", minimum=1)
+    widths: tuple[int, ...] = option((), "hidden width of each expert, pair by pair; () = num_experts of `width`")
+    pairs: bool = option(False, "require that widths[2j] + widths[2j+1] = 2 * width (paper, Eq. 7-8)")
+    gate: str = option("top_k_softmax", "softmax over the kept logits (paper), or over all and then top-k",
+                       choices=GATES)
+    gate_term: str = option("none", "learned: add RMSNorm(Softplus(x W_n)) to the logits (paper, Eq. 3)",
+                            choices=GATE_TERMS)
+    balance_loss_weight: float = option(0.01, "weight of N * sum f_i P_i, summed over layers (paper, Eq. 9)",
+                                        minimum=0)
+    balance_loss_count: str = option("top_k", "what f_i counts: all K choices, or the first (paper, Eq. 10)",
+                                     choices=("top_k", "argmax"))
+    z_loss_weight: float = option(0.0, "weight of mean(logsumexp(router logits)^2), summed over layers", minimum=0)
+    capacity_factor: float = option(0.0, "rows an expert takes, over the even share; 0 = dropless", minimum=0)
+    backend: str = option("auto", "how unequal experts are multiplied", choices=BACKENDS)
+    block_rows: int = option(512, "blocked backend: rows per block", minimum=1)
+    tail_rows: int = option(64, "blocked backend: rows per block in an expert's remainder", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    data: int = option(-1, "devices that share a batch; -1 = all", minimum=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    source: str = option("python_stdlib", "python_stdlib, text:PATH, or prepared:DIR")
+    tokenizer: str = option("bytes", "bytes, sentencepiece:FILE, or sentencepiece (trained on the source)")
+    sequence_length: int = option(512, "predicted tokens per record", minimum=2)
+    validation_fraction: float = option(0.02, "share of documents held out, by a hash of their names", above=0,
+                                        below=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    batch_size: int = option(16, "sequences per step, over all devices", minimum=1)
+    gradient_accumulation: int = option(1, "micro-batches per step", minimum=1)
+    steps: int = option(1000, "optimiser steps", minimum=1)
+    log_every: int = option(20, "steps between metrics", minimum=1)
+    eval_every: int = option(0, "steps between validations; 0 = only after the last", minimum=0)
+    checkpoint_every: int = option(200, "steps between checkpoints (the last step is always saved)", minimum=1)
+    seed: int = option(0, "order of the data", minimum=0)
+    max_nonfinite_steps: int = option(10, "non-finite steps in a row before the run stops with exit code 3",
+                                      minimum=1)
+    deterministic: bool = option(True, "on GPU, ask XLA for deterministic operations")
+    loss_chunk: int = option(2048, "tokens whose logits are held at a time by the loss", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    keep: int = option(3, "newest steps kept", minimum=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float = option(3e-4, "peak learning rate of AdamW", above=0)
+    initial_learning_rate: float = option(2e-7, "learning rate of step 0", minimum=0)
+    final_learning_rate: float = option(3e-5, "floor of the cosine", minimum=0)
+    warmup_steps: int = option(100, "steps of linear warm-up", minimum=0)
+    beta1: float = option(0.9, "decay of the first moment", minimum=0, below=1)
+    beta2: float = option(0.95, "decay of the second moment", minimum=0, below=1)
+    eps: float = option(1e-8, "added to the root of the second moment", above=0)
+    weight_decay: float = option(0.1, "decoupled decay, on matrices only", minimum=0)
+    grad_clip: float = option(1.0, "largest global norm of the gradient", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    batch_size: int = option(16, "sequences per validation batch", minimum=1)
+    sample_tokens: int = option(96, "tokens generated per sample", minimum=1)
+    prompts: tuple[str, ...] = option(("def ", "import ", "class "), "prompts of the sample suite")
+    temperature: float = option(0.8, "sampling temperature; 0 = greedy", minimum=0)
+    top_k: int = option(0, "sample from the k likeliest tokens; 0 = all", minimum=0)
+    top_p: float = option(0.95, "sample from the smallest set of this probability", above=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = option(0, "initial parameters, and samples", minimum=0)
+    model: Model = Model()
+    moe: MoE = MoE()
+    mesh: Mesh = Mesh()
+    data: Data = Data()
+    training: Training = Training()
+    checkpoint: Checkpoint = Checkpoint()
+    optimizer: Optimizer = Optimizer()
+    evaluation: Evaluation = Evaluation()
+
+    def __post_init__(self):
+        for check in (_check_fields, _check_model, _check_moe, _check_training):
+            check(self)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Hidden width of every expert of a layer."""
+        return self.moe.widths or sizing.equal_widths(self.moe.num_experts, self.moe.width)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The defaults as a ConfigDict: the start of every file in configs/."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def from_dict(values: dict) -> Config:
+    """A checked Config from nested plain values (a ConfigDict's to_dict(), or config.json). Raises UserError."""
+    return _build(Config, values, "")
+
+
+def to_flat_dict(config: Config) -> dict:
+    """{"section.field": value}: for diffs between two configs."""
+    return {path: _get(config, path) for path, _ in fields()}
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lines `name: old -> new` for every value that differs."""
+    new_values = to_flat_dict(new)
+    return [f"{path}: {value!r} -> {new_values[path]!r}" for path, value in to_flat_dict(old).items()
+            if value != new_values[path]]
+
+
+def fields() -> list[tuple[str, dataclasses.Field]]:
+    """("section.field", dataclass field) of every option."""
+    out = []
+    for field in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(field.type):
+            out += [(f"{field.name}.{f.name}", f) for f in dataclasses.fields(field.type)]
+        else:
+            out.append((field.name, field))
+    return out
+
+
+def _get(config, path):
+    value = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _build(cls, values, prefix):
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
+            raise UserError(f"unknown option {prefix}{name}; {hint}")
+    missing = [prefix + name for name in known if name not in values]
+    if missing:
+        raise UserError(f"config lacks {', '.join(missing)}")
+    return cls(**{name: _cast(known[name], value, prefix + name) for name, value in values.items()})
+
+
+def _cast(field, value, path):
+    if dataclasses.is_dataclass(field.type):
+        return _build(field.type, value, path + ".")
+    if typing.get_origin(field.type) is tuple:
+        item = typing.get_args(field.type)[0]
+        if not isinstance(value, (tuple, list)) or not all(_is(v, item) for v in value):
+            raise UserError(f"{path}={value!r} must be a tuple of {item.__name__}")
+        return tuple(value)
+    if field.type is float and _is(value, int):
+        return float(value)
+    if not _is(value, field.type):
+        raise UserError(f"{path}={value!r} must be of type {field.type.__name__}")
+    return value
+
+
+def _is(value, kind):
+    return isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
+
+
+def _check_fields(config):
+    for path, field in fields():
+        value, rule = _get(config, path), field.metadata
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}={value} must be finite")
+        if rule["choices"] and value not in rule["choices"]:
+            raise UserError(f"{path}={value!r} must be one of {', '.join(rule['choices'])}")
+        for name, sign, bad in (("minimum", ">=", lambda v, b: v < b), ("above", ">", lambda v, b: v <= b),
+                                ("below", "<", lambda v, b: v >= b)):
+            if rule[name] is not None and bad(value, rule[name]):
+                raise UserError(f"{path}={value} must be {sign} {rule[name]}")
+
+
+def _check_model(config):
+    m = config.model
+    if m.dim % m.num_heads:
+        divisors = [n for n in range(1, m.dim + 1) if m.dim % n == 0 and (m.dim // n) % 2 == 0]
+        raise UserError(f"model.dim={m.dim} does not divide by model.num_heads={m.num_heads}; "
+                        f"heads that divide it: {', '.join(map(str, divisors[:12]))}")
+    if (m.dim // m.num_heads) % 2:
+        raise UserError(f"head size model.dim/model.num_heads={m.dim // m.num_heads} must be even (rotary pairs)")
+    if m.num_kv_heads and m.num_heads % m.num_kv_heads:
+        raise UserError(f"model.num_heads={m.num_heads} does not divide by model.num_kv_heads={m.num_kv_heads}")
+    if config.data.sequence_length > m.context_length:
+        raise UserError(f"data.sequence_length={config.data.sequence_length} is longer than "
+                        f"model.context_length={m.context_length}; lower the first or raise the second")
+
+
+def _check_moe(config):
+    moe = config.moe
+    if moe.top_k > moe.num_experts:
+        raise UserError(f"moe.top_k={moe.top_k} is larger than moe.num_experts={moe.num_experts}")
+    try:
+        if moe.widths:
+            sizing.check_widths(moe.widths)
+            if len(moe.widths) != moe.num_experts:
+                raise ValueError(f"{len(moe.widths)} widths for {moe.num_experts} experts")
+        if moe.pairs:
+            sizing.check_pairs(config.widths, moe.width)
+    except ValueError as error:
+        raise UserError(f"moe.widths: {error}") from None
+
+
+def _check_training(config):
+    t = config.training
+    if t.batch_size % t.gradient_accumulation:
+        raise UserError(f"training.batch_size={t.batch_size} does not divide by "
+                        f"training.gradient_accumulation={t.gradient_accumulation}")
+    o = config.optimizer
+    for name in ("initial_learning_rate", "final_learning_rate"):
+        if getattr(o, name) > o.learning_rate:
+            raise UserError(f"optimizer.{name}={getattr(o, name)} is above the peak "
+                            f"optimizer.learning_rate={o.learning_rate}")
+    if config.evaluation.top_p > 1:
+        raise UserError(f"evaluation.top_p={config.evaluation.top_p} must be <= 1")
+    if config.mesh.data == 0:
+        raise UserError("mesh.data=0 must be -1 (all devices) or a number of devices")
+
+
+def markdown_table() -> str:
+    """The options as the README shows them."""
+    lines = ["| option | default | what |", "|---|---|---|"]
+    for path, field in fields():
+        choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""
+        lines.append(f"| `{path}` | `{field.default!r}` | {field.metadata['help']}{choices} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

@@ -1,0 +1,1 @@
+"""Text to fixed-length token records, and records to batches."""

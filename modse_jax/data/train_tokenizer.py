@@ -1,0 +1,47 @@
+"""Train a sentencepiece tokenizer on a source, offline.
+
+    python -m modse_jax.data.train_tokenizer --source=text:PATH --kind=sentencepiece --vocab_size=8192 --out=FILE
+"""
+import argparse
+import pathlib
+import sys
+
+from modse_jax.config import UserError
+from modse_jax.data import sources, tokenizers
+from modse_jax.data.prepare import OneLineParser
+
+
+def main(argv=None):
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", required=True, help=sources.FORMS)
+    parser.add_argument("--kind", required=True, choices=("sentencepiece",))
+    parser.add_argument("--vocab_size", type=int, required=True)
+    parser.add_argument("--out", required=True, help="a new file")
+    a = parser.parse_args(argv)
+    out = pathlib.Path(a.out).expanduser()
+    try:
+        if out.exists():
+            raise UserError(f"{out} exists; name a new file")
+        if not out.absolute().parent.is_dir():
+            raise UserError(f"directory {out.absolute().parent} does not exist")
+        tokenizer = tokenizers.train_sentencepiece(_decodable(a.source), a.vocab_size)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+    out.write_bytes(tokenizer.serialized())
+    print(f"{out}: {tokenizer.vocab_size} pieces, {tokenizers.fingerprint(tokenizer)}")
+
+
+def _decodable(source):
+    skipped = 0
+    for document in sources.documents(source):
+        try:
+            document.text.decode("utf-8")
+        except UnicodeDecodeError:
+            skipped += 1
+            continue
+        yield document.text
+    print(f"skipped {skipped} documents that are not UTF-8", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

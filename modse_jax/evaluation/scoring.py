@@ -1,0 +1,134 @@
+"""Evaluate a checkpoint of a workdir: held-out loss, routing, samples; into eval/STEP.json and the console."""
+import json
+import pathlib
+from typing import NamedTuple
+
+import jax
+
+from modse_jax import mesh as meshes
+from modse_jax.config import Config, UserError, from_dict
+from modse_jax.data import loader
+from modse_jax.model import sampling, transformer
+from modse_jax.training import metrics, validation
+from modse_jax.training import step as steps
+from modse_jax.training.checkpoints import Checkpoints
+
+SUITES = ("loss", "routing", "sample")
+
+
+class Run(NamedTuple):
+    """A trained model and the data it was trained on."""
+    config: Config
+    data: loader.Data
+    mesh: jax.sharding.Mesh
+    step: int
+    params: dict
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The config of a workdir, from its config.json: data, never code."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"--workdir={workdir} holds no run (no config.json); train one with train.py")
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except ValueError:
+        raise UserError(f"{path} is damaged (not JSON)") from None
+
+
+def open_run(workdir: pathlib.Path, step: int, batch_size: int) -> Run:
+    """A checkpoint's parameters. Args: step: 0 for the newest. batch_size: sequences, spread over all devices."""
+    config = read_config(workdir)
+    mesh = meshes.for_batch(batch_size)
+    directory = workdir / "checkpoints"
+    checkpoints = Checkpoints(directory, config.checkpoint.keep, read_only=True) if directory.is_dir() else None
+    have = checkpoints.steps() if checkpoints else []
+    if not have:
+        raise UserError(f"{workdir} holds no checkpoint yet")
+    if step and step not in have:
+        raise UserError(f"--step={step} is not saved in {workdir}; saved: {', '.join(map(str, have))}")
+    step = step or have[-1]
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=meshes.replicated(mesh)),
+                            jax.eval_shape(lambda: steps.initial_state(config)))
+    params = checkpoints.restore(step, abstract).params
+    checkpoints.close()
+    return Run(config, loader.load(config, workdir), mesh, step, params)
+
+
+def evaluate(workdir: str, step: int, suites: tuple[str, ...], limit: int, batch_size: int,
+             prompts: tuple[str, ...]) -> dict:
+    """Runs the suites and writes eval/STEP.json. Args: limit: validation records, 0 for all. batch_size: 0 for the
+    config's. prompts: () for the config's."""
+    unknown = [name for name in suites if name not in SUITES]
+    if unknown or not suites:
+        raise UserError(f"--suite={','.join(unknown)} is unknown; suites: {', '.join(SUITES)}")
+    workdir = pathlib.Path(workdir).expanduser().absolute()
+    batch_size = batch_size or read_config(workdir).evaluation.batch_size
+    run = open_run(workdir, step, batch_size)
+    result = {"step": run.step, "suites": list(suites), "limit": limit}
+    if "loss" in suites or "routing" in suites:
+        loss, routing = validate(run, limit, batch_size)
+        if "loss" in suites:
+            result["loss"] = loss
+        if "routing" in suites:
+            result["routing"] = {"widths": list(run.config.widths), "layers": routing}
+    if "sample" in suites:
+        result["samples"] = sample(run, prompts or run.config.evaluation.prompts)
+    path = workdir / "eval" / f"{run.step}.json"
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    temporary.replace(path)
+    return result
+
+
+def validate(run: Run, limit: int, batch_size: int) -> tuple[dict, list[dict]]:
+    """Loss over the held-out records, and routing by layer."""
+    score = jax.jit(steps.make_score_step(run.config, run.mesh), out_shardings=meshes.replicated(run.mesh))
+    batches = loader.validation_batches(run.data, batch_size, run.config.model.vocab_size, limit)
+    placed = (jax.device_put(batch, meshes.batch(run.mesh)) for batch in batches)
+    whole = not limit or limit >= len(run.data.splits["validation"])
+    result, statistics = validation.run(score, run.params, placed, run.data, whole)
+    return result, metrics.routing_by_layer(statistics, run.config.widths)
+
+
+def sample(run: Run, prompts: tuple[str, ...]) -> list[dict]:
+    """A continuation of each prompt, as the run's evaluation settings say."""
+    e, tokenizer = run.config.evaluation, run.data.tokenizer
+    room = run.config.model.context_length - e.sample_tokens
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt.encode()).tolist()] for prompt in prompts]
+    for prompt, tokens in zip(prompts, ids):
+        if len(tokens) > room:
+            raise UserError(f"prompt {prompt[:40]!r} has {len(tokens)} tokens; with evaluation.sample_tokens="
+                            f"{e.sample_tokens} the context holds {max(room, 0)}")
+    graph, _ = transformer.build_abstract(transformer.for_evaluation(run.config))
+    params = jax.device_put(run.params, run.mesh.devices.flat[0])
+    settings = sampling.Settings(e.temperature, e.top_k, e.top_p)
+    out = sampling.generate(graph, params, ids, e.sample_tokens, settings, jax.random.key(run.config.seed),
+                            tokenizer.pad_id, tokenizer.eos_id)
+    return [{"prompt": p, "text": tokenizer.decode(o).decode("utf-8", "replace")} for p, o in zip(prompts, out)]
+
+
+def console(result: dict) -> str:
+    """The result as a table."""
+    lines = [f"checkpoint of step {result['step']}"]
+    if "loss" in result:
+        r = result["loss"]
+        part = f" (first {result['limit']} records)" if result["limit"] else ""
+        lines += [f"  validation{part}: loss {r['loss']:.4f} nats/token, {r['bits_per_byte']:.4f} bits/byte, "
+                  f"{r['tokens']:,} tokens"]
+    if "routing" in result:
+        widths = result["routing"]["widths"]
+        lines += ["", "share of tokens per expert, %", "  layer  " + "".join(f"{w:>7}" for w in widths[:16])
+                  + "   max/mean  entropy  mean width"]
+        for layer in result["routing"]["layers"]:
+            counts = layer["tokens_per_expert"]
+            lines.append(f"  {layer['layer']:5}  " + "".join(f"{100 * c / max(sum(counts), 1):7.1f}"
+                                                             for c in counts[:16])
+                         + f"   {layer['max_over_mean']:8.3f}  {layer['entropy']:7.3f}  "
+                         + f"{layer['count_weighted_width']:10.1f}")
+    for s in result.get("samples", ()):
+        indented = "\n".join("  | " + line for line in (s["prompt"] + s["text"]).splitlines())
+        lines += ["", f"sample after {s['prompt']!r}", indented]
+    return "\n".join(lines)
+

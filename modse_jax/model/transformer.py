@@ -1,0 +1,133 @@
+"""A Llama-2-shaped decoder with an MoE layer of diverse expert sizes in every block (MoDSE, section 3).
+
+Legend: B batch, L length, D model, V vocabulary; a leading `layers` axis on every parameter of a block.
+"""
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from modse_jax.config import Config
+from modse_jax.model import attention
+from modse_jax.moe.layer import MoELayer
+from modse_jax.moe.router import RouterStatistics
+
+
+class Output(NamedTuple):
+    """What a forward pass knows besides its activations. The losses are unweighted sums over layers."""
+    balance_loss: jax.Array
+    z_loss: jax.Array
+    statistics: RouterStatistics    # every array with a leading axis of layers
+    cache: tuple | None             # keys, values [layers, B, S, G, C]
+
+
+def build(config: Config, mesh: Mesh | None = None) -> "Transformer":
+    """A freshly initialised model: a function of config.seed alone."""
+    return Transformer(config, nnx.Rngs(params=config.seed), mesh)
+
+
+def build_abstract(config: Config, mesh: Mesh | None = None):
+    """(graph, abstract parameters as a plain dict) of the model, with no memory spent."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(config, mesh)))
+    return graph, nnx.to_pure_dict(state)
+
+
+def for_evaluation(config: Config) -> Config:
+    """The same model, dropless: with a capacity a token's score would depend on its batch mates."""
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, capacity_factor=0.0))
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, dim: int, eps: float):
+        self.scale, self.eps = nnx.Param(jnp.ones((dim,))), eps
+
+    def __call__(self, x_BLD):
+        x = x_BLD.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        return (x * self.scale[...][None, None, :]).astype(x_BLD.dtype)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + moe(norm(x))."""
+
+    def __init__(self, config: Config, mesh: Mesh | None, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.model.dim, config.model.norm_eps)
+        self.attention = attention.Attention(config.model, rngs)
+        self.moe_norm = RMSNorm(config.model.dim, config.model.norm_eps)
+        self.moe = MoELayer(config, mesh, rngs)
+
+    def __call__(self, x_BLD, positions_BL, mask_BLS, valid_BL, cache=None):
+        y_BLD, cache = self.attention(self.attention_norm(x_BLD), positions_BL, mask_BLS, cache)
+        x_BLD = x_BLD + y_BLD
+        y_BLD, balance_loss, z_loss, statistics = self.moe(self.moe_norm(x_BLD), valid_BL)
+        return x_BLD + y_BLD, cache, balance_loss, z_loss, statistics
+
+
+class Transformer(nnx.Module):
+    """Blocks are scanned: their parameters carry a leading axis of layers, and the program does not grow with depth."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs, mesh: Mesh | None = None):
+        m = config.model
+        self.config = m
+        # Not the usual 0.02: beside a block's output of about 1 the token would be lost at first (LOG.md, 2026-11-22).
+        std = 0.5 * m.dim**-0.5 if m.tie_embeddings else 0.5
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (m.vocab_size, m.dim)))
+        keys = jax.random.split(rngs.params(), m.num_layers)
+        self.blocks = nnx.vmap(lambda key: Block(config, mesh, nnx.Rngs(params=key)))(keys)
+        self.final_norm = RMSNorm(m.dim, m.norm_eps)
+        if not m.tie_embeddings:
+            self.head = nnx.Param(0.5 * m.dim**-0.5 * jax.random.normal(rngs.params(), (m.dim, m.vocab_size)))
+
+    def __call__(self, tokens_BL, segments_BL):
+        """(logits_BLV in float32, Output) of packed rows; segment 0 is padding."""
+        x_BLD, out = self.hidden(tokens_BL, segments_BL)
+        return self.logits(x_BLD), out
+
+    def hidden(self, tokens_BL, segments_BL):
+        """(x_BLD after the last norm, Output). A document's positions start wherever it does: rotary attention sees
+        differences only."""
+        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None, :], tokens_BL.shape)
+        mask_BLL = attention.packed_mask(segments_BL)
+        x_BLD, out = self._run(self._embed(tokens_BL), positions_BL, mask_BLL, segments_BL > 0, None)
+        return x_BLD, out._replace(cache=None)
+
+    def cached(self, tokens_BL, positions_BL, valid_BL, cache):
+        """(x_BLD after the last norm, Output) of tokens at given positions after what the cache holds: prefill and
+        decoding alike. `cache` is a pair [layers, B, S, G, C]; a position of S or more is not stored."""
+        mask_BLS = attention.cached_mask(positions_BL, cache[0].shape[2])
+        return self._run(self._embed(tokens_BL), positions_BL, mask_BLS, valid_BL, cache)
+
+    def empty_cache(self, batch: int, length: int):
+        m = self.config
+        shape = (m.num_layers, batch, length, m.num_kv_heads or m.num_heads, m.dim // m.num_heads)
+        return jnp.zeros(shape, m.dtype), jnp.zeros(shape, m.dtype)
+
+    def logits(self, x_BLD):
+        w_DV = self.head_weight()
+        return jnp.einsum("bld,dv->blv", x_BLD, w_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
+
+    def head_weight(self):
+        """w_DV, the output embedding, float32."""
+        return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+
+    def _embed(self, tokens_BL):
+        x_BLD = self.embedding[...][tokens_BL]
+        if self.config.tie_embeddings:    # small enough for logits, too small beside a block's output (as in Gemma)
+            x_BLD = x_BLD * self.config.dim**0.5
+        return x_BLD.astype(self.config.dtype)
+
+    def _run(self, x_BLD, positions_BL, mask_BLS, valid_BL, cache):
+        graph, stacked = nnx.split(self.blocks)
+
+        def block(x_BLD, layer):
+            weights, layer_cache = layer
+            x_BLD, layer_cache, *rest = nnx.merge(graph, weights)(x_BLD, positions_BL, mask_BLS, valid_BL, layer_cache)
+            return x_BLD, (layer_cache if cache is not None else None, *rest)
+
+        if self.config.remat == "full":
+            block = jax.checkpoint(block, prevent_cse=False)
+        x_BLD, (cache, balance_loss, z_loss, statistics) = jax.lax.scan(block, x_BLD, (stacked, cache))
+        return self.final_norm(x_BLD), Output(jnp.sum(balance_loss), jnp.sum(z_loss), statistics, cache)

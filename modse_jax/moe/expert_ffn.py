@@ -1,0 +1,55 @@
+"""The grouped gated feed-forward product over experts of unequal width: signature, slow reference, choice of backend.
+
+Expert e owns columns offset[e] : offset[e] + width[e] of the flat hidden axis H = sum of widths, so parameters are
+exact: no padding to the widest. E_e(x) = (silu(x W_gate) * (x W_up)) W_down (SwiGLU, no biases).
+
+Legend: N routed rows, D model, E experts, H flat hidden axis.
+"""
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from modse_jax.moe import sizing
+from modse_jax.moe.expert_ffn_blocked import blocked
+
+
+class ExpertWeights(NamedTuple):
+    w_gate: jax.Array    # [D, H]
+    w_up: jax.Array      # [D, H]
+    w_down: jax.Array    # [H, D]
+
+
+def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, widths: Sequence[int], backend: str,
+               blocks: tuple[int, int]) -> jax.Array:
+    """y_ND: every row through its own expert.
+
+    Args:
+      x_ND: rows sorted by expert. rows_E: int32, how many rows each expert has; rows past their sum belong to nobody,
+        may hold anything, NaN included, and come back as 0 (their gradient too).
+      weights: float32 or x's type; products are taken in x's type and accumulated in float32.
+      widths: E static widths. backend: "auto", "reference" or "blocked". blocks: rows of a body and of a tail block.
+    Raises: ValueError where the widths do not add up to the flat axis.
+    """
+    if sum(widths) != weights.w_gate.shape[1] or len(widths) != rows_E.shape[0]:
+        raise ValueError(f"widths {tuple(widths)} do not fit weights {weights.w_gate.shape} and rows {rows_E.shape}")
+    weights = ExpertWeights(*(w.astype(x_ND.dtype) for w in weights))
+    if backend == "reference":
+        return reference(x_ND, rows_E, weights, widths)
+    return blocked(x_ND, rows_E, *weights, tuple(widths), blocks)
+
+
+def reference(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, widths: Sequence[int]) -> jax.Array:
+    """Every expert over every row, and a select: E times the work, nothing to get wrong."""
+    end_E = jnp.cumsum(rows_E)
+    row_N1 = jnp.arange(x_ND.shape[0])[:, None]
+    y_ND = jnp.zeros_like(x_ND)
+    for expert, (first, width) in enumerate(zip(sizing.offsets(widths), widths)):
+        mine_N1 = (row_N1 >= end_E[expert] - rows_E[expert]) & (row_N1 < end_E[expert])
+        x_mine_ND = jnp.where(mine_N1, x_ND, 0)    # before the products: NaN times a zero gradient is NaN
+        gate_NH = x_mine_ND @ weights.w_gate[:, first:first + width]
+        up_NH = x_mine_ND @ weights.w_up[:, first:first + width]
+        y_mine_ND = (jax.nn.silu(gate_NH) * up_NH) @ weights.w_down[first:first + width]
+        y_ND = jnp.where(mine_N1, y_mine_ND, y_ND)
+    return y_ND

@@ -1,0 +1,242 @@
+"""The training run, read top to bottom."""
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import tqdm
+
+from modse_jax import mesh as meshes
+from modse_jax.config import RESUMABLE, Config, UserError, differences, from_dict
+from modse_jax.data import loader, prepare, tokenizers
+from modse_jax.model import accounting
+from modse_jax.training import metrics, validation
+from modse_jax.training import step as steps
+from modse_jax.training.checkpoints import Checkpoints
+
+FINISHED, DIVERGED, STOPPED, KILLED = 0, 3, 75, 130    # exit codes
+
+
+def train(config: Config, workdir: str) -> int:
+    """Trains until training.steps, or resumes; returns the exit code. Raises UserError before anything is written."""
+    workdir = pathlib.Path(workdir).expanduser().absolute()
+    t, started = config.training, time.monotonic()
+
+    # ---- checks: nothing is written before all of them pass ---------------------------------------------------------
+    mesh = meshes.build(config)
+    _check_workdir(workdir, config)
+    loader.check_source(config, workdir)
+    abstract = jax.eval_shape(lambda: steps.initial_state(config, mesh))
+    _check_space(workdir, abstract, config)
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+    data = loader.load(config, workdir)
+    print(prepare.summary(data.card))
+
+    # ---- workdir ----------------------------------------------------------------------------------------------------
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    (workdir / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n")
+    (workdir / "checkpoints").mkdir(exist_ok=True)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    meta = {"config": dataclasses.asdict(config), "data": data.card,
+            "tokenizer": tokenizers.fingerprint(data.tokenizer)}
+
+    # ---- state: a checkpoint's, or a fresh one ----------------------------------------------------------------------
+    everywhere, by_batch = meshes.replicated(mesh), meshes.batch(mesh)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), abstract)
+    latest = max(checkpoints.steps(), default=0)
+    if latest:
+        _check_meta(checkpoints.meta(latest), meta, latest)
+    if latest >= t.steps:
+        print(f"finished: {workdir} holds step {latest} of {t.steps}; nothing to do")
+        checkpoints.close()
+        return FINISHED
+    if latest:
+        print(f"resuming step {latest} of {t.steps} from {workdir / 'checkpoints'}")
+        state = checkpoints.restore(latest, abstract)
+    else:
+        print(f"starting at step 0 in {workdir}")
+        state = jax.jit(lambda: steps.initial_state(config, mesh), out_shardings=everywhere)()
+
+    # ---- compile ----------------------------------------------------------------------------------------------------
+    batch_shape = jax.ShapeDtypeStruct((t.batch_size, config.data.sequence_length + 1), np.int32, sharding=by_batch)
+    compile_start = time.monotonic()
+    train_step = jax.jit(steps.make_train_step(config, mesh), donate_argnums=0, out_shardings=everywhere).lower(
+        abstract, {"tokens": batch_shape, "segments": batch_shape}).compile()
+    score = jax.jit(steps.make_score_step(config, mesh), out_shardings=everywhere)
+    print(parameter_table(config))
+    print(memory_line(train_step, abstract, time.monotonic() - compile_start))
+    peak = accounting.peak_flops(mesh.devices.flat[0])
+    peak = peak and peak * mesh.size
+
+    # ---- loop -------------------------------------------------------------------------------------------------------
+    writer, stop = metrics.Writer(workdir, latest), _StopFlag()
+    bar = tqdm.tqdm(total=t.steps, initial=latest, unit="step", disable=None, dynamic_ncols=True)
+    batches = loader.train_batches(data, config, latest)
+    step, pending, code = latest, None, FINISHED
+    interval_start, interval_first = time.perf_counter(), latest
+
+    def read(step, values):
+        """Waits for a step; logs it where due; True where the run has diverged."""
+        nonlocal interval_start, interval_first
+        diverged = int(values.skipped_in_a_row) >= t.max_nonfinite_steps
+        if step % t.log_every == 0 or step == t.steps or diverged:
+            values = jax.device_get(values)
+            seconds = (time.perf_counter() - interval_start) / (step - interval_first)
+            interval_start, interval_first = time.perf_counter(), step
+            row = metrics.train_row(config, step, values, seconds, data.bytes_per_token("train"), peak)
+            layers = metrics.routing_by_layer(values.statistics, config.widths)
+            writer.write(row, layers)
+            tqdm.tqdm.write(metrics.console_line(row, layers, t.steps))
+        bar.update()
+        return diverged
+
+    while step < t.steps:
+        batch = jax.device_put(next(batches), by_batch)
+        state, values = train_step(state, batch)
+        step += 1
+
+        # Step n is read once step n + 1 is under way, so that reading never leaves the device idle.
+        diverged = pending is not None and read(*pending)
+        pending = (step, values)
+        last, stopping = step == t.steps, stop.asked    # asked once: a signal may come at any line
+        validate = last or (t.eval_every and step % t.eval_every == 0)
+        save = last or stopping or step % t.checkpoint_every == 0
+        if not diverged and (validate or save):
+            diverged = read(*pending)
+            pending = None
+        if diverged:
+            code = DIVERGED
+            break
+
+        pause = time.perf_counter()
+        if validate:
+            result, routing = validation.run(score, state.params, _placed(loader.validation_batches(
+                data, config.evaluation.batch_size, config.model.vocab_size), by_batch), data, whole=True)
+            writer.write({"step": step, "split": "validation", **result},
+                         metrics.routing_by_layer(routing, config.widths))
+            tqdm.tqdm.write(f"step {step}/{t.steps}  validation loss {result['loss']:.4f}  "
+                            f"{result['bits_per_byte']:.4f} bits/byte")
+        if save:
+            checkpoints.save(state, meta)
+        if stopping and not last:
+            code = STOPPED
+            break
+        interval_start += time.perf_counter() - pause
+
+    # ---- end --------------------------------------------------------------------------------------------------------
+    bar.close()
+    checkpoints.close()
+    writer.close()
+    saved = max(_disk_steps(workdir), default=0)
+    print({FINISHED: f"finished step {step} in {metrics.duration(time.monotonic() - started)}: {workdir}",
+           STOPPED: f"stopped at step {step}, saved step {saved}; run the same command to go on",
+           DIVERGED: f"diverged: {t.max_nonfinite_steps} non-finite steps in a row up to step {step}; the last good "
+                     f"checkpoint is step {saved}. Lower optimizer.learning_rate or look at the data"}[code],
+          file=sys.stderr if code == DIVERGED else sys.stdout)
+    return code
+
+
+class _StopFlag:
+    """Set by SIGTERM or Ctrl-C; the second one leaves at once, which the atomic commit of a checkpoint allows."""
+
+    def __init__(self):
+        self.asked = False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._handle)
+
+    def _handle(self, number, frame):
+        if self.asked:
+            os._exit(KILLED)
+        self.asked = True
+        print("\nstopping after this step; once more to leave at once", file=sys.stderr)
+
+
+def parameter_table(config: Config) -> str:
+    p = accounting.parameters(config)
+    lines = [f"  {name:12} {count:>15,}" for name, count in p._asdict().items()]
+    return "\n".join(["parameters", *lines, f"  {'total':12} {p.total:>15,}",
+                      f"  {'active':12} {accounting.active_parameters(config):>15,}  at equal load; widths "
+                      f"{', '.join(map(str, config.widths[:16]))}{' ...' if len(config.widths) > 16 else ''}"])
+
+
+def memory_line(compiled, abstract, seconds: float) -> str:
+    state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+    analysis = compiled.memory_analysis()
+    peak = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes if analysis else state
+    return (f"memory per device: state {state / 2**20:,.0f} MiB, at most about {peak / 2**20:,.0f} MiB in a step; "
+            f"compiled in {seconds:.0f} s")
+
+
+def _placed(batches, sharding):
+    for batch in batches:
+        yield jax.device_put(batch, sharding)
+
+
+def _disk_steps(workdir):
+    return [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def _check_workdir(workdir, config):
+    """A workdir is new, empty, or holds this config but for what may change on resuming."""
+    saved = workdir / "config.json"
+    if saved.exists():
+        try:
+            old = from_dict(json.loads(saved.read_text()))
+        except (ValueError, UserError) as error:
+            raise UserError(f"{saved} is not a config of this version ({error}); use another --workdir") from None
+        changed = [line for line in differences(old, config) if line.split(":")[0] not in RESUMABLE]
+        if changed:
+            raise UserError(f"{workdir} holds another config ({'; '.join(changed)}); use another --workdir, or the "
+                            f"config it was started with")
+    elif workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; name a directory")
+    elif workdir.exists() and any(p.name not in ("data", "data.partial") for p in workdir.iterdir()):
+        raise UserError(f"--workdir={workdir} is not empty and holds no run (no config.json); name another directory")
+    parent = next(p for p in (workdir, *workdir.parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"--workdir={workdir} cannot be written: no permission in {parent}")
+
+
+def _check_space(workdir, abstract, config):
+    state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+    needed = (config.checkpoint.keep + 1) * state
+    parent = next(p for p in (workdir, *workdir.parents) if p.exists())
+    held = sum(f.stat().st_size for f in (workdir / "checkpoints").rglob("*") if f.is_file())
+    free = shutil.disk_usage(parent).free
+    if free + held < needed:
+        raise UserError(f"--workdir={workdir} has {free / 2**20:,.0f} MiB free, but {config.checkpoint.keep + 1} "
+                        f"checkpoints of {state / 2**20:,.0f} MiB need {needed / 2**20:,.0f} MiB; free some space, "
+                        f"lower checkpoint.keep, or use another --workdir")
+
+
+def _check_meta(saved, meta, step):
+    for name in ("tokenizer", "data"):
+        if saved[name] != meta[name]:
+            raise UserError(f"checkpoint {step} was trained with other data ({name}: {saved[name]!r}), now "
+                            f"{meta[name]!r}; restore the data it was trained on, or use another --workdir")
+
+
+def _environment():
+    def git(*args):
+        try:
+            return subprocess.run(["git", *args], capture_output=True, text=True, check=True,
+                                  cwd=pathlib.Path(__file__).parent).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+    return {"command": sys.argv, "python": platform.python_version(), "platform": platform.platform(),
+            "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()], "git_commit": git("rev-parse", "HEAD"),
+            "git_changes": git("status", "--porcelain").splitlines(),
+            "versions": {name: importlib.metadata.version(name) for name in packages}}

@@ -1,0 +1,121 @@
+"""One training step and one validation step: pure functions of state and batch.
+
+Legend: B batch, L predicted tokens; a record has L + 1 tokens, since every token but the first is predicted.
+"""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from modse_jax.config import Config
+from modse_jax.model import transformer
+from modse_jax.moe.router import RouterStatistics
+from modse_jax.training import losses, optimizer
+
+
+class State(NamedTuple):
+    """Everything a run is, apart from its config: what a checkpoint holds."""
+    step: jax.Array               # int32: steps done, and so the position in the data
+    params: dict
+    opt_state: optax.OptState
+    skipped: jax.Array            # int32: steps whose update was not finite, and so was not made
+    skipped_in_a_row: jax.Array   # int32
+
+
+class Metrics(NamedTuple):
+    """Of one step. `loss` is cross-entropy alone, nats per predicted token."""
+    loss: jax.Array
+    balance_loss: jax.Array
+    z_loss: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    targets: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+    statistics: RouterStatistics
+
+
+def initial_state(config: Config, mesh=None) -> State:
+    _, params = nnx.split(transformer.build(config, mesh))
+    params = nnx.to_pure_dict(params)
+    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))    # three buffers: a state is donated
+    return State(step, params, optimizer.build(config).init(params), skipped, in_a_row)
+
+
+def inputs_and_targets(tokens_BL1, segments_BL1):
+    """(inputs, their segments, targets, weights) [B, L]: a target counts where it continues its input's document."""
+    weights_BL = (segments_BL1[:, 1:] == segments_BL1[:, :-1]) & (segments_BL1[:, 1:] > 0)
+    return tokens_BL1[:, :-1], segments_BL1[:, :-1], tokens_BL1[:, 1:], weights_BL.astype(jnp.float32)
+
+
+def make_train_step(config: Config, mesh=None) -> Callable:
+    """step(state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    `batch` is {"tokens", "segments"}, int32 [B, L + 1].
+
+    Micro-batches are summed with one global normaliser, so accumulation equals one large batch, but for the balance
+    loss, which is the mean over micro-batches of the loss within each.
+    """
+    graph, _ = transformer.build_abstract(config, mesh)
+    update_rule, schedule = optimizer.build(config), optimizer.learning_rate(config)
+    micro_batches = config.training.gradient_accumulation
+
+    def loss_function(params, batch, all_targets):
+        inputs, segments, targets, weights = inputs_and_targets(batch["tokens"], batch["segments"])
+        model = nnx.merge(graph, params)
+        x_BLD, out = model.hidden(inputs, segments)
+        loss = losses.cross_entropy(x_BLD, model.head_weight(), targets, weights / all_targets,
+                                    config.training.loss_chunk)
+        balance, z = out.balance_loss / micro_batches, out.z_loss / micro_batches
+        total = loss + config.moe.balance_loss_weight * balance + config.moe.z_loss_weight * z
+        return total, (loss, balance, z, out.statistics)
+
+    def gradient(params, batch):
+        all_targets = jnp.maximum(jnp.sum(inputs_and_targets(batch["tokens"], batch["segments"])[3]), 1)
+        micro = jax.tree.map(lambda a: a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1), batch)
+
+        def one(grads_and_aux, piece):
+            (_, aux), grads = jax.value_and_grad(loss_function, has_aux=True)(params, piece, all_targets)
+            return jax.tree.map(jnp.add, grads_and_aux, (grads, aux)), None
+
+        first = jax.tree.map(lambda a: a[0], micro)
+        if micro_batches == 1:
+            (_, aux), grads = jax.value_and_grad(loss_function, has_aux=True)(params, first, all_targets)
+            return grads, aux, all_targets
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(
+            lambda: jax.value_and_grad(loss_function, has_aux=True)(params, first, all_targets)))
+        (grads, aux), _ = jax.lax.scan(one, (zeros[1], zeros[0][1]), micro)
+        return grads, aux, all_targets
+
+    def step(state: State, batch) -> tuple[State, Metrics]:
+        grads, (loss, balance, z, statistics), targets = gradient(state.params, batch)
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = update_rule.update(grads, state.opt_state, state.params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        # One NaN in Adam's moments never leaves them: a bad step changes nothing but its counters.
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old),
+                                         (optax.apply_updates(state.params, updates), opt_state),
+                                         (state.params, state.opt_state))
+        skipped = state.skipped + ~finite
+        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        new = State(state.step + 1, params, opt_state, skipped, in_a_row)
+        return new, Metrics(loss, balance, z, grad_norm, schedule(state.step), targets, skipped, in_a_row, statistics)
+
+    return step
+
+
+def make_score_step(config: Config, mesh=None) -> Callable:
+    """score(params, batch) -> (nll_BL nats, weights_BL, router statistics), dropless whatever the config says."""
+    graph, _ = transformer.build_abstract(transformer.for_evaluation(config), mesh)
+
+    def score(params, batch):
+        inputs, segments, targets, weights = inputs_and_targets(batch["tokens"], batch["segments"])
+        model = nnx.merge(graph, params)
+        x_BLD, out = model.hidden(inputs, segments)
+        nll_BL = losses.nll(x_BLD, model.head_weight(), targets, config.training.loss_chunk)
+        return nll_BL, weights, out.statistics
+
+    return score

@@ -1,0 +1,41 @@
+"""Every test runs on CPU with 8 virtual devices, and silent rank promotion is an error."""
+import dataclasses
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+import jax  # noqa: E402  (the platform is chosen first)
+import pytest  # noqa: E402
+
+from modse_jax.config import Config, Data, Evaluation, Model, MoE, Optimizer, Training  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)    # tests compile far longer than they run
+
+
+def tiny_config(**sections) -> Config:
+    """Two layers, four experts of three widths; sections override fields: tiny_config(moe=dict(top_k=1)).
+    The reference backend, since it compiles fastest; what is said of `blocked` is tested with it."""
+    base = dict(
+        model=Model(dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300),
+        moe=MoE(num_experts=4, top_k=2, width=12, widths=(20, 4, 12, 12), pairs=True, backend="reference", block_rows=8,
+                tail_rows=8),
+        data=Data(tokenizer="bytes", sequence_length=32),
+        training=Training(batch_size=8, steps=6, log_every=2, checkpoint_every=3, loss_chunk=64),
+        optimizer=Optimizer(learning_rate=1e-2, warmup_steps=2), evaluation=Evaluation(batch_size=8, sample_tokens=4))
+    seed = sections.pop("seed", 0)
+    return Config(seed=seed, **{name: dataclasses.replace(section, **sections.pop(name, {}))
+                                for name, section in base.items()}, **sections)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder of small text files in several scripts, one of them not UTF-8 and one empty."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(24):
+        lines = [f"def f{i}_{j}(x):\n    return x * {i * j} + g(x, {j})\n\n" for j in range(12)]
+        (folder / f"{i:02}.py").write_text("".join(lines) + "# h\u00e9, \u4e16\u754c, \u041f\u0440\u0438\n")
+    (folder / "latin.py").write_bytes(b"caf\xe9\n")
+    (folder / "none.py").write_bytes(b"")
+    return folder

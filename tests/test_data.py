@@ -1,0 +1,186 @@
+"""Text to records to batches: exact round trips, a split by document, and batches that depend on (seed, step) alone."""
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from modse_jax.config import UserError
+from modse_jax.data import loader, prepare, sources, tokenizers
+from tests.conftest import tiny_config
+
+SCRIPTS = ("plain, caf\u00e9 \u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 \U0001f600\tx\r\n\n"
+           "    indented\u00a0\u2581 end").encode()
+
+
+@pytest.fixture(params=["bytes", "sentencepiece"])
+def prepared(request, corpus, tmp_path):
+    out = tmp_path / "data"
+    prepare.prepare(f"text:{corpus}", request.param, str(out), 32, 0.1, 400)
+    return loader.open_prepared(out)
+
+
+def test_tokenizers_give_back_the_same_bytes(corpus):
+    texts = [d.text for d in sources.documents(f"text:{corpus}") if d.name != "latin.py"]
+    for tokenizer in (tokenizers.Bytes(), tokenizers.train_sentencepiece(texts, 400)):
+        for text in (*texts, SCRIPTS, b""):
+            ids = tokenizer.encode(text)
+            assert tokenizer.decode(ids) == text
+            assert not len(ids) or (ids.min() >= 0 and ids.max() < tokenizer.vocab_size)
+        for a, b in zip(tokenizer.encode_batch([*texts, SCRIPTS]), map(tokenizer.encode, [*texts, SCRIPTS])):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_equal_input_trains_equal_tokenizers_in_every_process(corpus):
+    """With fewer lines allowed than there are: sentencepiece's own sample differs from process to process."""
+    code = ("from modse_jax.data import sources, tokenizers; tokenizers.SAMPLED_LINES = 50; "
+            f"texts = [d.text for d in sources.documents('text:{corpus}') if d.name != 'latin.py']; "
+            "print(tokenizers.fingerprint(tokenizers.train_sentencepiece(texts, 340)))")
+    a, b = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+            for _ in range(2))
+    assert a == b != tokenizers.fingerprint(tokenizers.Bytes())
+    assert tokenizers._thin(range(1000), 50) == list(range(0, 1000, 16))
+
+
+def test_records_decode_to_the_documents_and_counts_are_right(prepared, corpus):
+    card = prepared.card
+    assert (card["empty_documents"], card["undecodable_documents"]) == (1, 1)
+    everything = {d.name: d.text for d in sources.documents(f"text:{corpus}") if d.name[:2].isdigit()}
+    held = sources.held_out(list(everything), 0.1)
+    for split in prepare.SPLITS:
+        want = [text for name, text in everything.items() if (name in held) == (split == "validation")]
+        assert list(loader.documents(prepared, split)) == want
+        c, records = card["splits"][split], list(prepared.splits[split])
+        assert c["documents"] == len(want) and c["bytes"] == sum(map(len, want)) and c["records"] == len(records)
+        assert c["sha256"] == hashlib.sha256(b"".join(want)).hexdigest()
+        assert c["padding"] == sum(int((r["segments"] == 0).sum()) for r in records)
+        predicted = sum(int(((r["segments"][1:] == r["segments"][:-1]) & (r["segments"][1:] > 0)).sum())
+                        for r in records)
+        assert c["tokens"] == predicted == sum(len(prepared.tokenizer.encode(t)) + 1 for t in want)
+
+
+def test_cut_overlaps_by_one_and_numbers_segments_from_one():
+    documents = [np.arange(10, 17), np.arange(20, 23), np.arange(30, 36)]
+    records = list(prepare.cut(iter(documents), 4, 0))
+    stream = np.concatenate(documents)
+    assert [r["tokens"].tolist() for r in records] == [
+        stream[i:i + 5].tolist() + [0] * max(0, i + 5 - len(stream)) for i in range(0, len(stream) - 1, 4)]
+    assert records[1]["segments"].tolist() == [1, 1, 1, 2, 2]
+    assert records[-1]["segments"].tolist() == [1, 1, 1, 1, 0][:len(stream) - 12] + [0] * (5 - len(stream) + 12)
+
+
+def test_held_out_is_stable_and_never_empty_nor_all():
+    names = [f"n{i}" for i in range(200)]
+    held = sources.held_out(names, 0.1)
+    assert 5 < len(held) < 40 and held - {"n7"} == sources.held_out([n for n in names if n != "n7"], 0.1) - {"n7"}
+    assert len(sources.held_out(["a", "b"], 0.01)) == 1 and len(sources.held_out(["a", "b"], 0.99)) == 1
+    assert not sources.held_out(["a"], 0.5)
+
+
+def test_a_lone_file_is_cut_at_blank_lines(tmp_path):
+    text = b"".join(b"paragraph %d\n" % i * 40 + b"\n" for i in range(200))
+    (tmp_path / "a.txt").write_bytes(text)
+    pieces = list(sources.documents(f"text:{tmp_path / 'a.txt'}"))
+    assert len(pieces) > 3 and b"".join(p.text for p in pieces) == text
+    assert all(p.text.endswith(b"\n\n") and len(p.text) >= sources.PIECE_BYTES for p in pieces[:-1])
+
+
+def test_batches_are_a_function_of_seed_and_step(prepared):
+    config = tiny_config(model=dict(vocab_size=400))
+
+    def batches(start, count, **training):
+        it = loader.train_batches(prepared, tiny_config(model=dict(vocab_size=400), training=training), start)
+        return [next(it)["tokens"] for _ in range(count)]
+
+    per_epoch = prepared.card["splits"]["train"]["records"] // config.training.batch_size
+    straight = batches(0, 2 * per_epoch + 3)
+    for start in (1, per_epoch, per_epoch + 2):
+        np.testing.assert_array_equal(np.array(batches(start, 2)), np.array(straight[start:start + 2]))
+    assert not np.array_equal(straight[0], batches(0, 1, seed=1)[0])
+
+    def rows(some):
+        return sorted(r.tobytes() for b in some for r in b)
+    epoch = straight[:per_epoch]
+    assert len(set(rows(epoch))) == len({r["tokens"].tobytes() for r in prepared.splits["train"]} & set(rows(epoch)))
+    assert rows(epoch[:2]) != rows(straight[per_epoch:per_epoch + 2]), "epochs must differ in order"
+
+
+def test_validation_covers_every_record_once(prepared):
+    for batch_size in (1, 3, 8):
+        batches = list(loader.validation_batches(prepared, batch_size, 400))
+        real = [row for b in batches for row, s in zip(b["tokens"], b["segments"]) if s.any()]
+        np.testing.assert_array_equal(real, [r["tokens"] for r in prepared.splits["validation"]])
+        assert all(len(b["tokens"]) == batch_size for b in batches)
+    assert sum(bool(s.any()) for b in loader.validation_batches(prepared, 2, 400, limit=3) for s in b["segments"]) == 3
+
+
+def test_preparing_twice_gives_the_same_card_and_leaves_nothing_half_done(corpus, tmp_path):
+    cards = [prepare.prepare(f"text:{corpus}", "bytes", str(tmp_path / name), 32, 0.1, 0) for name in "ab"]
+    assert cards[0] == cards[1] == json.loads((tmp_path / "a" / "card.json").read_text())
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(UserError, match="fewer than one record"):
+        prepare.prepare(f"text:{corpus}", "bytes", str(tmp_path / "c" / "d"), 10**6, 0.1, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("source, tokenizer, message", [
+    ("nonsense:x", "bytes", "must be python_stdlib or text:PATH"),
+    ("text:{tmp}/missing", "bytes", "has no files"),
+    ("text:{tmp}/empty", "bytes", "has no files"),
+    ("text:{tmp}/one", "bytes", "single document"),
+    ("text:{tmp}/blank", "bytes", "has no document that is not empty"),
+    ("text:{corpus}", "morse", "must be bytes, sentencepiece:FILE or sentencepiece"),
+    ("text:{corpus}", "sentencepiece:{tmp}/none.model", "does not exist"),
+    ("text:{corpus}", "sentencepiece:{tmp}/one/a.txt", "is not a sentencepiece model"),
+    ("text:{corpus}", "sentencepiece", "could not train 100 pieces"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(source, tokenizer, message, corpus, tmp_path, capsys):
+    for name, text in (("empty", None), ("one", "some text"), ("blank", "")):
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "a.txt").write_text(text)
+    names = dict(tmp=tmp_path, corpus=corpus)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        prepare.main([f"--source={source.format(**names)}", f"--tokenizer={tokenizer.format(**names)}",
+                      f"--out={tmp_path}/out", "--sequence_length=32", "--vocab_size=100"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and message in said and said.startswith("error: ") and said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_data_and_config_must_agree(prepared, tmp_path):
+    source = f"prepared:{prepared.directory}"
+    kind = prepared.tokenizer.kind
+    other = "sentencepiece" if kind == "bytes" else "bytes"
+    for changes, message in ((dict(data=dict(tokenizer=other)), "does not match"),
+                             (dict(data=dict(tokenizer=kind, sequence_length=16)), "records of 32 tokens"),
+                             (dict(data=dict(tokenizer=kind), model=dict(vocab_size=64)), "more than model.vocab_size"),
+                             (dict(data=dict(tokenizer=kind), training=dict(batch_size=10**6)), "fewer than training")):
+        changes["data"]["source"] = source
+        changes.setdefault("model", dict(vocab_size=512))
+        with pytest.raises(UserError, match=message):
+            loader.load(tiny_config(**changes), tmp_path)
+    with pytest.raises(UserError, match="token id .* is outside the vocabulary 0..49"):
+        next(loader.train_batches(prepared, tiny_config(model=dict(vocab_size=50)), 0))
+    (prepared.directory / "tokenizer.model").write_bytes(
+        b"junk" if kind == "bytes" else tokenizers.train_sentencepiece([b"other words here\n" * 50], 300).serialized())
+    if kind == "sentencepiece":
+        with pytest.raises(UserError, match="is not the tokenizer its card.json names"):
+            loader.open_prepared(prepared.directory)
+    (prepared.directory / "card.json").write_text('{"format": 99}')
+    with pytest.raises(UserError, match="data format 99"):
+        loader.open_prepared(prepared.directory)
+    with pytest.raises(UserError, match="is not prepared data"):
+        loader.open_prepared(tmp_path)
+
+
+def test_the_standard_library_is_a_source():
+    names = [name for name, _ in sources.files("python_stdlib")]
+    assert "argparse.py" in names and names == sorted(names) and not any("site-packages" in n for n in names)
+
+
+def test_nothing_imports_tensorflow(prepared):
+    assert "tensorflow" not in sys.modules

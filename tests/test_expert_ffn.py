@@ -1,0 +1,132 @@
+"""Every backend against a float64 numpy loop over rows: outputs and gradients."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modse_jax.moe import expert_ffn as ef
+from modse_jax.moe import sizing
+from tests import numpy_reference
+
+D = 6
+CASES = {    # widths, rows per expert, rows that belong to nobody
+    "unequal": ((9, 1, 8, 2, 6, 4, 5, 5), (7, 3, 20, 1, 9, 2, 4, 5), 5),
+    "equal": ((5,) * 4, (11, 3, 9, 2), 0),
+    "empty experts": ((9, 1, 5, 5), (0, 13, 0, 7), 3),
+    "all on one": ((7, 3, 5, 5), (0, 0, 31, 0), 1),
+    "one expert": ((8,), (17,), 2),
+    "no rows at all": ((4, 4), (0, 0), 6),
+    "many small": ((3,) * 20 + (2,) * 12, tuple(range(32)), 4),
+}
+
+
+def numbers(case):
+    widths, rows, spare = CASES[case]
+    rng = np.random.default_rng(len(case))
+    shapes = dict(w_gate=(D, sum(widths)), w_up=(D, sum(widths)), w_down=(sum(widths), D))
+    w = {k: rng.normal(size=s) for k, s in shapes.items()}
+    x, dy = (rng.normal(size=(sum(rows) + spare, D)) for _ in range(2))
+    return widths, rows, w, x, dy
+
+
+def numpy_value_and_grads(widths, rows, w, x, dy):
+    """y, dx, and a dict of weight gradients of sum(y * dy), row by row."""
+    y, dx, dw = np.zeros_like(x), np.zeros_like(x), {k: np.zeros_like(v) for k, v in w.items()}
+    owner = np.repeat(np.arange(len(rows)), rows)
+    for n, e in enumerate(owner):
+        s = slice(sizing.offsets(widths)[e], sizing.offsets(widths)[e] + widths[e])
+        u, v = x[n] @ w["w_gate"][:, s], x[n] @ w["w_up"][:, s]
+        sig = 1 / (1 + np.exp(-u))
+        y[n] = (u * sig * v) @ w["w_down"][s]
+        dh = w["w_down"][s] @ dy[n]
+        dw["w_down"][s] += np.outer(u * sig * v, dy[n])
+        du, dv = dh * v * (sig + u * sig * (1 - sig)), dh * u * sig
+        dw["w_gate"][:, s] += np.outer(x[n], du)
+        dw["w_up"][:, s] += np.outer(x[n], dv)
+        dx[n] = w["w_gate"][:, s] @ du + w["w_up"][:, s] @ dv
+    return y, dx, dw
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def value_and_grads(x, rows, w, dy, widths, backend):
+    def f(x, w):
+        return ef.expert_ffn(x, rows, ef.ExpertWeights(**w), widths, backend, (8, 4))
+    y, pull = jax.vjp(f, x, w)
+    return (y, *pull(dy))
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_equal_numpy(case, backend):
+    widths, rows, w, x, dy = numbers(case)
+    expected = numpy_value_and_grads(widths, rows, w, x, dy)
+    x[sum(rows):], dy[sum(rows):] = np.nan, np.nan    # nobody's rows may hold anything
+    x, w, dy = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, w, dy))
+    y, dx, dw = value_and_grads(x, jnp.asarray(rows, jnp.int32), w, dy, widths, backend)
+    for got, want in zip(jax.tree.leaves((y, dx, dw)), jax.tree.leaves(expected)):
+        scale = max(1e-3, np.abs(want).max())
+        np.testing.assert_allclose(np.asarray(got) / scale, want / scale, atol=2e-6)
+
+
+def test_unused_experts_weights_are_never_read():
+    """NaN in every column of experts without rows reaches nothing."""
+    widths, rows, w, x, dy = numbers("empty experts")
+    for e in (0, 2):
+        s = slice(sizing.offsets(widths)[e], sizing.offsets(widths)[e] + widths[e])
+        w["w_gate"][:, s] = w["w_up"][:, s] = w["w_down"][s] = np.nan
+    x, w, dy = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, w, dy))
+    y, dx, dw = value_and_grads(x, jnp.asarray(rows, jnp.int32), w, dy, widths, "blocked")
+    assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves((y, dx, dw)))
+
+
+def test_bfloat16_products_accumulate_in_float32():
+    widths, rows, w, x, dy = numbers("unequal")
+    expected = numpy_value_and_grads(widths, rows, w, x, dy)[0]
+    low = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (x, w, dy))
+    y, _, dw = value_and_grads(low[0], jnp.asarray(rows, jnp.int32), low[1], low[2], widths, "blocked")
+    assert y.dtype == jnp.bfloat16
+    assert all(a.dtype == jnp.bfloat16 for a in dw.values())
+    assert np.abs(np.asarray(y, np.float64) - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_random_widths_and_routings_agree_with_the_reference():
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        E = int(rng.integers(1, 9))
+        widths = tuple(int(w) for w in rng.integers(1, 12, E))
+        rows = rng.multinomial(60, rng.dirichlet(np.full(E, 0.4))).astype(np.int32)
+        w = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in
+             dict(w_gate=(D, sum(widths)), w_up=(D, sum(widths)), w_down=(sum(widths), D)).items()}
+        x, dy = (jnp.asarray(rng.normal(size=(64, D)), jnp.float32) for _ in range(2))
+        got = value_and_grads(x, jnp.asarray(rows), w, dy, widths, "blocked")
+        want = value_and_grads(x, jnp.asarray(rows), w, dy, widths, "reference")
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+            np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))
+
+
+def test_a_thousand_experts_trace_as_few_loops():
+    """The program grows with the number of size classes, not of experts."""
+    def lines(num_experts):
+        widths = (16,) * num_experts
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in
+                  ((256, D), (D, sum(widths)), (D, sum(widths)), (sum(widths), D))]
+
+        def f(x, rows, *w):
+            return ef.expert_ffn(x, rows, ef.ExpertWeights(*w), widths, "blocked", (64, 8))
+        rows = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
+        return len(jax.jit(f).lower(shapes[0], rows, *shapes[1:]).as_text().splitlines())
+    assert lines(1024) <= lines(8)
+
+
+def test_widths_that_do_not_fit_the_weights_are_refused():
+    w = ef.ExpertWeights(jnp.zeros((D, 8)), jnp.zeros((D, 8)), jnp.zeros((8, D)))
+    with pytest.raises(ValueError, match=r"widths \(4, 5\) do not fit"):
+        ef.expert_ffn(jnp.zeros((4, D)), jnp.zeros(2, jnp.int32), w, (4, 5), "blocked", (8, 4))
+
+
+def test_the_numpy_loops_agree_with_each_other():
+    widths, rows, w, x, dy = numbers("unequal")
+    y = numpy_value_and_grads(widths, rows, w, x, dy)[0]
+    np.testing.assert_allclose(y[0], numpy_reference.expert(x[0], w, 0, widths[0]), atol=1e-12)

@@ -1,0 +1,184 @@
+"""The decoder: causality, packing, padding, depth, sampling through the cache."""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from modse_jax.model import attention, sampling, transformer
+from tests.conftest import tiny_config
+
+CONFIG = tiny_config()
+
+
+def build(config=CONFIG, mesh=None):
+    graph, state = nnx.split(transformer.build(config, mesh))
+    params = jax.tree.map(lambda a: a * 3 if a.ndim > 2 else a, nnx.to_pure_dict(state))    # far from the residual
+    return params, jax.jit(lambda p, t, s: nnx.merge(graph, p)(t, s))
+
+
+def tokens(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(3, 259, shape), jnp.int32)
+
+
+def test_no_token_sees_a_later_one():
+    """The gradient of position 7's logits with respect to later inputs is exactly zero, to earlier ones it is not."""
+    params, _ = build()
+    graph, _ = transformer.build_abstract(CONFIG)
+
+    def logit(noise_BLD):
+        positions, mask = jnp.arange(12)[None], attention.packed_mask(jnp.ones((1, 12), jnp.int32))
+        x_BLD, _ = nnx.merge(graph, params)._run(noise_BLD, positions, mask, jnp.ones((1, 12), bool), None)
+        return jnp.sum(x_BLD[0, 7] ** 3)
+
+    grad_LD = jax.jit(jax.grad(logit))(jax.random.normal(jax.random.key(0), (1, 12, 16)))[0]
+    assert float(jnp.abs(grad_LD[8:]).max()) == 0
+    assert bool((jnp.abs(grad_LD[:8]).sum(axis=1) > 0).all())
+
+
+def test_packed_documents_are_isolated():
+    """Two documents in a row give the logits that each gives alone."""
+    params, forward = build()
+    a, b = tokens((1, 7), 1), tokens((1, 9), 2)
+    packed = forward(params, jnp.concatenate((a, b), 1), jnp.array([[1] * 7 + [2] * 9]))[0]
+    np.testing.assert_allclose(packed[:, :7], forward(params, a, jnp.ones((1, 7), jnp.int32))[0], atol=2e-5)
+    np.testing.assert_allclose(packed[:, 7:], forward(params, b, jnp.ones((1, 9), jnp.int32))[0], atol=2e-5)
+
+
+def test_padding_changes_nothing_and_is_not_counted():
+    params, forward = build()
+    row = tokens((2, 10))
+    padded = jnp.pad(row, ((0, 1), (0, 6)), constant_values=5)
+    segments = jnp.pad(jnp.ones((2, 10), jnp.int32), ((0, 1), (0, 6)))
+    logits, out = forward(params, row, jnp.ones((2, 10), jnp.int32))
+    logits_padded, out_padded = forward(params, padded, segments)
+    np.testing.assert_allclose(logits_padded[:2, :10], logits, atol=2e-5)
+    np.testing.assert_allclose(out_padded.balance_loss, out.balance_loss, rtol=1e-5)
+    np.testing.assert_array_equal(out_padded.statistics.counts_KE, out.statistics.counts_KE)
+    assert bool(jnp.isfinite(logits_padded).all())
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_scanned_layers_equal_unrolled_ones_with_gradients(remat):
+    config = tiny_config(model=dict(remat=remat, num_layers=3))
+    params, _ = build(config)
+    graph, _ = transformer.build_abstract(config)
+    t, s = tokens((2, 11)), jnp.ones((2, 11), jnp.int32)
+
+    def scanned(params):
+        logits, out = nnx.merge(graph, params)(t, s)
+        return jnp.sum(jnp.sin(logits)) + out.balance_loss
+
+    def unrolled(params):
+        model = nnx.merge(graph, params)
+        block_graph, stacked = nnx.split(model.blocks)
+        x, balance = model._embed(t), 0.0
+        positions, mask = jnp.broadcast_to(jnp.arange(11)[None], (2, 11)), attention.packed_mask(s)
+        for i in range(3):
+            block = nnx.merge(block_graph, jax.tree.map(lambda a, i=i: a[i], stacked))
+            x, _, layer_balance, *_ = block(x, positions, mask, s > 0)
+            balance += layer_balance
+        return jnp.sum(jnp.sin(model.logits(model.final_norm(x)))) + balance
+
+    a, b = (jax.jit(jax.value_and_grad(f))(params) for f in (scanned, unrolled))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        np.testing.assert_allclose(x, y, atol=2e-4 * max(1, float(jnp.abs(y).max())))
+
+
+def test_depth_does_not_lengthen_the_program():
+    def lines(layers):
+        config = tiny_config(model=dict(num_layers=layers))
+        graph, params = transformer.build_abstract(config)
+        t = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+        return len(jax.jit(lambda p, t: nnx.merge(graph, p)(t, t)[0]).lower(params, t).as_text().splitlines())
+    assert lines(12) == lines(2)
+
+
+def test_grouped_query_heads_equal_repeated_ones():
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(2, 9, 6, 4)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, 9, 2, 4)), jnp.float32) for _ in range(2))
+    mask = attention.packed_mask(jnp.array([[1] * 4 + [2] * 5, [1] * 8 + [0]]))
+    whole = attention.attend(q, jnp.repeat(k, 3, 2), jnp.repeat(v, 3, 2), mask)
+    np.testing.assert_allclose(attention.attend(q, k, v, mask), whole, atol=1e-5)
+
+
+def test_attention_equals_jax_nn():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 9, 2, 4)), jnp.float32) for _ in range(3))
+    mask = attention.packed_mask(jnp.array([[1] * 4 + [2] * 5, [1] * 8 + [0]]))
+    np.testing.assert_allclose(attention.attend(q, k, v, mask),
+                               jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]), atol=1e-5)
+
+
+def test_rotary_scores_depend_on_distance_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    def score(i, j):
+        return float(jnp.sum(attention.rotate(q, jnp.array([[i]]), 1e4) * attention.rotate(k, jnp.array([[j]]), 1e4)))
+    assert score(3, 1) == pytest.approx(score(40, 38), abs=1e-4)
+    assert abs(score(3, 1) - score(3, 2)) > 1e-3
+
+
+@pytest.mark.parametrize("extra", [dict(moe=dict(backend="blocked")),
+                                   dict(model=dict(num_kv_heads=1, tie_embeddings=True)),
+                                   dict(moe=dict(gate_term="learned", gate="softmax_top_k"))])
+def test_decoding_through_the_cache_equals_the_full_forward(extra):
+    """Greedy text of prompts of different lengths, against recomputing every prefix alone."""
+    config = tiny_config(**extra)
+    params, forward = build(config)
+    graph, _ = transformer.build_abstract(config)
+    prompts = [tokens((n,), n).tolist() for n in (1, 5, 8)]
+    got = sampling.generate(graph, params, prompts, 6, sampling.Settings(0.0), jax.random.key(0), 0, 2)
+    for prompt, out in zip(prompts, got):
+        text = list(prompt)
+        for _ in range(6):
+            row = jnp.asarray([text + [0] * (14 - len(text))])
+            segments = (jnp.arange(14) < len(text)).astype(jnp.int32)[None]
+            text.append(int(jnp.argmax(forward(params, row, segments)[0][0, len(text) - 1])))
+            if text[-1] == 2:
+                text.pop()
+                break
+        assert out == text[len(prompt):]
+
+
+def test_pick_keeps_what_it_should():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+
+    def seen(**settings):
+        keys = jax.random.split(jax.random.key(0), 300)
+        return set(np.unique(jax.vmap(lambda k: sampling.pick(logits, sampling.Settings(**settings), k)[0])(keys)))
+    assert seen() == {0, 1, 2, 3}
+    assert seen(top_k=2) == {0, 1}
+    assert seen(top_p=0.6) == {0, 1}
+    assert seen(top_p=0.5) == {0}
+    assert seen(temperature=0) == {0}
+    assert seen(temperature=0.05) == {0}
+
+
+def test_generation_stops_at_the_end_token_and_refuses_empty_prompts():
+    params, _ = build()
+    graph, _ = transformer.build_abstract(CONFIG)
+    params["head"] = jnp.zeros_like(params["head"]).at[:, 2].set(0)    # all logits 0: the first id, then
+    out = sampling.generate(graph, params, [[5, 6]], 4, sampling.Settings(0.0), jax.random.key(0), 9, 0)
+    assert out == [[]]
+    with pytest.raises(ValueError, match="at least one token"):
+        sampling.generate(graph, params, [[]], 4, sampling.Settings(), jax.random.key(0), 0, 2)
+
+
+def test_scoring_is_dropless_whatever_the_capacity():
+    capped = tiny_config(moe=dict(capacity_factor=0.5))
+    assert transformer.for_evaluation(capped) == dataclasses.replace(capped, moe=CONFIG.moe)
+
+
+def test_bfloat16_compute_keeps_float32_parameters():
+    config = tiny_config(model=dict(dtype="bfloat16"))
+    params, forward = build(config)
+    exact, exact_forward = build()
+    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(params))
+    t, s = tokens((2, 9)), jnp.ones((2, 9), jnp.int32)
+    low, full = forward(params, t, s)[0], exact_forward(exact, t, s)[0]
+    assert low.dtype == jnp.float32
+    assert float(jnp.abs(low - full).mean()) < 0.1 * float(jnp.abs(full).mean())

@@ -1,0 +1,279 @@
+"""Whole runs: resume, signals, evaluation, report; and every bad input in one line, exit code 2, nothing written."""
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from modse_jax.config import UserError
+from modse_jax.evaluation import report, scoring, summary
+from modse_jax.training import loop, metrics
+from modse_jax.training import step as steps
+from modse_jax.training.checkpoints import Checkpoints
+from tests.conftest import tiny_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+OVERRIDES = dict(model=dict(dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300),
+                 moe=dict(width=12, widths="(20,4,12,12)", num_experts=4, block_rows=16, tail_rows=16),
+                 data=dict(tokenizer="bytes", sequence_length=32),
+                 training=dict(batch_size=8, steps=6, log_every=2, checkpoint_every=3),
+                 optimizer=dict(warmup_steps=2), evaluation=dict(batch_size=8, sample_tokens=4))
+
+
+@pytest.fixture(autouse=True)
+def signals_restored():
+    """loop.train installs its own handlers."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+def config_for(corpus, **sections):
+    sections.setdefault("data", {})["source"] = f"text:{corpus}"
+    return tiny_config(**sections)
+
+
+def state_of(workdir, config):
+    checkpoints = Checkpoints(workdir / "checkpoints", 3, read_only=True)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(
+        jax.devices()[0])), jax.eval_shape(lambda: steps.initial_state(config)))
+    state = checkpoints.restore(checkpoints.steps()[-1], abstract)
+    checkpoints.close()
+    return jax.device_get(state)
+
+
+def test_a_resumed_run_equals_the_straight_one_bit_for_bit(corpus, tmp_path, capsys):
+    config = config_for(corpus, training=dict(eval_every=3))
+    assert loop.train(config, str(tmp_path / "straight")) == loop.FINISHED
+    short = dataclasses.replace(config, training=dataclasses.replace(config.training, checkpoint_every=2, log_every=1))
+    cut = tmp_path / "cut"
+    # The schedule ends at training.steps, so a run is cut short by its signal, not by fewer steps.
+    calls = {"left": 4}
+    read = metrics.train_row
+
+    def stop_at_four(*args):
+        calls["left"] -= 1
+        if calls["left"] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(*args)
+
+    metrics.train_row = stop_at_four
+    try:
+        assert loop.train(short, str(cut)) == loop.STOPPED
+    finally:
+        metrics.train_row = read
+    assert max(int(p.name) for p in (cut / "checkpoints").iterdir() if p.name.isdigit()) in (4, 5)
+    with open(cut / "metrics.jsonl", "a") as file:    # what a killed run leaves past its checkpoint
+        file.write('{"step": 6, "split": "train"}\n{"step": 6, "spl')
+    assert loop.train(short, str(cut)) == loop.FINISHED
+    assert "resuming step" in capsys.readouterr().out
+    for a, b in zip(jax.tree.leaves(state_of(tmp_path / "straight", config)), jax.tree.leaves(state_of(cut, config))):
+        np.testing.assert_array_equal(a, b)
+    rows = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert len((cut / "metrics.discarded.jsonl").read_text().splitlines()) == 2
+    same = {(r["step"], r["split"]): r["loss"] for r in rows}
+    for r in metrics.read(tmp_path / "straight" / "metrics.jsonl"):
+        assert same[r["step"], r["split"]] == r["loss"]
+
+    assert loop.train(short, str(cut)) == loop.FINISHED
+    assert "finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"holds another config \(moe.top_k: 2 -> 1\)"):
+        loop.train(dataclasses.replace(short, moe=dataclasses.replace(short.moe, top_k=1)), str(cut))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, shared by the tests that only look at it."""
+    root = tmp_path_factory.mktemp("finished")
+    (root / "corpus").mkdir()
+    for i in range(16):
+        (root / "corpus" / f"{i}.txt").write_text(f"line {i} of some text, said again and again\n" * 40)
+    config = config_for(root / "corpus")
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    loop.train(config, str(root / "run"))
+    for s, handler in before.items():
+        signal.signal(s, handler)
+    return config, root / "run"
+
+
+def test_what_a_run_leaves(finished):
+    config, workdir = finished
+    train = [r for r in metrics.read(workdir / "metrics.jsonl") if r["split"] == "train"]
+    assert list(train[0]) == ["step", "split", "tokens", "loss", "bits_per_byte", "balance_loss", "z_loss", "grad_norm",
+                              "learning_rate", "tokens_per_second", "mfu_nominal", "mfu_realised", "step_seconds",
+                              "skipped_steps"]
+    held = [r for r in metrics.read(workdir / "metrics.jsonl") if r["split"] == "validation"]
+    assert len(held) == 1 and {"loss", "bits_per_byte"} <= set(held[0])
+    routing = metrics.read(workdir / "routing.jsonl")
+    assert {r["layer"] for r in routing} == {0, 1}
+    for r in routing:
+        if r["split"] == "train":
+            assert sum(r["tokens_per_expert"]) == 2 * np.sum(r["tokens_per_expert_by_choice"][0])
+        assert min(config.widths) <= r["count_weighted_width"] <= max(config.widths)
+        assert 1 <= r["max_over_mean"] <= 4 and 0 <= r["entropy"] <= np.log(4) + 1e-6
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(config)))
+    environment = json.loads((workdir / "environment.json").read_text())
+    assert {"versions", "devices", "git_commit", "command"} <= set(environment)
+    assert list((workdir / "tensorboard").glob("events*"))
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(finished):
+    config, workdir = finished
+    results = [scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, n, ()) for n in (1, 3, 8)]
+    logged = [r for r in metrics.read(workdir / "metrics.jsonl") if r["split"] == "validation"][-1]
+    for r in results:
+        assert r["loss"]["loss"] == pytest.approx(logged["loss"], rel=1e-6)
+        assert r["loss"]["bits_per_byte"] == pytest.approx(logged["bits_per_byte"], rel=1e-6)
+        assert [x["tokens_per_expert"] for x in r["routing"]["layers"]] == \
+            [x["tokens_per_expert"] for x in results[0]["routing"]["layers"]]
+
+
+def test_samples_report_and_summary(finished):
+    config, workdir = finished
+    result = scoring.evaluate(str(workdir), 6, ("loss", "sample"), 0, 0, ("line", "x"))
+    assert [s["prompt"] for s in result["samples"]] == ["line", "x"]
+    assert "sample after 'line'" in scoring.console(result)
+    report.write(str(workdir))
+    page = (workdir / "report" / "index.html").read_text()
+    for name in ("loss", "expert_load", "load_by_width", "balance"):
+        assert (workdir / "report" / f"{name}.png").stat().st_size > 5000 and f'src="{name}.png"' in page
+    last = summary.summary(workdir, time.time() - 60)
+    assert last["validation_bits_per_byte"] == result["loss"]["bits_per_byte"]
+    assert 0 < last["gzip_bits_per_byte"] < 8 and 1 <= last["minutes"] < 2 and last["tokens_per_second"] > 0
+
+
+def test_evaluation_refuses_what_it_cannot_do(finished, tmp_path):
+    config, workdir = finished
+    for args, message in (((str(workdir), 5, ("loss",), 0, 0, ()), "--step=5 is not saved in .*; saved: 3, 6"),
+                          ((str(workdir), 0, ("lose",), 0, 0, ()), "--suite=lose is unknown; suites: loss, routing"),
+                          ((str(tmp_path), 0, ("loss",), 0, 0, ()), "holds no run"),
+                          ((str(workdir), 0, ("sample",), 0, 0, ("x" * 99,)), "has 100 tokens")):
+        with pytest.raises(UserError, match=message):
+            scoring.evaluate(*args)
+
+
+def test_checkpoints_of_another_shape_or_type_are_refused(finished):
+    config, workdir = finished
+    checkpoints = Checkpoints(workdir / "checkpoints", 3, read_only=True)
+    abstract = jax.eval_shape(lambda: steps.initial_state(config))
+    wrong = abstract._replace(step=jax.ShapeDtypeStruct((), np.float32))
+    with pytest.raises(UserError, match=r"checkpoint 6 does not fit the model: step is \(\(\), 'int32'\) there"):
+        checkpoints.restore(6, wrong)
+    wider = jax.eval_shape(lambda: steps.initial_state(
+        dataclasses.replace(config, moe=dataclasses.replace(config.moe, gate_term="learned"))))
+    with pytest.raises(UserError, match="arrays, the model has"):
+        checkpoints.restore(6, wider)
+    checkpoints.close()
+
+
+def test_a_diverging_run_stops_with_its_last_good_checkpoint(corpus, tmp_path, monkeypatch):
+    config = config_for(corpus, training=dict(max_nonfinite_steps=2, steps=12))
+    make = steps.make_train_step
+
+    def poisoned(config, mesh):
+        step = make(config, mesh)
+
+        def poison(state, batch):    # from step 4 on, every gradient is NaN
+            bad = jax.numpy.where(state.step >= 4, jax.numpy.nan, 1.0)
+            new, m = step(state._replace(params=jax.tree.map(lambda p: p * bad, state.params)), batch)
+            keep = jax.tree.map(lambda a, b: jax.numpy.where(state.step >= 4, b, a), new.params, state.params)
+            return new._replace(params=keep), m
+        return poison
+
+    monkeypatch.setattr(steps, "make_train_step", poisoned)
+    assert loop.train(config, str(tmp_path / "run")) == loop.DIVERGED
+    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["loss"] is None and rows[-1]["skipped_steps"] == 2
+    saved = state_of(tmp_path / "run", config)
+    assert int(saved.step) == 3 and all(np.isfinite(a).all() for a in jax.tree.leaves(saved.params))
+
+
+# ---- the scripts, as a user calls them -------------------------------------------------------------------------------
+
+def command(script, *args, cwd=ROOT, wait=True):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "2"}
+    process = subprocess.Popen([sys.executable, script, *args], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    return process.communicate(timeout=240) + (process.returncode,) if wait else process
+
+
+def overrides(**extra):
+    values = {f"{s}.{k}": v for s, section in OVERRIDES.items() for k, v in section.items()} | extra
+    return [f"--config.{k}={v}" for k, v in values.items()]
+
+
+def train_args(corpus, workdir, **extra):
+    flags = overrides(**{"data.source": f"text:{corpus}", **extra})
+    return ["--config=configs/tiny.py", f"--workdir={workdir}", *flags]
+
+
+def test_train_killed_then_stopped_then_finished_then_evaluated(corpus, tmp_path):
+    """kill -9 in the middle, SIGTERM in the middle, and the same command each time."""
+    args = train_args(corpus, tmp_path / "run", **{"training.steps": 120, "training.checkpoint_every": 5})
+    process = command("train.py", *args, wait=False)
+    deadline = time.time() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("0*[0-9]")) and time.time() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    process = command("train.py", *args, wait=False)
+    first = ""
+    while first.count("\nstep ") < 2 and process.poll() is None:
+        first += process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert "resuming step" in first + out, err
+    assert process.returncode == 75 and "run the same command to go on" in out, err
+    out, err, code = command("train.py", *args)
+    assert code == 0 and "resuming step" in out and "finished step 120" in out, err
+    assert (tmp_path / "run" / "report" / "index.html").exists()
+    out, err, code = command("train.py", *args)
+    assert code == 0 and "finished:" in out, err
+    out, err, code = command("eval.py", f"--workdir={tmp_path / 'run'}", "--limit=4", "--prompt=def")
+    assert code == 0 and "bits/byte" in out and "sample after 'def'" in out, err
+    assert json.loads((tmp_path / "run" / "eval" / "120.json").read_text())["limit"] == 4
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"modle.dim": 8}, "modle"),
+    ({"training.batch_size": 4000}, "fewer than training.batch_size=4000"),
+    ({"model.dimm": 8}, "Did you mean"),
+    ({"model.dim": "wide"}, "dim"),
+    ({"moe.widths": "(20,4,12,11)"}, "must sum to"),
+    ({"data.sequence_length": 32, "data.tokenizer": "sentencepiece:/no/file"}, "does not exist"),
+    ({"model.vocab_size": 200}, "more than model.vocab_size=200"),
+    ({"training.batch_size": 3}, "does not divide over mesh.data=2"),
+    ({"checkpoint.keep": 10**9}, "MiB free"),
+])
+def test_bad_options_end_in_one_line(change, message, corpus, tmp_path):
+    out, err, code = command("train.py", *train_args(corpus, tmp_path / "run", **change))
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--config=configs/no.py", "--workdir={tmp}/run"], "no.py"),
+    (["--config=configs/tiny.py"], "workdir"),
+    (["--config=configs/tiny.py", "--workdir={tmp}/run", "stray"], "unexpected argument 'stray'"),
+    (["--config=configs/tiny.py", "--workdir={tmp}/run", "--nonsense=1"], "nonsense"),
+    (["--config=configs/tiny.py", "--workdir={tmp}/file"], "is a file"),
+    (["--config=configs/tiny.py", "--workdir={tmp}/full"], "is not empty and holds no run"),
+])
+def test_bad_calls_end_in_one_line(args, message, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    _, err, code = command("train.py", *(a.format(tmp=tmp_path) for a in args))
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 2 and len(lines) == 1 and message in lines[0], err
+    assert not (tmp_path / "run").exists()
