@@ -8,6 +8,7 @@ DEMO := runs/demo
 .DELETE_ON_ERROR:
 
 $(VENV)/base: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or 3.12 is needed: make PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

@@ -22,10 +22,13 @@ def get_config():
     config.data.source = "python_stdlib"
     config.data.tokenizer = "sentencepiece"
     config.data.sequence_length = 256
-    config.training.batch_size = 8
-    config.training.steps = 600
-    config.training.checkpoint_every = 100
+    config.training.batch_size = 4
+    config.training.steps = 1700
+    config.training.checkpoint_every = 200
+    config.training.loss_chunk = 512
+    config.moe.block_rows = 128
+    config.moe.tail_rows = 128
     config.optimizer.learning_rate = 4e-3
-    config.optimizer.final_learning_rate = 1e-4
+    config.optimizer.final_learning_rate = 2e-5
     config.optimizer.warmup_steps = 50
     return config

@@ -124,6 +124,7 @@ def test_what_a_run_leaves(finished):
     environment = json.loads((workdir / "environment.json").read_text())
     assert {"versions", "devices", "git_commit", "command"} <= set(environment)
     assert list((workdir / "tensorboard").glob("events*"))
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"00000003", "00000006"}
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(finished):

@@ -117,7 +117,7 @@ def train_sentencepiece(documents: Iterable[bytes], vocab_size: int) -> Sentence
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=out, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
+    """Evenly spaced lines in one pass: all, or between `limit` and twice that. Our own sample, since sentencepiece
             character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False,
             add_dummy_prefix=False, allow_whitespace_only_pieces=True, split_digits=True,
             split_by_unicode_script=False, user_defined_symbols=SYMBOLS, max_sentence_length=16384,
@@ -129,8 +129,8 @@ def train_sentencepiece(documents: Iterable[bytes], vocab_size: int) -> Sentence
 
 
 def _thin(lines, limit):
-    """Evenly spaced lines, between `limit` and twice as many where there are that many, in one pass. Our own sample:
-    sentencepiece draws another one in every process."""
+    """Evenly spaced lines in one pass: all, or between `limit` and twice as many. Our own sample, since sentencepiece
+    draws another one in every process."""
     kept, stride = [], 1
     for number, line in enumerate(lines):
         if number % stride == 0:

@@ -23,13 +23,13 @@ def blocked(x_ND, rows_E, w_gate, w_up, w_down, widths, blocks):
     blocks = _shrink(blocks, x_ND.shape[0], len(widths))
 
     def expert(y_ND, first, rows, offset, width):
-        w = _slice_weights((w_gate, w_up, w_down), offset, width)
+        w_in, w_out = _slice_weights(w_gate, w_up, w_down, offset, width)
 
         def block(y_ND, start, count):
             x_BD = lax.dynamic_slice_in_dim(x_ND, start, count)
-            gate_BW, up_BW = _dot(x_BD, w[0], 1, 0), _dot(x_BD, w[1], 1, 0)
+            gate_BW, up_BW = jnp.split(_dot(x_BD, w_in, 1, 0), 2, axis=1)
             hidden_BW = (jax.nn.silu(gate_BW) * up_BW).astype(x_BD.dtype)
-            return _store(y_ND, _dot(hidden_BW, w[2], 1, 0), start, first, rows)
+            return _store(y_ND, _dot(hidden_BW, w_out, 1, 0), start, first, rows)
 
         return _over_blocks(block, y_ND, first, rows, blocks)
 
@@ -47,26 +47,26 @@ def _backward(widths, blocks, saved, dy_ND):
 
     def expert(carry, first, rows, offset, width):
         dx_ND, flat = carry[0], carry[1:]
-        w = _slice_weights((w_gate, w_up, w_down), offset, width)
+        w_in, w_out = _slice_weights(w_gate, w_up, w_down, offset, width)
 
         def block(carry, start, count):
-            dx_ND, dw_gate, dw_up, dw_down = carry
+            dx_ND, dw_in, dw_out = carry
             mine_B1 = _mine(start, count, first, rows)
             x_BD = jnp.where(mine_B1, lax.dynamic_slice_in_dim(x_ND, start, count), 0)
             dy_BD = jnp.where(mine_B1, lax.dynamic_slice_in_dim(dy_ND, start, count), 0)
-            gate_BW, up_BW = _dot(x_BD, w[0], 1, 0), _dot(x_BD, w[1], 1, 0)
+            gate_BW, up_BW = jnp.split(_dot(x_BD, w_in, 1, 0), 2, axis=1)
             sigmoid_BW = jax.nn.sigmoid(gate_BW)
             silu_BW = gate_BW * sigmoid_BW
-            dh_BW = _dot(dy_BD, w[2], 1, 1)
+            dh_BW = _dot(dy_BD, w_out, 1, 1)
             hidden_BW = (silu_BW * up_BW).astype(x_BD.dtype)
-            dup_BW = (dh_BW * silu_BW).astype(x_BD.dtype)
-            dgate_BW = (dh_BW * up_BW * (sigmoid_BW + silu_BW * (1 - sigmoid_BW))).astype(x_BD.dtype)
-            dx_BD = _dot(dgate_BW, w[0], 1, 1) + _dot(dup_BW, w[1], 1, 1)
-            return (_store(dx_ND, dx_BD, start, first, rows), dw_gate + _dot(x_BD, dgate_BW, 0, 0),
-                    dw_up + _dot(x_BD, dup_BW, 0, 0), dw_down + _dot(hidden_BW, dy_BD, 0, 0))
+            dgate_BW = dh_BW * up_BW * (sigmoid_BW + silu_BW * (1 - sigmoid_BW))
+            din_B2W = jnp.concatenate((dgate_BW, dh_BW * silu_BW), axis=1).astype(x_BD.dtype)
+            return (_store(dx_ND, _dot(din_B2W, w_in, 1, 1), start, first, rows),
+                    dw_in + _dot(x_BD, din_B2W, 0, 0), dw_out + _dot(hidden_BW, dy_BD, 0, 0))
 
-        zeros = tuple(jnp.zeros(v.shape, jnp.float32) for v in w)
-        dx_ND, *dw = _over_blocks(block, (dx_ND, *zeros), first, rows, blocks)
+        zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in (w_in, w_out))
+        dx_ND, dw_in, dw_out = _over_blocks(block, (dx_ND, *zeros), first, rows, blocks)
+        dw = (*jnp.split(dw_in, 2, axis=1), dw_out)
         return (dx_ND, *(lax.dynamic_update_slice_in_dim(f, d.astype(f.dtype), offset, axis)
                          for f, d, axis in zip(flat, dw, (1, 1, 0))))
 
@@ -117,8 +117,10 @@ def _pad_rows(x_ND, blocks):
     return jnp.pad(x_ND, ((0, max(blocks)), (0, 0))), x_ND.shape[0]
 
 
-def _slice_weights(weights, offset, width):
-    return tuple(lax.dynamic_slice_in_dim(w, offset, width, axis) for w, axis in zip(weights, (1, 1, 0)))
+def _slice_weights(w_gate, w_up, w_down, offset, width):
+    """(gate and up side by side [D, 2W], down [W, D]) of one expert: one wide product instead of two."""
+    gate, up = (lax.dynamic_slice_in_dim(w, offset, width, axis=1) for w in (w_gate, w_up))
+    return jnp.concatenate((gate, up), axis=1), lax.dynamic_slice_in_dim(w_down, offset, width, axis=0)
 
 
 def _mine(start, count, first, rows):

@@ -1,5 +1,6 @@
 """Orbax checkpoints: the state, and beside it the config, the tokenizer's fingerprint and the data's card."""
 import pathlib
+import shutil
 
 import jax
 import orbax.checkpoint as ocp
@@ -8,19 +9,19 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from modse_jax.config import UserError
 from modse_jax.training.step import State
 
-FORMAT = 1
+FORMAT, TRASH = 1, "trash"
 
 
 class Checkpoints:
     """The steps under one directory. Saving is asynchronous; `close` waits for it."""
 
     def __init__(self, directory: pathlib.Path, keep: int, read_only: bool = False):
-        options = ocp.CheckpointManagerOptions(read_only=True) if read_only else ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.LatestN(keep), todelete_subdir="trash",
-            step_name_format=ocp.path.step.standard_name_format(step_format_fixed_length=8),
-            cleanup_tmp_directories=True)
-        if read_only:
-            options.step_name_format = ocp.path.step.standard_name_format(step_format_fixed_length=8)
+        names = ocp.path.step.standard_name_format(step_format_fixed_length=8)
+        # An old step is renamed into trash/ and deleted from there: a kill cannot leave half of one that looks whole.
+        options = ocp.CheckpointManagerOptions(step_name_format=names, read_only=True) if read_only else \
+            ocp.CheckpointManagerOptions(step_name_format=names, todelete_subdir=TRASH, cleanup_tmp_directories=True,
+                                         preservation_policy=preservation_policy.LatestN(keep))
+        self._read_only, self._trash = read_only, directory / TRASH
         handlers = {"state": ocp.PyTreeCheckpointHandler(use_ocdbt=True), "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(directory.absolute(), item_names=tuple(handlers), item_handlers=handlers,
                                               options=options)
@@ -31,6 +32,7 @@ class Checkpoints:
     def save(self, state: State, meta: dict) -> None:
         """Starts to write the state under its own step; a step already there is left alone."""
         step = int(state.step)
+        self.wait()
         if step not in self.steps():
             self._manager.save(step, force=True, args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state._asdict()),
@@ -52,10 +54,13 @@ class Checkpoints:
         return State(**restored["state"])
 
     def wait(self) -> None:
+        """Until the last save is on disk; then removes the steps it has replaced."""
         self._manager.wait_until_finished()
+        if not self._read_only:
+            shutil.rmtree(self._trash, ignore_errors=True)
 
     def close(self) -> None:
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
 
