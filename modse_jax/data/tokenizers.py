@@ -117,8 +117,8 @@ def train_sentencepiece(documents: Iterable[bytes], vocab_size: int) -> Sentence
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-    """Evenly spaced lines in one pass: all, or between `limit` and twice that. Our own sample, since sentencepiece
-            character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            sentence_iterator=iter(lines), model_writer=out, vocab_size=vocab_size, model_type="bpe",
+            byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False,
             add_dummy_prefix=False, allow_whitespace_only_pieces=True, split_digits=True,
             split_by_unicode_script=False, user_defined_symbols=SYMBOLS, max_sentence_length=16384,
             shuffle_input_sentence=False, hard_vocab_limit=False,
