@@ -23,7 +23,7 @@ def get_config():
     config.data.tokenizer = "sentencepiece"
     config.data.sequence_length = 256
     config.training.batch_size = 4
-    config.training.steps = 1700
+    config.training.steps = 2300
     config.training.checkpoint_every = 200
     config.training.loss_chunk = 512
     config.moe.block_rows = 128

@@ -7,7 +7,7 @@ from absl import app, flags, logging
 
 from modse_jax.config import UserError
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def run(main: Callable[[], int]) -> None:
@@ -33,6 +33,8 @@ def _exit_code(main):
         return main()
     except UserError as error:
         return _complain(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _parse(argv):

@@ -18,7 +18,7 @@ GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalised")
 GATE_TERMS = ("none", "learned")
 DTYPES = ("float32", "bfloat16")
 
-# What a resumed run may change: nothing here changes the function being trained.
+# What a resumed run may change. Of these only training.steps touches training, by the length of the cosine.
 RESUMABLE = ("training.steps", "training.log_every", "training.eval_every", "training.checkpoint_every",
              "checkpoint.keep", "evaluation.batch_size", "evaluation.sample_tokens", "evaluation.prompts",
              "evaluation.temperature", "evaluation.top_k", "evaluation.top_p")
@@ -65,7 +65,7 @@ class MoE:
     balance_loss_count: str = option("top_k", "what f_i counts: all K choices, or the first (paper, Eq. 10)",
                                      choices=("top_k", "argmax"))
     z_loss_weight: float = option(0.0, "weight of mean(logsumexp(router logits)^2), summed over layers", minimum=0)
-    capacity_factor: float = option(0.0, "rows an expert takes, over the even share; 0 = dropless", minimum=0)
+    capacity_factor: float = option(0.0, "an expert's rows per device over its even share; 0 = dropless", minimum=0)
     backend: str = option("auto", "how unequal experts are multiplied", choices=BACKENDS)
     block_rows: int = option(512, "blocked backend: rows per block", minimum=1)
     tail_rows: int = option(64, "blocked backend: rows per block in an expert's remainder", minimum=1)
@@ -275,6 +275,12 @@ def _check_training(config):
         if getattr(o, name) > o.learning_rate:
             raise UserError(f"optimizer.{name}={getattr(o, name)} is above the peak "
                             f"optimizer.learning_rate={o.learning_rate}")
+    e = config.evaluation
+    if not e.prompts or not all(e.prompts):
+        raise UserError(f"evaluation.prompts={e.prompts} must be texts that are not empty")
+    if e.sample_tokens >= config.model.context_length:
+        raise UserError(f"evaluation.sample_tokens={e.sample_tokens} must be below model.context_length="
+                        f"{config.model.context_length}")
     if config.evaluation.top_p > 1:
         raise UserError(f"evaluation.top_p={config.evaluation.top_p} must be <= 1")
     if config.mesh.data == 0:

@@ -1,6 +1,9 @@
 """Every test runs on CPU with 8 virtual devices, and silent rank promotion is an error."""
+import atexit
 import dataclasses
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax  # noqa: E402  (the platform is chosen first)
@@ -10,7 +13,13 @@ from modse_jax.config import Config, Data, Evaluation, Model, MoE, Optimizer, Tr
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)    # tests compile far longer than they run
+# Tests compile far longer than they run: compile carelessly, and equal programs once, the scripts' processes included.
+jax.config.update("jax_disable_most_optimizations", True)
+CACHE = tempfile.mkdtemp(prefix="modse-compiled-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+CACHE_OPTIONS = {"jax_compilation_cache_dir": CACHE, "jax_persistent_cache_min_compile_time_secs": 0.2}
+for name, value in CACHE_OPTIONS.items():
+    jax.config.update(name, value)
 
 
 def tiny_config(**sections) -> Config:

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from modse_jax.config import UserError
 from modse_jax.data import loader, prepare, sources, tokenizers
@@ -80,11 +81,12 @@ def test_held_out_is_stable_and_never_empty_nor_all():
 
 
 def test_a_lone_file_is_cut_at_blank_lines(tmp_path):
-    text = b"".join(b"paragraph %d\n" % i * 40 + b"\n" for i in range(200))
-    (tmp_path / "a.txt").write_bytes(text)
-    pieces = list(sources.documents(f"text:{tmp_path / 'a.txt'}"))
-    assert len(pieces) > 3 and b"".join(p.text for p in pieces) == text
-    assert all(p.text.endswith(b"\n\n") and len(p.text) >= sources.PIECE_BYTES for p in pieces[:-1])
+    for end in (b"\n", b"\r\n"):
+        text = b"".join((b"paragraph %d" % i + end) * 40 + end for i in range(200))
+        (tmp_path / "a.txt").write_bytes(text)
+        pieces = list(sources.documents(f"text:{tmp_path / 'a.txt'}"))
+        assert len(pieces) > 3 and b"".join(p.text for p in pieces) == text
+        assert all(p.text.endswith(end + end) and len(p.text) >= sources.PIECE_BYTES for p in pieces[:-1])
 
 
 def test_batches_are_a_function_of_seed_and_step(prepared):
@@ -135,12 +137,16 @@ def test_preparing_twice_gives_the_same_card_and_leaves_nothing_half_done(corpus
     ("text:{corpus}", "sentencepiece:{tmp}/none.model", "does not exist"),
     ("text:{corpus}", "sentencepiece:{tmp}/one/a.txt", "is not a sentencepiece model"),
     ("text:{corpus}", "sentencepiece", "could not train 100 pieces"),
+    ("text:{corpus}", "sentencepiece:{tmp}/lossy.model", "loses text"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(source, tokenizer, message, corpus, tmp_path, capsys):
     for name, text in (("empty", None), ("one", "some text"), ("blank", "")):
         (tmp_path / name).mkdir()
         if text is not None:
             (tmp_path / name / "a.txt").write_text(text)
+    sentencepiece.SentencePieceTrainer.train(    # the library's defaults normalise
+        sentence_iterator=iter(["some words to learn pieces from"] * 50), vocab_size=22,
+        model_writer=(tmp_path / "lossy.model").open("wb"), pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
     names = dict(tmp=tmp_path, corpus=corpus)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
@@ -149,6 +155,20 @@ def test_bad_input_is_one_line_and_exit_code_2(source, tokenizer, message, corpu
     said = capsys.readouterr().err
     assert stop.value.code == 2 and message in said and said.startswith("error: ") and said.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_out_that_cannot_be_made_is_refused(corpus, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in ("file", "file/below"):
+        with pytest.raises(UserError, match="cannot be made"):
+            prepare.prepare(f"text:{corpus}", "bytes", str(tmp_path / out), 32, 0.1, 0)
+
+
+def test_data_of_another_source_is_not_taken_for_this_one(corpus, tmp_path):
+    config = tiny_config(data=dict(source=f"text:{corpus}"))
+    loader.load(config, tmp_path)
+    with pytest.raises(UserError, match="was prepared with validation_fraction 0.02"):
+        loader.load(tiny_config(data=dict(source=f"text:{corpus}", validation_fraction=0.3)), tmp_path)
 
 
 def test_data_and_config_must_agree(prepared, tmp_path):

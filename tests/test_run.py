@@ -1,5 +1,7 @@
 """Whole runs: resume, signals, evaluation, report; and every bad input in one line, exit code 2, nothing written."""
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -12,12 +14,14 @@ import jax
 import numpy as np
 import pytest
 
-from modse_jax.config import UserError
+from modse_jax import mesh
+from modse_jax.config import Config, UserError, fields
+from modse_jax.data import loader
 from modse_jax.evaluation import report, scoring, summary
 from modse_jax.training import loop, metrics
 from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints
-from tests.conftest import tiny_config
+from tests.conftest import CACHE_OPTIONS, tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 OVERRIDES = dict(model=dict(dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300),
@@ -41,11 +45,11 @@ def config_for(corpus, **sections):
     return tiny_config(**sections)
 
 
-def state_of(workdir, config):
+def state_of(workdir, config, step=0):
     checkpoints = Checkpoints(workdir / "checkpoints", 3, read_only=True)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(
         jax.devices()[0])), jax.eval_shape(lambda: steps.initial_state(config)))
-    state = checkpoints.restore(checkpoints.steps()[-1], abstract)
+    state = checkpoints.restore(step or checkpoints.steps()[-1], abstract)
     checkpoints.close()
     return jax.device_get(state)
 
@@ -99,10 +103,49 @@ def finished(tmp_path_factory):
         (root / "corpus" / f"{i}.txt").write_text(f"line {i} of some text, said again and again\n" * 40)
     config = config_for(root / "corpus")
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    loop.train(config, str(root / "run"))
+    with options_read() as read:
+        mesh.request_determinism(config)
+        loop.train(config, str(root / "run"))
+        scoring.evaluate(str(root / "run"), 0, ("sample",), 0, 0, ())
+    READ.update(read)
     for s, handler in before.items():
         signal.signal(s, handler)
     return config, root / "run"
+
+
+READ = set()
+
+
+@contextlib.contextmanager
+def options_read():
+    """Collects "section.option" for every option that the package, config.py apart, reads meanwhile."""
+    read, package = set(), str(ROOT / "modse_jax")
+
+    def recording(section, cls):
+        names = {f.name for f in dataclasses.fields(cls)}
+
+        def get(self, name):
+            file = sys._getframe(1).f_code.co_filename
+            if name in names and file.startswith(package) and not file.endswith("config.py"):
+                read.add(f"{section}.{name}".removeprefix("."))
+            return object.__getattribute__(self, name)
+        return get
+
+    classes = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)} | {"": Config}
+    for section, cls in classes.items():
+        cls.__getattribute__ = recording(section, cls)
+    try:
+        yield read
+    finally:
+        for cls in classes.values():
+            del cls.__getattribute__
+
+
+def test_every_option_is_read_by_a_run(finished):
+    """A dead option is a promise not kept. What a run of this config has no use for is named here, with its reader."""
+    elsewhere = {"moe.width", "moe.widths", "moe.pairs"}    # config.py: Config.widths and its checks
+    every = {path for path, field in fields() if not dataclasses.is_dataclass(field.type)}
+    assert every - READ - elsewhere == set()
 
 
 def test_what_a_run_leaves(finished):
@@ -125,6 +168,20 @@ def test_what_a_run_leaves(finished):
     assert {"versions", "devices", "git_commit", "command"} <= set(environment)
     assert list((workdir / "tensorboard").glob("events*"))
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"00000003", "00000006"}
+
+
+def test_a_checkpoint_holds_its_own_step_though_training_went_on(finished):
+    """It is written in the background while the next steps reuse the donated buffers of its state."""
+    config, workdir = finished
+    data = loader.load(config, workdir)
+    step, state = jax.jit(steps.make_train_step(config)), steps.initial_state(config)
+    for batch in itertools.islice(loader.train_batches(data, config, 0), 3):
+        state, _ = step(state, batch)
+    saved = state_of(workdir, config, 3)
+    for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(jax.device_get(state))):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    after = state_of(workdir, config, 6)
+    assert np.abs(after.params["head"] - saved.params["head"]).max() > 1e-3
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(finished):
@@ -201,7 +258,8 @@ def test_a_diverging_run_stops_with_its_last_good_checkpoint(corpus, tmp_path, m
 # ---- the scripts, as a user calls them -------------------------------------------------------------------------------
 
 def command(script, *args, cwd=ROOT, wait=True):
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "2"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "2",
+           **{name.upper(): str(value) for name, value in CACHE_OPTIONS.items()}}
     process = subprocess.Popen([sys.executable, script, *args], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     return process.communicate(timeout=240) + (process.returncode,) if wait else process
@@ -241,7 +299,7 @@ def test_train_killed_then_stopped_then_finished_then_evaluated(corpus, tmp_path
     assert code == 0 and "finished:" in out, err
     out, err, code = command("eval.py", f"--workdir={tmp_path / 'run'}", "--limit=4", "--prompt=def")
     assert code == 0 and "bits/byte" in out and "sample after 'def'" in out, err
-    assert json.loads((tmp_path / "run" / "eval" / "120.json").read_text())["limit"] == 4
+    assert json.loads((tmp_path / "run" / "eval" / "120.first4.json").read_text())["limit"] == 4
 
 
 @pytest.mark.parametrize("change, message", [

@@ -52,6 +52,11 @@ def load(config: Config, workdir: pathlib.Path) -> Data:
         return _open_checked(config, directory)
     directory = workdir / "data"
     if (directory / "card.json").exists():
+        card = _read_card(directory)
+        for name, wanted in (("source", d.source), ("validation_fraction", d.validation_fraction)):
+            if card[name] != wanted:
+                raise UserError(f"{directory} was prepared with {name} {card[name]!r}, but data.{name}={wanted!r}; use "
+                                f"another --workdir, or remove {directory}")
         return _open_checked(config, directory)
     new = [p for p in (workdir, *workdir.parents) if not p.exists()]
     prepare.prepare(d.source, d.tokenizer, directory, d.sequence_length, d.validation_fraction, config.model.vocab_size)

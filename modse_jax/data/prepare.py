@@ -14,6 +14,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -56,6 +57,9 @@ def prepare(source: str, tokenizer: str, out: str, sequence_length: int, validat
     Raises UserError, with nothing left behind: no documents, fewer tokens than one record, a directory that exists.
     """
     out = pathlib.Path(out).expanduser().absolute()
+    parent = next(p for p in (out, *out.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{out} cannot be made: {parent} is not a directory that may be written")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; name a new directory or remove it")
     usable, counts = _usable(source)

@@ -2,6 +2,7 @@
 import glob
 import hashlib
 import pathlib
+import re
 import sysconfig
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 from modse_jax.config import UserError
 
 FORMS = "python_stdlib or text:PATH (a file, a folder, or a glob)"
+BLANK_LINE = re.compile(rb"\n\r?\n")
 PIECE_BYTES = 16384    # a lone text file is cut into documents of at least this size, at blank lines
 
 
@@ -22,7 +24,7 @@ def files(source: str) -> list[tuple[str, pathlib.Path]]:
     kind, _, where = source.partition(":")
     if kind == "python_stdlib" and not where:
         root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-        out = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")]
+        out = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py") if path.is_file()]
         skip = {"site-packages", "dist-packages", "__pycache__"}
         out = [(name, path) for name, path in out if not skip & set(pathlib.PurePosixPath(name).parts)]
     elif kind == "text" and where:
@@ -69,13 +71,13 @@ def held_out(names: list[str], fraction: float) -> set[str]:
 
 
 def _hash(name):
-    return int(hashlib.sha256(name.encode()).hexdigest()[:13], 16) / 16**13
+    return int(hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:13], 16) / 16**13
 
 
 def _pieces(name, text):
     start, number = 0, 0
     while start < len(text):
-        cut = text.find(b"\n\n", start + PIECE_BYTES)
-        end = len(text) if cut < 0 else cut + 2
+        blank = BLANK_LINE.search(text, start + PIECE_BYTES)
+        end = blank.end() if blank else len(text)
         yield Document(f"{name}#{number:06d}", text[start:end])
         start, number = end, number + 1

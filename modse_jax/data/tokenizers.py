@@ -18,6 +18,9 @@ SAMPLED_LINES = 40000
 # Line ends and the indent after them as single pieces: otherwise half of a program's tokens are white space.
 SYMBOLS = ["\n", "\n\n"] + ["\n" + "\u2581" * spaces for spaces in (2, 4, 8, 12, 16, 20, 24)]
 
+# What normalisation, dropped spaces, a dummy prefix or missing byte fallback would change.
+PROBE = "x  two  spaces \r\n\ttab caf\u00e9 e\u0301 \ufb01 \u00bd \u4e16\u754c \U0001f600 \u2581 end ".encode()
+
 
 class Bytes:
     """One token per byte."""
@@ -45,9 +48,12 @@ class SentencePiece:
         p = self._processor
         self.pad_id, self.bos_id, self.eos_id, self.vocab_size = p.pad_id(), p.bos_id(), p.eos_id(), p.vocab_size()
         if min(self.pad_id, self.bos_id, self.eos_id) < 0:
-            raise UserError("the sentencepiece model lacks a pad, bos or eos piece; train it with "
-                            "--pad_id=0 --bos_id=1 --eos_id=2 --unk_id=3, or with modse_jax.data.train_tokenizer")
+            raise UserError("the sentencepiece model lacks a pad, bos or eos piece; train one with "
+                            "modse_jax.data.train_tokenizer")
         self._special = {self.pad_id, self.bos_id, self.eos_id}
+        if self.decode(self.encode(PROBE)) != PROBE:
+            raise UserError("the sentencepiece model loses text (it normalises, drops spaces or has no byte fallback), "
+                            "so bits per byte would be wrong; train one with modse_jax.data.train_tokenizer")
 
     def encode(self, text: bytes) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -118,9 +124,9 @@ def train_sentencepiece(documents: Iterable[bytes], vocab_size: int) -> Sentence
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=out, vocab_size=vocab_size, model_type="bpe",
-            byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            add_dummy_prefix=False, allow_whitespace_only_pieces=True, split_digits=True,
-            split_by_unicode_script=False, user_defined_symbols=SYMBOLS, max_sentence_length=16384,
+            byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
+            split_digits=True, split_by_unicode_script=False, user_defined_symbols=SYMBOLS, max_sentence_length=16384,
             shuffle_input_sentence=False, hard_vocab_limit=False,
             pad_id=0, bos_id=1, eos_id=2, unk_id=3, num_threads=1, minloglevel=2)
     except RuntimeError as error:

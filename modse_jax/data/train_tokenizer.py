@@ -3,6 +3,7 @@
     python -m modse_jax.data.train_tokenizer --source=text:PATH --kind=sentencepiece --vocab_size=8192 --out=FILE
 """
 import argparse
+import os
 import pathlib
 import sys
 
@@ -22,8 +23,8 @@ def main(argv=None):
     try:
         if out.exists():
             raise UserError(f"{out} exists; name a new file")
-        if not out.absolute().parent.is_dir():
-            raise UserError(f"directory {out.absolute().parent} does not exist")
+        if not os.access(out.absolute().parent, os.W_OK):
+            raise UserError(f"directory {out.absolute().parent} does not exist or may not be written")
         tokenizer = tokenizers.train_sentencepiece(_decodable(a.source), a.vocab_size)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")

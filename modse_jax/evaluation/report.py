@@ -132,5 +132,5 @@ img{{max-width:100%}}pre{{overflow-x:auto;background:#f4f4f4;padding:1em}}</styl
 
 
 def _evaluations(workdir):
-    files = sorted((workdir / "eval").glob("*.json"), key=lambda file: int(file.stem))
-    return [(file, json.loads(file.read_text())) for file in files]
+    files = [file for file in (workdir / "eval").glob("*.json") if file.stem.isdigit()]
+    return [(file, json.loads(file.read_text())) for file in sorted(files, key=lambda file: int(file.stem))]

@@ -50,22 +50,27 @@ def open_run(workdir: pathlib.Path, step: int, batch_size: int) -> Run:
     step = step or have[-1]
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=meshes.replicated(mesh)),
                             jax.eval_shape(lambda: steps.initial_state(config)))
+    data = loader.load(config, workdir)
+    checkpoints.check_meta(step, {"data": data.card, "tokenizer": data.card["tokenizer"]})
     params = checkpoints.restore(step, abstract).params
     checkpoints.close()
-    return Run(config, loader.load(config, workdir), mesh, step, params)
+    return Run(config, data, mesh, step, params)
 
 
 def evaluate(workdir: str, step: int, suites: tuple[str, ...], limit: int, batch_size: int,
              prompts: tuple[str, ...]) -> dict:
-    """Runs the suites and writes eval/STEP.json. Args: limit: validation records, 0 for all. batch_size: 0 for the
-    config's. prompts: () for the config's."""
+    """Runs the suites and writes eval/STEP.json, or eval/STEP.firstN.json with a limit.
+
+    Args: step: 0 for the newest. limit: validation records, 0 for all. batch_size: 0 for the config's. prompts: () for
+    the config's.
+    """
     unknown = [name for name in suites if name not in SUITES]
     if unknown or not suites:
         raise UserError(f"--suite={','.join(unknown)} is unknown; suites: {', '.join(SUITES)}")
     workdir = pathlib.Path(workdir).expanduser().absolute()
     batch_size = batch_size or read_config(workdir).evaluation.batch_size
     run = open_run(workdir, step, batch_size)
-    result = {"step": run.step, "suites": list(suites), "limit": limit}
+    result = {"step": run.step, "limit": limit}
     if "loss" in suites or "routing" in suites:
         loss, routing = validate(run, limit, batch_size)
         if "loss" in suites:
@@ -74,8 +79,10 @@ def evaluate(workdir: str, step: int, suites: tuple[str, ...], limit: int, batch
             result["routing"] = {"widths": list(run.config.widths), "layers": routing}
     if "sample" in suites:
         result["samples"] = sample(run, prompts or run.config.evaluation.prompts)
-    path = workdir / "eval" / f"{run.step}.json"
+    path = workdir / "eval" / (f"{run.step}.first{limit}.json" if limit else f"{run.step}.json")
     path.parent.mkdir(exist_ok=True)
+    if path.exists():    # suites run one after the other make one result
+        result = {**json.loads(path.read_text()), **result}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=2) + "\n")
     temporary.replace(path)

@@ -15,16 +15,17 @@ from modse_jax.training import metrics
 
 def summary(workdir: pathlib.Path, since: float) -> dict:
     """Bits per byte of the newest evaluation and of gzip -9, median tokens/s of training, minutes since a time."""
-    evaluations = sorted((workdir / "eval").glob("*.json"), key=lambda file: int(file.stem))
-    if not evaluations:
-        raise UserError(f"{workdir} holds no evaluation; run eval.py first")
+    whole = [file for file in (workdir / "eval").glob("*.json") if file.stem.isdigit()]
+    result = json.loads(max(whole, key=lambda file: int(file.stem)).read_text()) if whole else {}
+    if "loss" not in result:
+        raise UserError(f"{workdir} holds no evaluation of the loss; run eval.py --workdir={workdir} first")
     data = loader.load(scoring.read_config(workdir), workdir)
     text = b"".join(loader.documents(data, "validation"))
     if len(text) != data.card["splits"]["validation"]["bytes"]:
         raise RuntimeError("decoding the held-out records did not give back the bytes that were prepared")
     speeds = sorted(row["tokens_per_second"] for row in metrics.read(workdir / "metrics.jsonl")
                     if row["split"] == "train")
-    return {"validation_bits_per_byte": json.loads(evaluations[-1].read_text())["loss"]["bits_per_byte"],
+    return {"validation_bits_per_byte": result["loss"]["bits_per_byte"],
             "gzip_bits_per_byte": 8 * len(gzip.compress(text, 9)) / len(text),
             "tokens_per_second": speeds[len(speeds) // 2],
             "minutes": round((time.time() - since) / 60, 2)}

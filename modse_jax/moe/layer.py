@@ -24,7 +24,7 @@ class MoELayer(nnx.Module):
     def __init__(self, config: Config, mesh: Mesh | None, rngs: nnx.Rngs):
         D, E = config.model.dim, config.moe.num_experts
         self.config, self.mesh, self.widths = config.moe, mesh, config.widths
-        self.eps, self.dtype = config.model.norm_eps, jnp.dtype(config.model.dtype)
+        self.eps = config.model.norm_eps
         normal = functools.partial(_normal, rngs)
         self.w_gate, self.w_up = (nnx.Param(normal((D, sum(self.widths)), D**-0.5)) for _ in range(2))
         self.w_down = nnx.Param(_down_projection(normal, self.widths, D, config.model.num_layers))
@@ -39,7 +39,6 @@ class MoELayer(nnx.Module):
             routed = router.RouterWeights(
                 self.router_gate[...], self.router_noise[...], self.router_noise_scale[...])
         experts = expert_ffn.ExpertWeights(self.w_gate[...], self.w_up[...], self.w_down[...])
-        experts = expert_ffn.ExpertWeights(*(w.astype(self.dtype) for w in experts))
         if self.mesh is None or self.mesh.size == 1:
             return self._local(x_BLD, valid_BL, routed, experts, lambda sums: sums)
         reduce = functools.partial(jax.lax.psum, axis_name=DATA)

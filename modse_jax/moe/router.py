@@ -82,6 +82,7 @@ def route(x_TD: jax.Array, valid_T: jax.Array, weights: RouterWeights, config: M
 
     Args: reduce: sums its argument over the devices that share the batch, so that the losses are the global batch's.
     """
+    x_TD = jnp.where(valid_T[:, None], x_TD, 0)    # NaN in padding would reach the weights' gradient as 0 * NaN
     logits_TE = gate_logits(x_TD, weights, eps)
     gates_TK, ids_TK = gates(logits_TE, config.top_k, config.gate)
     log_p_TE = jax.nn.log_softmax(logits_TE, axis=-1)

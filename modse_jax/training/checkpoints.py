@@ -44,6 +44,14 @@ class Checkpoints:
             raise UserError(f"checkpoint {step} has format {meta['format']}, this code reads {FORMAT}")
         return meta
 
+    def check_meta(self, step: int, meta: dict) -> None:
+        """Raises UserError where a step was trained on other data, or with another tokenizer, than `meta` says."""
+        saved = self.meta(step)
+        for name in ("tokenizer", "data"):
+            if saved[name] != meta[name]:
+                raise UserError(f"checkpoint {step} was trained with other data ({name}: {saved[name]!r}), now "
+                                f"{meta[name]!r}; restore the data it was trained on, or use another --workdir")
+
     def restore(self, step: int, abstract: State) -> State:
         """The state of a step, placed as the abstract state's shardings say. Raises UserError where shapes or types
         differ: Orbax alone would cast a type in silence."""

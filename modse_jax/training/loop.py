@@ -17,12 +17,14 @@ import tqdm
 
 from modse_jax import mesh as meshes
 from modse_jax.config import RESUMABLE, Config, UserError, differences, from_dict
-from modse_jax.data import loader, prepare, tokenizers
+from modse_jax.data import loader, prepare
 from modse_jax.model import accounting
 from modse_jax.training import metrics, validation
 from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints
 
+# What a run that was killed early may leave before it writes config.json, which says that the workdir holds a run.
+BEFORE_CONFIG = {"data", "data.partial", "checkpoints", "environment.json", "environment.tmp", "config.tmp"}
 FINISHED, DIVERGED, STOPPED, KILLED = 0, 3, 75, 130    # exit codes
 
 
@@ -43,24 +45,22 @@ def train(config: Config, workdir: str) -> int:
     print(prepare.summary(data.card))
 
     # ---- workdir ----------------------------------------------------------------------------------------------------
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    (workdir / "environment.json").write_text(json.dumps(_environment(), indent=2) + "\n")
-    (workdir / "checkpoints").mkdir(exist_ok=True)
+    (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-    meta = {"config": dataclasses.asdict(config), "data": data.card,
-            "tokenizer": tokenizers.fingerprint(data.tokenizer)}
+    meta = {"config": dataclasses.asdict(config), "data": data.card, "tokenizer": data.card["tokenizer"]}
 
     # ---- state: a checkpoint's, or a fresh one ----------------------------------------------------------------------
     everywhere, by_batch = meshes.replicated(mesh), meshes.batch(mesh)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), abstract)
     latest = max(checkpoints.steps(), default=0)
     if latest:
-        _check_meta(checkpoints.meta(latest), meta, latest)
+        checkpoints.check_meta(latest, meta)
     if latest >= t.steps:
         print(f"finished: {workdir} holds step {latest} of {t.steps}; nothing to do")
         checkpoints.close()
         return FINISHED
+    _write_json(workdir / "environment.json", _environment())
+    _write_json(workdir / "config.json", dataclasses.asdict(config))
     if latest:
         print(f"resuming step {latest} of {t.steps} from {workdir / 'checkpoints'}")
         state = checkpoints.restore(latest, abstract)
@@ -110,7 +110,7 @@ def train(config: Config, workdir: str) -> int:
         diverged = pending is not None and read(*pending)
         pending = (step, values)
         last, stopping = step == t.steps, stop.asked    # asked once: a signal may come at any line
-        validate = last or (t.eval_every and step % t.eval_every == 0)
+        validate = last or (t.eval_every and step % t.eval_every == 0 and not stopping)
         save = last or stopping or step % t.checkpoint_every == 0
         if not diverged and (validate or save):
             diverged = read(*pending)
@@ -159,7 +159,7 @@ class _StopFlag:
         if self.asked:
             os._exit(KILLED)
         self.asked = True
-        print("\nstopping after this step; once more to leave at once", file=sys.stderr)
+        os.write(2, b"\nstopping after this step; once more to leave at once\n")    # print may be half-way itself
 
 
 def parameter_table(config: Config) -> str:
@@ -201,11 +201,11 @@ def _check_workdir(workdir, config):
                             f"config it was started with")
     elif workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a directory")
-    elif workdir.exists() and any(p.name not in ("data", "data.partial") for p in workdir.iterdir()):
+    elif workdir.exists() and any(p.name not in BEFORE_CONFIG for p in workdir.iterdir()):
         raise UserError(f"--workdir={workdir} is not empty and holds no run (no config.json); name another directory")
     parent = next(p for p in (workdir, *workdir.parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise UserError(f"--workdir={workdir} cannot be written: no permission in {parent}")
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--workdir={workdir} cannot be made: {parent} is not a directory that may be written")
 
 
 def _check_space(workdir, abstract, config):
@@ -220,11 +220,10 @@ def _check_space(workdir, abstract, config):
                         f"lower checkpoint.keep, or use another --workdir")
 
 
-def _check_meta(saved, meta, step):
-    for name in ("tokenizer", "data"):
-        if saved[name] != meta[name]:
-            raise UserError(f"checkpoint {step} was trained with other data ({name}: {saved[name]!r}), now "
-                            f"{meta[name]!r}; restore the data it was trained on, or use another --workdir")
+def _write_json(path, value):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def _environment():

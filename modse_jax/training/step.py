@@ -102,7 +102,8 @@ def make_train_step(config: Config, mesh=None) -> Callable:
         skipped = state.skipped + ~finite
         in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
         new = State(state.step + 1, params, opt_state, skipped, in_a_row)
-        return new, Metrics(loss, balance, z, grad_norm, schedule(state.step), targets, skipped, in_a_row, statistics)
+        rate = schedule(state.step - state.skipped)    # Adam's count stands still in a skipped step
+        return new, Metrics(loss, balance, z, grad_norm, rate, targets, skipped, in_a_row, statistics)
 
     return step
 
