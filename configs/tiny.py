@@ -2,7 +2,8 @@
 
     python train.py --config=configs/tiny.py --workdir=runs/tiny
 
-PLACEHOLDER
+Trains on 2.4 M tokens of the Python library's source, seen once. Expected: 1.795 bits per byte on held-out files, where
+gzip -9 takes 1.841 (recorded, LOG.md); about 10 minutes of training on 2 cores at 4,000 tokens/s, plus one to prepare.
 """
 from modse_jax.config import default_config
 from modse_jax.moe import sizing

@@ -93,8 +93,8 @@ def test_bfloat16_products_accumulate_in_float32():
 
 def test_random_widths_and_routings_agree_with_the_reference():
     rng = np.random.default_rng(0)
-    for _ in range(4):
-        E = int(rng.integers(1, 9))
+    for _ in range(3):
+        E = int(rng.integers(2, 6))
         widths = tuple(int(w) for w in rng.integers(1, 12, E))
         rows = rng.multinomial(60, rng.dirichlet(np.full(E, 0.4))).astype(np.int32)
         w = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in

@@ -48,7 +48,7 @@ def test_one_steps_numbers_are_pinned():
 PINNED = [5.815792, 4.014061, 6.151933, 0.405583, 41.444678]
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
+@pytest.mark.parametrize("micro_batches", [4])
 def test_accumulation_equals_one_large_batch(micro_batches):
     """But for the balance loss, which is nonlinear in the batch, and so is off here."""
     config = tiny_config(moe=dict(balance_loss_weight=0.0, z_loss_weight=0.0))
