@@ -2,8 +2,8 @@
 
     python train.py --config=configs/tiny_baseline.py --workdir=runs/tiny_baseline
 
-Time and expected result as configs/tiny.py; not run to the end yet. Compare the two only over several seeds: a difference
-in one run of this size says nothing about widths.
+Time and expected result as configs/tiny.py; not run to the end yet. Compare the two over several seeds only: one run of
+this size says nothing about widths.
 """
 from configs import tiny
 
