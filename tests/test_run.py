@@ -184,6 +184,14 @@ def test_a_checkpoint_holds_its_own_step_though_training_went_on(finished):
     assert np.abs(after.params["head"] - saved.params["head"]).max() > 1e-3
 
 
+def test_steps_without_a_config_are_not_resumed_under_another(corpus, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "00000003").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="holds checkpoints but no config.json"):
+        loop.train(config_for(corpus), str(tmp_path / "run"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_evaluation_does_not_depend_on_the_batch_size(finished):
     config, workdir = finished
     results = [scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, n, ()) for n in (1, 3, 8)]

@@ -201,6 +201,9 @@ def _check_workdir(workdir, config):
                             f"config it was started with")
     elif workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a directory")
+    elif any((workdir / "checkpoints").glob("[0-9]*")):
+        raise UserError(f"{workdir} holds checkpoints but no config.json to compare with; each step's meta holds its "
+                        f"config: restore the file, or use another --workdir")
     elif workdir.exists() and any(p.name not in BEFORE_CONFIG for p in workdir.iterdir()):
         raise UserError(f"--workdir={workdir} is not empty and holds no run (no config.json); name another directory")
     parent = next(p for p in (workdir, *workdir.parents) if p.exists())
