@@ -13,7 +13,8 @@ import ml_collections
 
 from modse_jax.moe import sizing
 
-BACKENDS = ("auto", "reference", "blocked")
+BACKENDS = ("auto", "reference", "blocked", "pallas_tpu")
+ANYWHERE = ("auto", "reference", "blocked")    # backends that need no particular device
 GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalised")
 GATE_TERMS = ("none", "learned")
 DTYPES = ("float32", "bfloat16")
@@ -45,8 +46,8 @@ class Model:
     norm_eps: float = option(1e-5, "epsilon of every RMSNorm", above=0)
     tie_embeddings: bool = option(False, "one matrix for input and output embedding")
     dtype: str = option("float32", "compute type; parameters, router, softmax and loss stay float32", choices=DTYPES)
-    remat: str = option("none", "what the backward pass recomputes: nothing, or every block",
-                        choices=("none", "full"))
+    remat: str = option("none", "what the backward pass recomputes: nothing; every block but its routing; or that, but "
+                        "for products", choices=("none", "full", "save_routing_and_dots"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,12 @@ class MoE:
                                      choices=("top_k", "argmax"))
     z_loss_weight: float = option(0.0, "weight of mean(logsumexp(router logits)^2), summed over layers", minimum=0)
     capacity_factor: float = option(0.0, "an expert's rows per device over its even share; 0 = dropless", minimum=0)
-    backend: str = option("auto", "how unequal experts are multiplied", choices=BACKENDS)
-    block_rows: int = option(512, "blocked backend: rows per block", minimum=1)
-    tail_rows: int = option(64, "blocked backend: rows per block in an expert's remainder", minimum=1)
+    backend: str = option("auto", "how unequal experts are multiplied; auto = blocked, everywhere", choices=BACKENDS)
+    block_rows: int = option(1024, "blocked backend: rows of the largest block", minimum=1)
+    tail_rows: int = option(64, "blocked backend: rows of the smallest block; halves of the largest lie between",
+                            minimum=1)
+    saved_activations: float = option(0.0, "blocked backend: hidden activations kept for the backward pass, over those "
+                                      "of evenly spread rows; the rest is recomputed", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +267,8 @@ def _check_moe(config):
             sizing.check_pairs(config.widths, moe.width)
     except ValueError as error:
         raise UserError(f"moe.widths: {error}") from None
+    if moe.tail_rows > moe.block_rows:
+        raise UserError(f"moe.tail_rows={moe.tail_rows} is larger than moe.block_rows={moe.block_rows}")
 
 
 def _check_training(config):

@@ -35,6 +35,19 @@ def _mesh(devices):
     return Mesh(np.array(devices), (DATA,), axis_types=(AxisType.Auto,))
 
 
+# Names of TPU generations, by a part of jax's device_kind.
+_CHIPS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e"}
+
+
+def chip(mesh: Mesh | None) -> str:
+    """What the mesh (None: the default device) is made of: "cpu", "gpu", "v5p", ...; an unknown TPU's device_kind."""
+    device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
+    for part, name in _CHIPS.items():
+        if part in device.device_kind:
+            return name
+    return device.device_kind if device.platform == "tpu" else device.platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -49,22 +49,22 @@ def numpy_value_and_grads(widths, rows, w, x, dy):
     return y, dx, dw
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def value_and_grads(x, rows, w, dy, widths, backend):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def value_and_grads(x, rows, w, dy, widths, backend, saved=0.0):
     def f(x, w):
-        return ef.expert_ffn(x, rows, ef.ExpertWeights(**w), widths, backend, (8, 4))
+        return ef.expert_ffn(x, rows, ef.ExpertWeights(**w), widths, backend, ef.Blocks(8, 4, saved), "cpu")
     y, pull = jax.vjp(f, x, w)
     return (y, *pull(dy))
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked"])
-@pytest.mark.parametrize("case", CASES)
-def test_outputs_and_gradients_equal_numpy(case, backend):
+@pytest.mark.parametrize("case,backend,saved", [(c, b, 0.0) for c in CASES for b in ("reference", "blocked")] + [
+    ("unequal", "blocked", 0.5), ("empty experts", "blocked", 0.9), ("all on one", "blocked", 9.0)])
+def test_outputs_and_gradients_equal_numpy(case, backend, saved):
     widths, rows, w, x, dy = numbers(case)
     expected = numpy_value_and_grads(widths, rows, w, x, dy)
     x[sum(rows):], dy[sum(rows):] = np.nan, np.nan    # nobody's rows may hold anything
     x, w, dy = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, w, dy))
-    y, dx, dw = value_and_grads(x, jnp.asarray(rows, jnp.int32), w, dy, widths, backend)
+    y, dx, dw = value_and_grads(x, jnp.asarray(rows, jnp.int32), w, dy, widths, backend, saved)
     for got, want in zip(jax.tree.leaves((y, dx, dw)), jax.tree.leaves(expected)):
         scale = max(1e-3, np.abs(want).max())
         np.testing.assert_allclose(np.asarray(got) / scale, want / scale, atol=2e-6)
@@ -114,7 +114,7 @@ def test_a_thousand_experts_trace_as_few_loops():
                   ((256, D), (D, sum(widths)), (D, sum(widths)), (sum(widths), D))]
 
         def f(x, rows, *w):
-            return ef.expert_ffn(x, rows, ef.ExpertWeights(*w), widths, "blocked", (64, 8))
+            return ef.expert_ffn(x, rows, ef.ExpertWeights(*w), widths, "blocked", ef.Blocks(64, 8), "cpu")
         rows = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
         return len(jax.jit(f).lower(shapes[0], rows, *shapes[1:]).as_text().splitlines())
     assert lines(1024) <= lines(8)
@@ -123,7 +123,7 @@ def test_a_thousand_experts_trace_as_few_loops():
 def test_widths_that_do_not_fit_the_weights_are_refused():
     w = ef.ExpertWeights(jnp.zeros((D, 8)), jnp.zeros((D, 8)), jnp.zeros((8, D)))
     with pytest.raises(ValueError, match=r"widths \(4, 5\) do not fit"):
-        ef.expert_ffn(jnp.zeros((4, D)), jnp.zeros(2, jnp.int32), w, (4, 5), "blocked", (8, 4))
+        ef.expert_ffn(jnp.zeros((4, D)), jnp.zeros(2, jnp.int32), w, (4, 5), "blocked", ef.Blocks(8, 4), "cpu")
 
 
 def test_the_numpy_loops_agree_with_each_other():

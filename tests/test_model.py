@@ -29,8 +29,8 @@ def test_no_token_sees_a_later_one():
     graph, _ = transformer.build_abstract(CONFIG)
 
     def logit(noise_BLD):
-        positions, mask = jnp.arange(12)[None], attention.packed_mask(jnp.ones((1, 12), jnp.int32))
-        x_BLD, _ = nnx.merge(graph, params)._run(noise_BLD, positions, mask, jnp.ones((1, 12), bool), None)
+        place = attention.packed_place(jnp.ones((1, 12), jnp.int32), CONFIG.model)
+        x_BLD, _ = nnx.merge(graph, params)._run(noise_BLD, place, jnp.ones((1, 12), bool), None)
         return jnp.sum(x_BLD[0, 7] ** 3)
 
     grad_LD = jax.jit(jax.grad(logit))(jax.random.normal(jax.random.key(0), (1, 12, 16)))[0]
@@ -60,7 +60,24 @@ def test_padding_changes_nothing_and_is_not_counted():
     assert bool(jnp.isfinite(logits_padded).all())
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat,recomputed", [("none", 0), ("full", 11), ("save_routing_and_dots", 2)])
+def test_what_is_recomputed(remat, recomputed):
+    """Products beyond those of "none": attention's 4, the router's, and 3 of each of 2 experts; with products saved,
+    those with a batch dimension (scores, and their sum over values). Experts are never chosen twice."""
+    config = tiny_config(model=dict(remat=remat), moe=dict(num_experts=2, widths=(), pairs=False))
+    t = jnp.ones((2, 8), jnp.int32)
+
+    def program(config):
+        graph, params = transformer.build_abstract(config)
+        return str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(t, t)[0])))(params))
+
+    plain = program(tiny_config(moe=dict(num_experts=2, widths=(), pairs=False)))
+    text = program(config)
+    assert text.count("top_k[") == 1
+    assert text.count("dot_general[") - plain.count("dot_general[") == recomputed
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "save_routing_and_dots"])
 def test_scanned_layers_equal_unrolled_ones_with_gradients(remat):
     config = tiny_config(model=dict(remat=remat, num_layers=3))
     params, _ = build(config)
@@ -75,10 +92,10 @@ def test_scanned_layers_equal_unrolled_ones_with_gradients(remat):
         model = nnx.merge(graph, params)
         block_graph, stacked = nnx.split(model.blocks)
         x, balance = model._embed(t), 0.0
-        positions, mask = jnp.broadcast_to(jnp.arange(11)[None], (2, 11)), attention.packed_mask(s)
+        place = attention.packed_place(s, config.model)
         for i in range(3):
             block = nnx.merge(block_graph, jax.tree.map(lambda a, i=i: a[i], stacked))
-            x, _, layer_balance, *_ = block(x, positions, mask, s > 0)
+            x, _, layer_balance, *_ = block(x, place, s > 0)
             balance += layer_balance
         return jnp.sum(jnp.sin(model.logits(model.final_norm(x)))) + balance
 
@@ -105,6 +122,23 @@ def test_grouped_query_heads_equal_repeated_ones():
     np.testing.assert_allclose(attention.attend(q, k, v, mask), whole, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads,min_block", [(2, 128), (2, 4), (6, 3)])
+def test_blocks_of_queries_equal_all_scores_at_once(heads, min_block):
+    """Outputs and gradients, with shared keys, packed documents, padding, and a last block that is not full."""
+    rng = np.random.default_rng(0)
+    q, dy = (jnp.asarray(rng.normal(size=(2, 11, heads, 4)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, 11, 2, 4)), jnp.float32) for _ in range(2))
+    segments = jnp.array([[1] * 4 + [2] * 7, [1] * 8 + [0] * 3])
+
+    def values(f):
+        return jax.jit(lambda *qkv: (f(*qkv), *jax.vjp(f, *qkv)[1](dy)))(q, k, v)
+
+    fast = values(lambda q, k, v: attention.attend_packed(q, k, v, segments, min_block))
+    slow = values(lambda q, k, v: attention.attend(q, k, v, attention.packed_mask(segments)))
+    for a, b in zip(fast, slow):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_attention_equals_jax_nn():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 9, 2, 4)), jnp.float32) for _ in range(3))
@@ -116,8 +150,13 @@ def test_attention_equals_jax_nn():
 def test_rotary_scores_depend_on_distance_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
+    config = tiny_config(model=dict(dim=8, num_heads=1)).model
+
+    def rotate(x, position):
+        return attention.rotate(x, *attention.rotary(jnp.array([[position]]), config))
+
     def score(i, j):
-        return float(jnp.sum(attention.rotate(q, jnp.array([[i]]), 1e4) * attention.rotate(k, jnp.array([[j]]), 1e4)))
+        return float(jnp.sum(rotate(q, i) * rotate(k, j)))
     assert score(3, 1) == pytest.approx(score(40, 38), abs=1e-4)
     assert abs(score(3, 1) - score(3, 2)) > 1e-3
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from modse_jax.config import Config
+from modse_jax.config import ANYWHERE, Config
 from modse_jax.model import attention
 from modse_jax.moe.layer import MoELayer
-from modse_jax.moe.router import RouterStatistics
+from modse_jax.moe.router import ROUTING, RouterStatistics
 
 
 class Output(NamedTuple):
@@ -36,8 +36,9 @@ def build_abstract(config: Config, mesh: Mesh | None = None):
 
 
 def for_evaluation(config: Config) -> Config:
-    """The same model, dropless: with a capacity a token's score would depend on its batch mates."""
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, capacity_factor=0.0))
+    """The same model, dropless (with a capacity a token's score would depend on its batch mates), on any device."""
+    backend = config.moe.backend if config.moe.backend in ANYWHERE else "auto"
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, capacity_factor=0.0, backend=backend))
 
 
 class RMSNorm(nnx.Module):
@@ -59,8 +60,8 @@ class Block(nnx.Module):
         self.moe_norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.moe = MoELayer(config, mesh, rngs)
 
-    def __call__(self, x_BLD, positions_BL, mask_BLS, valid_BL, cache=None):
-        y_BLD, cache = self.attention(self.attention_norm(x_BLD), positions_BL, mask_BLS, cache)
+    def __call__(self, x_BLD, place, valid_BL, cache=None):
+        y_BLD, cache = self.attention(self.attention_norm(x_BLD), place, cache)
         x_BLD = x_BLD + y_BLD
         y_BLD, balance_loss, z_loss, statistics = self.moe(self.moe_norm(x_BLD), valid_BL)
         return x_BLD + y_BLD, cache, balance_loss, z_loss, statistics
@@ -87,18 +88,16 @@ class Transformer(nnx.Module):
         return self.logits(x_BLD), out
 
     def hidden(self, tokens_BL, segments_BL):
-        """(x_BLD after the last norm, Output). A document's positions start wherever it does: rotary attention sees
-        differences only."""
-        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1])[None, :], tokens_BL.shape)
-        mask_BLL = attention.packed_mask(segments_BL)
-        x_BLD, out = self._run(self._embed(tokens_BL), positions_BL, mask_BLL, segments_BL > 0, None)
+        """(x_BLD after the last norm, Output) of packed rows."""
+        place = attention.packed_place(segments_BL, self.config)
+        x_BLD, out = self._run(self._embed(tokens_BL), place, segments_BL > 0, None)
         return x_BLD, out._replace(cache=None)
 
     def cached(self, tokens_BL, positions_BL, valid_BL, cache):
         """(x_BLD after the last norm, Output) of tokens at given positions after what the cache holds: prefill and
         decoding alike. `cache` is a pair [layers, B, S, G, C]; a position of S or more is not stored."""
-        mask_BLS = attention.cached_mask(positions_BL, cache[0].shape[2])
-        return self._run(self._embed(tokens_BL), positions_BL, mask_BLS, valid_BL, cache)
+        place = attention.cached_place(positions_BL, cache[0].shape[2], self.config)
+        return self._run(self._embed(tokens_BL), place, valid_BL, cache)
 
     def empty_cache(self, batch: int, length: int):
         m = self.config
@@ -119,15 +118,25 @@ class Transformer(nnx.Module):
             x_BLD = x_BLD * self.config.dim**0.5
         return x_BLD.astype(self.config.dtype)
 
-    def _run(self, x_BLD, positions_BL, mask_BLS, valid_BL, cache):
+    def _run(self, x_BLD, place, valid_BL, cache):
         graph, stacked = nnx.split(self.blocks)
 
         def block(x_BLD, layer):
             weights, layer_cache = layer
-            x_BLD, layer_cache, *rest = nnx.merge(graph, weights)(x_BLD, positions_BL, mask_BLS, valid_BL, layer_cache)
+            x_BLD, layer_cache, *rest = nnx.merge(graph, weights)(x_BLD, place, valid_BL, layer_cache)
             return x_BLD, (layer_cache if cache is not None else None, *rest)
 
-        if self.config.remat == "full":
-            block = jax.checkpoint(block, prevent_cse=False)
+        if self.config.remat != "none":
+            block = jax.checkpoint(block, prevent_cse=False, policy=_saved(self.config.remat))
         x_BLD, (cache, balance_loss, z_loss, statistics) = jax.lax.scan(block, x_BLD, (stacked, cache))
         return self.final_norm(x_BLD), Output(jnp.sum(balance_loss), jnp.sum(z_loss), statistics, cache)
+
+
+def _saved(remat):
+    """What a rematerialised block keeps. Routing always: recomputed in another order of additions, a near tie could
+    send a token to another expert than the forward pass did."""
+    routing = jax.checkpoint_policies.save_only_these_names(ROUTING)
+    if remat == "full":
+        return routing
+    return jax.checkpoint_policies.save_from_both_policies(
+        routing, jax.checkpoint_policies.dots_with_no_batch_dims_saveable)

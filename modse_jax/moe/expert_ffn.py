@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from modse_jax.moe import sizing
-from modse_jax.moe.expert_ffn_blocked import blocked
+from modse_jax.moe import expert_ffn_tpu, sizing
+from modse_jax.moe.expert_ffn_blocked import Blocks, blocked
 
 
 class ExpertWeights(NamedTuple):
@@ -21,22 +21,36 @@ class ExpertWeights(NamedTuple):
     w_down: jax.Array    # [H, D]
 
 
+def check_backend(backend: str, widths: Sequence[int], dim: int, chip: str) -> None:
+    """Raises ValueError, naming what would do, where a backend cannot run these widths on this chip (mesh.chip)."""
+    if backend == "pallas_tpu":
+        if chip not in expert_ffn_tpu.CHIPS:
+            raise ValueError(f"moe.backend=pallas_tpu needs one of {', '.join(expert_ffn_tpu.CHIPS)}, this is {chip}; "
+                             "backends that run anywhere: auto, blocked, reference")
+        expert_ffn_tpu.tiles_for(widths, dim, chip)
+
+
 def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, widths: Sequence[int], backend: str,
-               blocks: tuple[int, int]) -> jax.Array:
+               blocks: Blocks, chip: str) -> jax.Array:
     """y_ND: every row through its own expert.
 
     Args:
       x_ND: rows sorted by expert. rows_E: int32, how many rows each expert has; rows past their sum belong to nobody,
         may hold anything, NaN included, and come back as 0 (their gradient too).
       weights: float32 or x's type; products are taken in x's type and accumulated in float32.
-      widths: E static widths. backend: "auto", "reference" or "blocked". blocks: rows of a body and of a tail block.
-    Raises: ValueError where the widths do not add up to the flat axis.
+      widths: E static widths. backend: moe.backend. "auto" is "blocked" on every chip: no other backend has been timed
+        on hardware, and auto must not pick a slower one. blocks: how `blocked` cuts the work. chip: mesh.chip.
+    Raises: ValueError where the widths do not add up to the flat axis, or the backend cannot run them on the chip.
     """
     if sum(widths) != weights.w_gate.shape[1] or len(widths) != rows_E.shape[0]:
         raise ValueError(f"widths {tuple(widths)} do not fit weights {weights.w_gate.shape} and rows {rows_E.shape}")
     weights = ExpertWeights(*(w.astype(x_ND.dtype) for w in weights))
     if backend == "reference":
         return reference(x_ND, rows_E, weights, widths)
+    if backend == "pallas_tpu":
+        check_backend(backend, widths, x_ND.shape[1], chip)
+        tiles = expert_ffn_tpu.tiles_for(widths, x_ND.shape[1], chip)
+        return expert_ffn_tpu.pallas_tpu(x_ND, rows_E, *weights, tuple(widths), tiles)
     return blocked(x_ND, rows_E, *weights, tuple(widths), blocks)
 
 

@@ -1,14 +1,16 @@
 """The grouped feed-forward product in plain XLA, for any device: loops over blocks of an expert's rows.
 
 One loop per size class (experts of one width), so that 1,024 experts compile like 8; inside it a loop over the class's
-experts that have rows, and inside that a loop over row blocks with a dynamic trip count: large blocks for the body of
-an expert's rows, small ones for the remainder, because a gradient accumulator is read and written once per block while
-a block's unused rows are wasted work. A block may reach past its expert's rows into the next expert's: what it reads
-there is masked, what it would write there is left as it was. The backward pass recomputes the hidden activations.
+experts that have rows, and inside that loops over row blocks with a dynamic trip count, from large blocks down to small
+ones by halves: a gradient accumulator is read and written once per block, while a block's unused rows are wasted work.
+A block may reach past its expert's rows into a neighbour's: what it reads there is masked, what it would write there is
+left as it was. The backward pass recomputes the hidden activations, but for those that fit in a buffer of given size.
 
-Legend: N routed rows, D model, E experts, H flat hidden axis, W width of one expert, B rows of one block.
+Legend: N routed rows, D model, E experts, H flat hidden axis, W width of one expert, B rows of one block, S saved
+activations of all experts, one after another.
 """
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,70 +19,128 @@ from jax import lax
 from modse_jax.moe import sizing
 
 
+class Blocks(NamedTuple):
+    """How the work is cut. saved: activations kept for the backward pass, over those of rows spread evenly; 0: none."""
+    body: int
+    tail: int
+    saved: float = 0.0
+
+
+class _Expert(NamedTuple):
+    first: jax.Array     # its first row, how many it has, and its first column
+    rows: jax.Array
+    offset: jax.Array
+    width: int
+
+
+class _Rows:
+    """The rows of one block. At the end of all rows it moves back, over rows that are not its own."""
+
+    def __init__(self, num_rows, start, count, whole, e):
+        self.at, self.count, self.whole = jnp.minimum(start, num_rows - count), count, whole
+        row_B1 = (self.at + jnp.arange(count))[:, None]
+        self.mine_B1 = (row_B1 >= start) & (row_B1 < e.first + e.rows)
+
+    def of(self, a_ND):
+        return lax.dynamic_slice_in_dim(a_ND, self.at, self.count)
+
+    def mine(self, a_BX):
+        return a_BX if self.whole else jnp.where(self.mine_B1, a_BX, 0)
+
+    def store(self, out_ND, new_BD):
+        """out with the block's own rows replaced, the rest of the block left as it was."""
+        new_BD = new_BD.astype(out_ND.dtype)
+        if not self.whole:
+            new_BD = jnp.where(self.mine_B1, new_BD, self.of(out_ND))
+        return lax.dynamic_update_slice_in_dim(out_ND, new_BD, self.at, 0)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def blocked(x_ND, rows_E, w_gate, w_up, w_down, widths, blocks):
-    """See expert_ffn.expert_ffn. widths: E ints; blocks: (body, tail) rows per block."""
-    blocks = _shrink(blocks, x_ND.shape[0], len(widths))
+    """See expert_ffn.expert_ffn. widths: E ints."""
+    return _forward_pass(x_ND, rows_E, (w_gate, w_up, w_down), widths, blocks._replace(saved=0))[0]
 
-    def expert(y_ND, first, rows, offset, width):
-        w_in, w_out = _slice_weights(w_gate, w_up, w_down, offset, width)
 
-        def block(y_ND, start, count):
-            x_BD = lax.dynamic_slice_in_dim(x_ND, start, count)
-            gate_BW, up_BW = jnp.split(_dot(x_BD, w_in, 1, 0), 2, axis=1)
+def _forward_pass(x_ND, rows_E, weights, widths, blocks):
+    """(y_ND, saved gate and up activations [S]); S is 0 where none are to be kept."""
+    sizes = _sizes(blocks, x_ND.shape[0], len(widths))
+    saved_S = jnp.zeros((_saved_size(blocks, x_ND.shape[0], widths, sizes),), x_ND.dtype)
+
+    def expert(carry, e):
+        y_ND, saved_S, base = carry
+        w_gate, w_up, w_down = _slice_weights(weights, e)
+        fits, here, base = _saved_place(saved_S.size, widths, sizes, e, base)
+
+        def block(carry, start, count, whole):
+            y_ND, saved_S = carry
+            rows = _Rows(x_ND.shape[0], start, count, whole, e)
+            x_BD = rows.of(x_ND)
+            gate_BW, up_BW = _dot(x_BD, w_gate, 1, 0), _dot(x_BD, w_up, 1, 0)
+            at = here + jnp.where(fits, 2 * e.width * (start - e.first), 0)
+            saved_S = _save(saved_S, (gate_BW, up_BW), at)
             hidden_BW = (jax.nn.silu(gate_BW) * up_BW).astype(x_BD.dtype)
-            return _store(y_ND, _dot(hidden_BW, w_out, 1, 0), start, first, rows)
+            return rows.store(y_ND, _dot(hidden_BW, w_down, 1, 0)), saved_S
 
-        return _over_blocks(block, y_ND, first, rows, blocks)
+        y_ND, saved_S = _over_blocks(block, (y_ND, saved_S), e, sizes)
+        return y_ND, saved_S, base
 
-    x_ND, N = _pad_rows(x_ND, blocks)
-    return _over_experts(expert, jnp.zeros_like(x_ND), rows_E, widths)[:N]
+    carry = (jnp.zeros_like(x_ND), saved_S, jnp.zeros((), jnp.int32))
+    return _over_experts(expert, carry, rows_E, widths)[:2]
 
 
 def _forward(x_ND, rows_E, w_gate, w_up, w_down, widths, blocks):
-    return blocked(x_ND, rows_E, w_gate, w_up, w_down, widths, blocks), (x_ND, rows_E, w_gate, w_up, w_down)
+    y_ND, saved_S = _forward_pass(x_ND, rows_E, (w_gate, w_up, w_down), widths, blocks)
+    return y_ND, (x_ND, rows_E, w_gate, w_up, w_down, saved_S)
 
 
 def _backward(widths, blocks, saved, dy_ND):
-    x_ND, rows_E, w_gate, w_up, w_down = saved
-    blocks = _shrink(blocks, x_ND.shape[0], len(widths))
+    x_ND, rows_E, *weights, saved_S = saved
+    sizes = _sizes(blocks, x_ND.shape[0], len(widths))
 
-    def expert(carry, first, rows, offset, width):
-        dx_ND, flat = carry[0], carry[1:]
-        w_in, w_out = _slice_weights(w_gate, w_up, w_down, offset, width)
+    def expert(carry, e):
+        dx_ND, flat, base = carry
+        w_gate, w_up, w_down = _slice_weights(weights, e)
+        fits, here, base = _saved_place(saved_S.size, widths, sizes, e, base)
 
-        def block(carry, start, count):
-            dx_ND, dw_in, dw_out = carry
-            mine_B1 = _mine(start, count, first, rows)
-            x_BD = jnp.where(mine_B1, lax.dynamic_slice_in_dim(x_ND, start, count), 0)
-            dy_BD = jnp.where(mine_B1, lax.dynamic_slice_in_dim(dy_ND, start, count), 0)
-            gate_BW, up_BW = jnp.split(_dot(x_BD, w_in, 1, 0), 2, axis=1)
+        def block(carry, start, count, whole):
+            dx_ND, sums = carry
+            rows = _Rows(x_ND.shape[0], start, count, whole, e)
+            x_BD, dy_BD = rows.mine(rows.of(x_ND)), rows.mine(rows.of(dy_ND))
+
+            def recompute():
+                return _dot(x_BD, w_gate, 1, 0), _dot(x_BD, w_up, 1, 0)
+
+            def load():
+                parts = _load(saved_S, count, e.width, here + 2 * e.width * (start - e.first))
+                return tuple(rows.mine(p) for p in parts)    # a neighbour's were saved from rows that may hold anything
+
+            gate_BW, up_BW = lax.cond(fits, load, recompute) if saved_S.size else recompute()
             sigmoid_BW = jax.nn.sigmoid(gate_BW)
             silu_BW = gate_BW * sigmoid_BW
-            dh_BW = _dot(dy_BD, w_out, 1, 1)
             hidden_BW = (silu_BW * up_BW).astype(x_BD.dtype)
-            dgate_BW = dh_BW * up_BW * (sigmoid_BW + silu_BW * (1 - sigmoid_BW))
-            din_B2W = jnp.concatenate((dgate_BW, dh_BW * silu_BW), axis=1).astype(x_BD.dtype)
-            return (_store(dx_ND, _dot(din_B2W, w_in, 1, 1), start, first, rows),
-                    dw_in + _dot(x_BD, din_B2W, 0, 0), dw_out + _dot(hidden_BW, dy_BD, 0, 0))
+            dhidden_BW = _dot(dy_BD, w_down, 1, 1)
+            dgate_BW = (dhidden_BW * up_BW * (sigmoid_BW + silu_BW * (1 - sigmoid_BW))).astype(x_BD.dtype)
+            dup_BW = (dhidden_BW * silu_BW).astype(x_BD.dtype)
+            dx_BD = _dot(dgate_BW, w_gate, 1, 1) + _dot(dup_BW, w_up, 1, 1)
+            new = (_dot(x_BD, dgate_BW, 0, 0), _dot(x_BD, dup_BW, 0, 0), _dot(hidden_BW, dy_BD, 0, 0))
+            return rows.store(dx_ND, dx_BD), jax.tree.map(jnp.add, sums, new)
 
-        zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in (w_in, w_out))
-        dx_ND, dw_in, dw_out = _over_blocks(block, (dx_ND, *zeros), first, rows, blocks)
-        dw = (*jnp.split(dw_in, 2, axis=1), dw_out)
-        return (dx_ND, *(lax.dynamic_update_slice_in_dim(f, d.astype(f.dtype), offset, axis)
-                         for f, d, axis in zip(flat, dw, (1, 1, 0))))
+        zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in (w_gate, w_up, w_down))
+        dx_ND, sums = _over_blocks(block, (dx_ND, zeros), e, sizes)
+        flat = tuple(lax.dynamic_update_slice_in_dim(f, d.astype(f.dtype), e.offset, axis)
+                     for f, d, axis in zip(flat, sums, (1, 1, 0)))
+        return dx_ND, flat, base
 
-    (x_ND, N), (dy_ND, _) = _pad_rows(x_ND, blocks), _pad_rows(dy_ND, blocks)
-    carry = (jnp.zeros_like(x_ND), jnp.zeros_like(w_gate), jnp.zeros_like(w_up), jnp.zeros_like(w_down))
-    dx_ND, *dw = _over_experts(expert, carry, rows_E, widths)
-    return (dx_ND[:N], None, *dw)
+    carry = (jnp.zeros_like(x_ND), tuple(jnp.zeros_like(w) for w in weights), jnp.zeros((), jnp.int32))
+    dx_ND, dw, _ = _over_experts(expert, carry, rows_E, widths)
+    return (dx_ND, None, *dw)
 
 
 blocked.defvjp(_forward, _backward)
 
 
 def _over_experts(expert, carry, rows_E, widths):
-    """carry through expert(carry, first row, rows, offset, width) for every expert that has rows."""
+    """carry through expert(carry, _Expert) for every expert that has rows."""
     first_E = jnp.cumsum(rows_E) - rows_E
     for group in sizing.size_classes(widths):
         ids = jnp.asarray(group.experts, jnp.int32)
@@ -89,50 +149,69 @@ def _over_experts(expert, carry, rows_E, widths):
 
         def one(i, carry, ids=ids, columns=columns, busy=busy, width=group.width):
             e = ids[busy[i]]
-            return expert(carry, first_E[e], rows_E[e], columns[busy[i]], width)
+            return expert(carry, _Expert(first_E[e], rows_E[e], columns[busy[i]], width))
 
         carry = lax.fori_loop(0, jnp.sum(rows_E[ids] > 0, dtype=jnp.int32), one, carry)
     return carry
 
 
-def _over_blocks(block, carry, first, rows, blocks):
-    """carry through block(carry, start row, static row count) until an expert's rows are used up."""
-    body, tail = blocks
-    if body == tail:    # one loop: half the program to compile
-        return lax.fori_loop(0, -(-rows // body), lambda i, c: block(c, first + i * body, body), carry)
-    full = rows // body
-    carry = lax.fori_loop(0, full, lambda i, c: block(c, first + i * body, body), carry)
-    rest = first + full * body
-    return lax.fori_loop(0, -(-(rows - full * body) // tail), lambda i, c: block(c, rest + i * tail, tail), carry)
+def _over_blocks(block, carry, e, sizes):
+    """carry through block(carry, start row, static row count, whole) until the expert's rows are used up. A block is
+    whole where all its rows are surely the expert's own: every size but the last."""
+    start, stop = e.first, e.first + e.rows
+    for size in sizes:
+        last = size == sizes[-1]
+        count = -(-(stop - start) // size) if last else (stop - start) // size
+        carry = lax.fori_loop(0, count, lambda i, c, s=start, b=size, w=not last: block(c, s + i * b, b, w), carry)
+        start = start + count * size
+    return carry
 
 
-def _shrink(blocks, num_rows, num_experts):
-    """Blocks no larger than an expert's even share of the rows: decoding has few rows for many experts."""
-    share = max(8, 1 << max(0, (num_rows // num_experts - 1)).bit_length())
-    return min(blocks[0], share), min(blocks[1], blocks[0], share)
+def _sizes(blocks, num_rows, num_experts):
+    """Rows of a block: body, halved down to tail. No larger than an expert's even share of the rows (decoding has few
+    rows for many experts), and none that the rows cannot fill."""
+    share = min(num_rows, max(8, 1 << max(0, (num_rows // num_experts - 1)).bit_length()))
+    sizes = [min(blocks.body, share)]
+    while sizes[-1] // 2 >= blocks.tail:
+        sizes.append(sizes[-1] // 2)
+    if sizes[-1] > blocks.tail:
+        sizes.append(blocks.tail)
+    return tuple(sizes)
 
 
-def _pad_rows(x_ND, blocks):
-    """Room for the last block, whose dynamic slice would otherwise be moved back to fit."""
-    return jnp.pad(x_ND, ((0, max(blocks)), (0, 0))), x_ND.shape[0]
+def _saved_size(blocks, num_rows, widths, sizes):
+    """Elements of the buffer of saved activations: its budget, and room to write what does not fit."""
+    if not blocks.saved:
+        return 0
+    even = blocks.saved * num_rows * 2 * sum(widths) / len(widths)
+    return int(even) + 2 * sizes[-1] * sum(widths) + 2 * sizes[0] * max(widths)
 
 
-def _slice_weights(w_gate, w_up, w_down, offset, width):
-    """(gate and up side by side [D, 2W], down [W, D]) of one expert: one wide product instead of two."""
-    gate, up = (lax.dynamic_slice_in_dim(w, offset, width, axis=1) for w in (w_gate, w_up))
-    return jnp.concatenate((gate, up), axis=1), lax.dynamic_slice_in_dim(w_down, offset, width, axis=0)
+def _saved_place(size, widths, sizes, e, base):
+    """(whether the expert's activations are kept, where they begin, where the next expert's do)."""
+    spare = size - 2 * sizes[0] * max(widths)
+    next_base = base + 2 * e.width * (e.rows + sizes[-1])    # a last block may run over by less than a tail block
+    fits = next_base <= spare
+    return fits, jnp.where(fits, base, spare), jnp.where(fits, next_base, base)
 
 
-def _mine(start, count, first, rows):
-    return (start + jnp.arange(count) < first + rows)[:, None]
+def _save(saved_S, parts, at):
+    if not saved_S.size:
+        return saved_S
+    for part_BW in parts:
+        saved_S = lax.dynamic_update_slice_in_dim(saved_S, part_BW.astype(saved_S.dtype).reshape(-1), at, 0)
+        at = at + part_BW.size
+    return saved_S
 
 
-def _store(out_ND, new_BD, start, first, rows):
-    """out with a block's own rows replaced, the rest of the block left as it was."""
-    count = new_BD.shape[0]
-    old_BD = lax.dynamic_slice_in_dim(out_ND, start, count)
-    mixed_BD = jnp.where(_mine(start, count, first, rows), new_BD.astype(out_ND.dtype), old_BD)
-    return lax.dynamic_update_slice_in_dim(out_ND, mixed_BD, start, 0)
+def _load(saved_S, count, width, at):
+    flat = (lax.dynamic_slice_in_dim(saved_S, at + i * count * width, count * width) for i in range(2))
+    return (f.reshape(count, width).astype(jnp.float32) for f in flat)
+
+
+def _slice_weights(weights, e):
+    """(gate [D, W], up [D, W], down [W, D]) of one expert."""
+    return tuple(lax.dynamic_slice_in_dim(w, e.offset, e.width, axis) for w, axis in zip(weights, (1, 1, 0)))
 
 
 def _dot(a, b, axis_a, axis_b):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from modse_jax import mesh as meshes
 from modse_jax.config import Config
 from modse_jax.mesh import DATA
 from modse_jax.moe import dispatch, expert_ffn, router
@@ -53,8 +54,9 @@ class MoELayer(nnx.Module):
         routing = router.route(x_TD, valid_T, routed, self.config, self.eps, reduce)
         limit = dispatch.capacity(B * L, len(self.widths), self.config.top_k, self.config.capacity_factor)
         plan = dispatch.plan(routing.ids_TK, valid_T, len(self.widths), limit)
+        blocks = expert_ffn.Blocks(self.config.block_rows, self.config.tail_rows, self.config.saved_activations)
         y_ND = expert_ffn.expert_ffn(dispatch.dispatch(x_TD, plan), plan.rows_E, experts, self.widths,
-                                     self.config.backend, (self.config.block_rows, self.config.tail_rows))
+                                     self.config.backend, blocks, meshes.chip(self.mesh))
         y_TD = dispatch.combine(y_ND, routing.gates_TK, plan)
         statistics = routing.statistics._replace(dropped=reduce(plan.dropped))
         return y_TD.reshape(B, L, D), routing.balance_loss, routing.z_loss, statistics

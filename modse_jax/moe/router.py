@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from modse_jax.config import MoE
+
+ROUTING = "routing"    # the name under which rematerialisation keeps the chosen experts
 
 
 class RouterWeights(NamedTuple):
@@ -53,10 +56,15 @@ def gates(logits_TE: jax.Array, top_k: int, gate: str) -> tuple[jax.Array, jax.A
     the gates sum to less than 1 (Switch, OLMoE). softmax_top_k_renormalised: the same divided by its sum; equal to the
     first in exact arithmetic, kept because other stacks compute it so.
     """
-    kept_TK, ids_TK = jax.lax.top_k(logits_TE, top_k)
+    ids_TK = checkpoint_name(jax.lax.top_k(jax.lax.stop_gradient(logits_TE), top_k)[1], ROUTING)
+    chosen_TKE = ids_TK[:, :, None] == jnp.arange(logits_TE.shape[1])[None, None, :]
+
+    def kept(values_TE):    # no gather: its gradient would be a scatter
+        return jnp.sum(jnp.where(chosen_TKE, values_TE[:, None, :], 0), axis=-1)
+
     if gate == "top_k_softmax":
-        return jax.nn.softmax(kept_TK, axis=-1), ids_TK
-    gates_TK = jnp.take_along_axis(jax.nn.softmax(logits_TE, axis=-1), ids_TK, axis=-1)
+        return jax.nn.softmax(kept(logits_TE), axis=-1), ids_TK
+    gates_TK = kept(jax.nn.softmax(logits_TE, axis=-1))
     if gate == "softmax_top_k_renormalised":
         gates_TK = gates_TK / jnp.sum(gates_TK, axis=-1, keepdims=True)
     return gates_TK, ids_TK

@@ -19,6 +19,7 @@ from modse_jax import mesh as meshes
 from modse_jax.config import RESUMABLE, Config, UserError, differences, from_dict
 from modse_jax.data import loader, prepare
 from modse_jax.model import accounting
+from modse_jax.moe import expert_ffn
 from modse_jax.training import metrics, validation
 from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints
@@ -35,6 +36,7 @@ def train(config: Config, workdir: str) -> int:
 
     # ---- checks: nothing is written before all of them pass ---------------------------------------------------------
     mesh = meshes.build(config)
+    _check_backend(config, mesh)
     _check_workdir(workdir, config)
     loader.check_source(config, workdir)
     abstract = jax.eval_shape(lambda: steps.initial_state(config, mesh))
@@ -185,6 +187,13 @@ def _placed(batches, sharding):
 
 def _disk_steps(workdir):
     return [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def _check_backend(config, mesh):
+    try:
+        expert_ffn.check_backend(config.moe.backend, config.widths, config.model.dim, meshes.chip(mesh))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _check_workdir(workdir, config):

@@ -1,0 +1,46 @@
+"""Timing side by side: machines are noisy, so a figure is a ratio of medians over interleaved repeats."""
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+
+def compile_all(cases: dict[str, tuple[Callable, tuple]]) -> dict[str, dict]:
+    """Compiles f(*arguments) of every case: {"compiled", "arguments", "compile_seconds", "peak_bytes"}."""
+    out = {}
+    for name, (function, arguments) in cases.items():
+        start = time.perf_counter()
+        compiled = jax.jit(function).lower(*arguments).compile()
+        memory = compiled.memory_analysis()
+        peak = None if memory is None else (memory.temp_size_in_bytes + memory.output_size_in_bytes
+                                            + memory.argument_size_in_bytes)
+        out[name] = dict(compiled=compiled, arguments=arguments, compile_seconds=time.perf_counter() - start,
+                         peak_bytes=peak)
+    return out
+
+
+def interleaved(cases: dict[str, dict], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of every repeat of every compiled case, one after the other in turn, each waited for."""
+    seconds = {name: [] for name in cases}
+    for repeat in range(warmup + repeats):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            jax.block_until_ready(case["compiled"](*case["arguments"]))
+            if repeat >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: list[float], base: list[float]) -> float:
+    """Median over repeats of the ratio within a repeat: noise that lasts longer than a repeat cancels."""
+    return float(np.median(np.array(seconds) / np.array(base)))
+
+
+def machine() -> dict:
+    """What a result was measured on."""
+    return {"devices": [d.device_kind for d in jax.devices()], "platform": jax.default_backend(),
+            "cores": os.cpu_count(), "processor": platform.machine(), "jax": jax.__version__,
+            "malloc": os.environ.get("GLIBC_TUNABLES", "")}

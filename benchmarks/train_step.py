@@ -1,0 +1,152 @@
+"""Whole training steps on random tokens: tokens/s, both MFUs, and where the time goes.
+
+    python -m benchmarks.train_step [--json=FILE] [--shapes=A,A-modse,B] [--config=configs/tiny.py] [--peers]
+
+Shapes A and B: dim 384, 4 layers, 6 heads, vocabulary 512, 8 rows of 512 tokens, fp32, AdamW; A has 8 experts of 960,
+top-2; B has 64 of 240, top-8; A-modse has A's experts in pairs 4.5:0.5 to 2.5:2.5. --peers adds a Hugging Face Mixtral
+of the same shape, in turn with ours (pip install -r requirements-peers.txt).
+"""
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from ml_collections import config_flags
+
+from benchmarks import peers, timing
+from modse_jax import config as configs
+from modse_jax import mesh
+from modse_jax.model import accounting, attention
+from modse_jax.moe import dispatch, expert_ffn, router, sizing
+from modse_jax.training import losses, optimizer, step
+
+JSON = flags.DEFINE_string("json", None, "write the results there")
+SHAPES = flags.DEFINE_list("shapes", ["A", "A-modse", "B"], "built-in shapes to time")
+CONFIG = config_flags.DEFINE_config_file("config", None, "time this config file instead", lock_config=True)
+PEERS = flags.DEFINE_bool("peers", False, "time Hugging Face's Mixtral beside it (equal widths only)")
+REPEATS = flags.DEFINE_integer("repeats", 9, "interleaved repeats")
+RATIO_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
+
+
+def shape(name: str) -> configs.Config:
+    values = configs.default_config()
+    values.model.update(dim=384, num_layers=4, num_heads=6, vocab_size=512)
+    values.data.sequence_length, values.training.batch_size = 512, 8
+    values.mesh.data = 1
+    values.moe.update(num_experts=64, top_k=8, width=240) if name == "B" else values.moe.update(width=960)
+    if name == "A-modse":
+        values.moe.widths = sizing.widths_from_ratio_pairs(RATIO_PAIRS, 384)
+    return configs.from_dict(values.to_dict())
+
+
+class Ours:
+    """A training step with a state of its own, donated from call to call."""
+
+    def __init__(self, config):
+        self.config, self.state = config, step.initial_state(config)
+        rng, size = np.random.default_rng(0), (config.training.batch_size, config.data.sequence_length + 1)
+        self.batch = {"tokens": jnp.asarray(rng.integers(4, config.model.vocab_size, size, dtype=np.int32)),
+                      "segments": jnp.ones(size, jnp.int32)}
+        self.step = jax.jit(step.make_train_step(config), donate_argnums=0).lower(self.state, self.batch).compile()
+
+    def __call__(self):
+        self.state, self.metrics = self.step(self.state, self.batch)
+        return self.state, self.metrics
+
+
+def parts(ours: Ours) -> dict:
+    """{part: (function, arguments)}: forward and backward of each part of a step, alone, of one layer."""
+    config = ours.config
+    m, (B, L) = config.model, (config.training.batch_size, config.data.sequence_length)
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+    dtype = jnp.dtype(m.dtype)
+
+    def random(*dims):
+        return jax.random.normal(next(keys), dims, dtype)
+
+    def both(f, numbers):
+        return jax.value_and_grad(lambda *a: jnp.sum(f(*a).astype(jnp.float32)), numbers)
+
+    layer = jax.tree.map(lambda a: a[0], ours.state.params["blocks"])
+    graph, weights = nnx.split(attention.Attention(m, nnx.Rngs(0)))
+    place = attention.packed_place(jnp.ones((B, L), jnp.int32), m)
+    x, x_TD, dy_TD = random(B, L, m.dim), random(B * L, m.dim), random(B * L, m.dim)
+    experts = expert_ffn.ExpertWeights(*(layer["moe"][n] for n in expert_ffn.ExpertWeights._fields))
+    gate, valid = router.RouterWeights(layer["moe"]["router_gate"]), jnp.ones((B * L,), bool)
+    blocks = expert_ffn.Blocks(config.moe.block_rows, config.moe.tail_rows, config.moe.saved_activations)
+
+    def route(x, gate):
+        routing = router.route(x, valid, gate, config.moe, m.norm_eps)
+        return routing, dispatch.plan(routing.ids_TK, valid, config.moe.num_experts)
+
+    plan = jax.jit(route)(x_TD, gate)[1]
+    x_ND = dispatch.dispatch(x_TD, plan)
+
+    def dispatched(x, gate):
+        routing, plan = route(x, gate)
+        return dispatch.combine(dispatch.dispatch(x, plan), routing.gates_TK, plan) * dy_TD
+
+    def ffn(x, experts):
+        return expert_ffn.expert_ffn(x, plan.rows_E, experts, config.widths, config.moe.backend, blocks,
+                                     mesh.chip(None)) * x_ND
+
+    targets, even = ours.batch["tokens"][:, 1:], jnp.full((B, L), 1 / (B * L))
+    head = ours.state.params["head"]
+    rule = optimizer.build(config)
+    return {
+        "attention": (both(lambda w, x: nnx.merge(graph, w)(x, place)[0] * x, (0, 1)), (weights, x)),
+        "experts": (both(ffn, (0, 1)), (x_ND, experts)),
+        "dispatch": (both(dispatched, (0, 1)), (x_TD, gate)),
+        "loss": (both(lambda x, w: losses.cross_entropy(x, w, targets, even, config.training.loss_chunk), (0, 1)),
+                 (x, head)),
+        "optimiser": (lambda g, s, p: rule.update(g, s, p),
+                      (ours.state.params, ours.state.opt_state, ours.state.params))}
+
+
+def measure(name: str, config: configs.Config, repeats: int, with_peers: bool) -> list[dict]:
+    """Rows of the result file of one shape: ours, and the peers that fit it."""
+    ours = Ours(config)
+    compiled = timing.compile_all(parts(ours))
+    runs = {"ours": ours}
+    if with_peers and len(set(config.widths)) == 1:
+        runs |= peers.mixtral(config, ours.batch)
+    seconds = timing.interleaved({k: dict(compiled=f, arguments=()) for k, f in runs.items()}, repeats)
+    alone = timing.interleaved(compiled, repeats)
+    total = float(np.median(seconds["ours"]))
+    layers = {k: config.model.num_layers if k in ("attention", "experts", "dispatch") else 1 for k in alone}
+    tokens = config.training.batch_size * config.data.sequence_length
+    peak = accounting.peak_flops(jax.devices()[0])
+    width = accounting.realised_width(config, np.asarray(ours.metrics.statistics.counts_KE).sum(axis=1))
+    rows = [{"shape": name, "who": "ours", "tokens_per_second": tokens / total, "step_seconds": total,
+             "mfu_nominal": _mfu(config, accounting.nominal_width(config), tokens / total, peak),
+             "mfu_realised": _mfu(config, width, tokens / total, peak), "peak_tflops": peak / 1e12 if peak else None,
+             "share": {k: float(np.median(v)) * layers[k] / total for k, v in alone.items()}}]
+    return rows + [{"shape": name, "who": who, "tokens_per_second": tokens / float(np.median(s)),
+                    "step_seconds": float(np.median(s)), "ours_over_it": timing.ratio(s, seconds["ours"])}
+                   for who, s in seconds.items() if who != "ours"]
+
+
+def _mfu(config, width, rate, peak):
+    return peak and accounting.train_flops_per_token(config, config.data.sequence_length, width) * rate / peak
+
+
+def main(_):
+    if CONFIG.value:
+        jobs = {flags.FLAGS["config"].config_filename: configs.from_dict(CONFIG.value.to_dict())}
+    else:
+        jobs = {name: shape(name) for name in SHAPES.value}
+    rows = []
+    for name, config in jobs.items():
+        for row in measure(name, config, REPEATS.value, PEERS.value):
+            rows.append(row)
+            print(json.dumps(row))
+    if JSON.value:
+        with open(JSON.value, "w") as file:
+            json.dump({"machine": timing.machine(), "rows": rows}, file, indent=1)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,422 @@
+"""The grouped feed-forward product as Pallas TPU kernels, over tiles of rows sorted by expert and of the flat hidden
+axis.
+
+A tile of rows may hold rows of several experts; each of them *visits* it. A task is one visit and one tile of the
+expert's own hidden columns; the list of tasks is made on the device from the routing and read from scalar memory, its
+length is a dynamic grid bound. Three kinds of kernel, each with as many operand pairs as its use needs:
+
+  A hidden-out  [rows, D] x [D, h_e] -> [rows, h_e]: gate and up with SwiGLU behind them; its backward pass
+  B hidden-in   [rows, h_e] x [h_e, D] -> [rows, D]: down; dx
+  C weights     over an expert's rows, for every tile of the flat axis: the three weight gradients
+
+What is not an expert's own is never stored (A, B) or is set to 0 by a select before it is summed (C), never multiplied
+by 0: rows past the last expert's, and columns past an expert's width, may hold NaN. Checked in interpret mode and by
+compiling for v5e, v5p and v6e; never run on hardware (LOG.md).
+
+Legend: N routed rows, D model, E experts, H flat hidden axis, M widest expert; tiles: R of rows, V visits.
+"""
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from modse_jax.moe import sizing
+
+# Scalar memory is 1 MiB; the longest list has five numbers a task (kernel B). Some is left for the compiler.
+MAX_TASKS = 1_000_000 // (5 * 4)
+
+
+class Tiles(NamedTuple):
+    """rows, hidden, model: tile sizes. cores: TensorCores that share a kernel (2 where the chip runs as a megacore)."""
+    rows: int
+    hidden: int
+    model: int
+    cores: int = 1
+
+
+# (rows, largest hidden tile, largest model tile, unit of the hidden tile, cores), by chip. 512 rows: with 8 experts at
+# 131,072 rows the tiles that two experts share cost 2.7%; 1,024 would cost 5.5%. Hidden and model tiles: a whole model
+# axis keeps the weight tile in place from one row tile to the next, as large as on-chip memory allows; v6e has
+# 256 x 256 matrix units, the others 128 x 128; v4 and v5p join two cores.
+CHIPS = {
+    "v4": (512, 768, 2048, 128, 2),
+    "v5e": (512, 768, 2048, 128, 1),
+    "v5p": (512, 768, 2048, 128, 2),
+    "v6e": (512, 768, 2048, 256, 1),
+}
+VMEM_LIMIT = 48 * 2**20
+
+
+def tiles_for(widths: Sequence[int], dim: int, chip: str) -> Tiles:
+    """The tiles for a chip. Raises ValueError naming the widths that cannot be cut into tiles."""
+    rows, hidden, model, unit, cores = CHIPS[chip]
+    bad = sorted({w for w in widths if w % unit})
+    if bad or dim % 128:
+        what = f"widths {bad} do not divide by {unit}" if bad else f"model.dim={dim} does not divide by 128"
+        raise ValueError(f"pallas_tpu on {chip}: {what}; backends that take any: blocked, reference")
+    return Tiles(rows, _divisor(math.gcd(*widths), unit, hidden), _divisor(dim, 128, model), cores)
+
+
+def _divisor(number, unit, largest):
+    return max(d for d in range(unit, min(number, largest) + 1, unit) if number % d == 0)
+
+
+def task_bound(num_rows: int, widths: Sequence[int], tiles: Tiles) -> int:
+    """The longest list of tasks: R + E - 1 visits, at least one per expert, the others charged to the widest."""
+    n_E = [w // tiles.hidden for w in widths]
+    return max(n_E) * (-(-num_rows // tiles.rows) - 1) + sum(n_E)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def pallas_tpu(x_ND, rows_E, w_gate, w_up, w_down, widths, tiles, interpret=False):
+    """See expert_ffn.expert_ffn. Every width divides by tiles.hidden, D by tiles.model.
+
+    Raises: ValueError where the list of tasks would not fit in scalar memory.
+    """
+    return _forward(x_ND, rows_E, w_gate, w_up, w_down, widths, tiles, interpret)[0]
+
+
+def _forward(x_ND, rows_E, w_gate, w_up, w_down, widths, tiles, interpret):
+    bound = task_bound(x_ND.shape[0], widths, tiles)
+    if bound > MAX_TASKS:
+        raise ValueError(f"pallas_tpu: {x_ND.shape[0]} rows over widths {tuple(widths)} make {bound} tasks of tiles "
+                         f"{tiles.rows} x {tiles.hidden}, more than the {MAX_TASKS} that fit in scalar memory; lower "
+                         "training.batch_size, or use the backend blocked")
+    run = _Run(rows_E, widths, tiles, interpret)
+    x = run.pad(x_ND)
+    hidden_NM, = run.hidden_out([(x, w_gate, False), (x, w_up, False)], _swiglu, 1)
+    y_ND = run.hidden_in([(hidden_NM, w_down, False)])
+    return run.unpad(y_ND, x_ND), (x_ND, rows_E, w_gate, w_up, w_down)
+
+
+def _backward(widths, tiles, interpret, saved, dy_ND):
+    x_ND, rows_E, w_gate, w_up, w_down = saved
+    run = _Run(rows_E, widths, tiles, interpret)
+    x, dy = run.pad(x_ND), run.pad(dy_ND)
+    parts = [(x, w_gate, False), (x, w_up, False), (dy, w_down, True)]
+    hidden_NM, dgate_NM, dup_NM = run.hidden_out(parts, _swiglu_backward, 3)
+    dx_ND = run.hidden_in([(dgate_NM, w_gate, True), (dup_NM, w_up, True)])
+    dw_gate, dw_up = run.weights(x, [dgate_NM, dup_NM], hidden_first=False)
+    dw_down, = run.weights(dy, [hidden_NM], hidden_first=True)
+    return run.unpad(dx_ND, x_ND), None, dw_gate, dw_up, dw_down
+
+
+pallas_tpu.defvjp(_forward, _backward)
+
+
+def _swiglu(gate, up):
+    return (gate * jax.nn.sigmoid(gate) * up,)
+
+
+def _swiglu_backward(gate, up, dhidden):
+    """(hidden, dgate, dup): the activations are recomputed, not kept."""
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return silu * up, dhidden * up * (sigmoid + silu * (1 - sigmoid)), dhidden * silu
+
+
+class Work(NamedTuple):
+    """The tasks of one kernel. Entries past `live` are in range and never run."""
+    live: jax.Array       # int32 []
+    expert: jax.Array     # int32 [tasks]
+    row_tile: jax.Array
+    column: jax.Array     # tile of the expert's own columns
+    flat: jax.Array       # tile of the flat axis
+    flags: jax.Array      # 1: first task of its output block; 2: last one
+
+
+def visits(rows_E, tiles, num_tiles, empty_too=False):
+    """(visits of each expert [E], row tile of its first visit [E])."""
+    end_E = jnp.cumsum(rows_E)
+    first_E = (end_E - rows_E) // tiles.rows
+    count_E = jnp.where(rows_E > 0, -(-end_E // tiles.rows) - first_E, int(empty_too))
+    return count_E, jnp.minimum(first_E, num_tiles - 1)
+
+
+def _visit_list(rows_E, tiles, num_tiles):
+    """(expert, row tile, whether it is live) of every visit [V], by expert."""
+    E = rows_E.shape[0]
+    count_E, first_E = visits(rows_E, tiles, num_tiles)
+    V = num_tiles + E - 1
+    expert_V, index_V = _repeat(count_E, V)
+    row_tile_V = jnp.clip(first_E[expert_V] + index_V, 0, num_tiles - 1)
+    return expert_V, row_tile_V, jnp.arange(V) < jnp.sum(count_E)
+
+
+def _repeat(count_X, length):
+    """(which X, index within it) of `length` entries, entry x repeated count_X[x] times."""
+    which = jnp.repeat(jnp.arange(count_X.shape[0], dtype=jnp.int32), count_X, total_repeat_length=length)
+    start_X = jnp.cumsum(count_X) - count_X
+    return which, jnp.arange(length, dtype=jnp.int32) - start_X[which]
+
+
+def hidden_out_work(rows_E, widths, tiles, num_tiles) -> Work:
+    """Kernel A: by column tile, then visit, so that the visits to one output block follow one another."""
+    n_E, first_tile_E = _tables(widths, tiles)
+    expert_V, row_tile_V, live_V = _visit_list(rows_E, tiles, num_tiles)
+    V, n_max = expert_V.shape[0], int(n_E.max())
+    alive = live_V[None, :] & (jnp.arange(n_max)[:, None] < jnp.asarray(n_E)[expert_V][None, :])
+    index = jnp.nonzero(alive.reshape(-1), size=task_bound(num_tiles * tiles.rows, widths, tiles), fill_value=0)[0]
+    column, visit = (index // V).astype(jnp.int32), (index % V).astype(jnp.int32)
+    expert = expert_V[visit]
+    live = jnp.sum(alive, dtype=jnp.int32)
+    return Work(live, expert, row_tile_V[visit], column, jnp.asarray(first_tile_E)[expert] + column,
+                jnp.zeros_like(column))
+
+
+def hidden_in_work(rows_E, widths, tiles, num_tiles) -> Work:
+    """Kernel B: by visit, then column tile, which are summed."""
+    n_E, first_tile_E = _tables(widths, tiles)
+    expert_V, row_tile_V, live_V = _visit_list(rows_E, tiles, num_tiles)
+    count_V = jnp.where(live_V, jnp.asarray(n_E)[expert_V], 0)
+    visit, column = _repeat(count_V, task_bound(num_tiles * tiles.rows, widths, tiles))
+    column = jnp.clip(column, 0, int(n_E.max()) - 1)
+    expert = expert_V[visit]
+    last = column == jnp.asarray(n_E)[expert] - 1
+    return Work(jnp.sum(count_V, dtype=jnp.int32), expert, row_tile_V[visit], column,
+                jnp.asarray(first_tile_E)[expert] + column, (column == 0) + 2 * last.astype(jnp.int32))
+
+
+def weights_work(rows_E, widths, tiles, num_tiles) -> Work:
+    """Kernel C: by tile of the flat axis, then row tile. An expert without rows has one task, which writes zeros."""
+    n_E, first_tile_E = _tables(widths, tiles)
+    expert_C = jnp.asarray(np.repeat(np.arange(len(widths)), n_E), jnp.int32)
+    count_E, first_E = visits(rows_E, tiles, num_tiles, empty_too=True)
+    count_C = count_E[expert_C]
+    flat, index = _repeat(count_C, task_bound(num_tiles * tiles.rows, widths, tiles))
+    expert = expert_C[flat]
+    row_tile = jnp.clip(first_E[expert] + index, 0, num_tiles - 1)
+    last = index == count_C[flat] - 1
+    return Work(jnp.sum(count_C, dtype=jnp.int32), expert, row_tile, flat - jnp.asarray(first_tile_E)[expert], flat,
+                (index == 0) + 2 * last.astype(jnp.int32))
+
+
+def _tables(widths, tiles):
+    """Column tiles of every expert, and its first tile of the flat axis (int32 [E], numpy)."""
+    n_E = np.array([w // tiles.hidden for w in widths], np.int32)
+    return n_E, np.array([o // tiles.hidden for o in sizing.offsets(widths)], np.int32)
+
+
+def split(work: Work, cores: int):
+    """(first, end) task of every core [cores]: even shares, cut only between output blocks (kernel A)."""
+    position = jnp.arange(work.expert.shape[0])
+    block = jnp.stack((work.column, work.row_tile))
+    new = jnp.concatenate((jnp.ones(1, bool), jnp.any(block[:, 1:] != block[:, :-1], axis=0)))
+    shares = [jnp.min(jnp.where(new & (position >= work.live * c // cores), position, work.live))
+              for c in range(1, cores)]
+    cuts = jnp.minimum(jnp.stack([jnp.zeros((), jnp.int32), *shares, work.live]), work.live).astype(jnp.int32)
+    return cuts[:-1], cuts[1:]
+
+
+class _Run:
+    """The kernels over one routing."""
+
+    def __init__(self, rows_E, widths, tiles, interpret):
+        self.rows_E, self.widths, self.tiles, self.interpret = rows_E, widths, tiles, interpret
+        self.bounds = jnp.concatenate((jnp.zeros(1, jnp.int32), jnp.cumsum(rows_E).astype(jnp.int32)))
+
+    def pad(self, x_ND):
+        self.num_tiles = max(1, -(-x_ND.shape[0] // self.tiles.rows))
+        return jnp.pad(x_ND, ((0, self.num_tiles * self.tiles.rows - x_ND.shape[0]), (0, 0)))
+
+    def unpad(self, y_ND, like_ND):
+        """Rows of nobody come back as 0, whatever the kernels left there."""
+        y_ND = y_ND[:like_ND.shape[0]]
+        return jnp.where((jnp.arange(y_ND.shape[0]) < self.bounds[-1])[:, None], y_ND, 0)
+
+    def hidden_out(self, pairs, epilogue, outputs):
+        """Kernel A. pairs: (rows [N, D], weights, whether they are [H, D] rather than [D, H])."""
+        t, work = self.tiles, self._work(hidden_out_work)
+        first, end = split(work, t.cores)
+        dtype, (N, D) = pairs[0][0].dtype, pairs[0][0].shape
+
+        def task(core, step, first, end):
+            return jnp.minimum(first[core] + step, jnp.maximum(end[core] - 1, 0))
+
+        def rows_spec(core, step, q, bounds, first, end, expert, row_tile, column, flat):
+            return row_tile[task(core, step, first, end)], q
+
+        def weights_spec(transposed, core, step, q, bounds, first, end, expert, row_tile, column, flat):
+            here = flat[task(core, step, first, end)]
+            return (here, q) if transposed else (q, here)
+
+        def out_spec(core, step, q, bounds, first, end, expert, row_tile, column, flat):
+            here = task(core, step, first, end)
+            return row_tile[here], column[here]
+
+        in_specs = []
+        for _, _, transposed in pairs:
+            in_specs.append(pl.BlockSpec((t.rows, t.model), rows_spec))
+            in_specs.append(pl.BlockSpec((t.hidden, t.model) if transposed else (t.model, t.hidden),
+                                         functools.partial(weights_spec, transposed)))
+        shape = jax.ShapeDtypeStruct((N, max(self.widths)), dtype)
+        return pl.pallas_call(
+            functools.partial(_hidden_out_kernel, pairs=[p[2] for p in pairs], epilogue=epilogue, tiles=t,
+                              steps=D // t.model),
+            out_shape=[shape] * outputs,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=7, in_specs=in_specs,
+                out_specs=[pl.BlockSpec((t.rows, t.hidden), out_spec)] * outputs,
+                grid=(t.cores, jnp.max(end - first), D // t.model),
+                scratch_shapes=[pltpu.VMEM((t.rows, t.hidden), jnp.float32)] * len(pairs)),
+            compiler_params=_params("parallel", "arbitrary", "arbitrary"), interpret=self.interpret,
+        )(self.bounds, first, end, *work[1:5], *[a for rows, weights, _ in pairs for a in (rows, weights)])
+
+    def hidden_in(self, pairs):
+        """Kernel B: the sum over pairs of (hidden [N, M], weights, whether they are [D, H] rather than [H, D])."""
+        t, work = self.tiles, self._work(hidden_in_work)
+        N, D = pairs[0][0].shape[0], pairs[0][1].shape[0 if pairs[0][2] else 1]
+
+        def weights_spec(transposed, q, step, bounds, expert, row_tile, column, flat, flags):
+            return (q, flat[step]) if transposed else (flat[step], q)
+
+        in_specs = []
+        for _, _, transposed in pairs:
+            in_specs.append(pl.BlockSpec((t.rows, t.hidden), lambda q, step, *s: (s[2][step], s[3][step])))
+            in_specs.append(pl.BlockSpec((t.model, t.hidden) if transposed else (t.hidden, t.model),
+                                         functools.partial(weights_spec, transposed)))
+        return pl.pallas_call(
+            functools.partial(_hidden_in_kernel, pairs=[p[2] for p in pairs], tiles=t),
+            out_shape=jax.ShapeDtypeStruct((N, D), pairs[0][0].dtype),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=6, in_specs=in_specs,
+                out_specs=pl.BlockSpec((t.rows, t.model), lambda q, step, *s: (s[2][step], q)),
+                grid=(D // t.model, work.live),
+                scratch_shapes=[pltpu.VMEM((t.rows, t.model), jnp.float32)]),
+            compiler_params=_params("parallel", "arbitrary"), interpret=self.interpret,
+        )(self.bounds, *work[1:], *[a for hidden, weights, _ in pairs for a in (hidden, weights)])
+
+    def weights(self, rows_ND, hiddens, hidden_first):
+        """Kernel C: for every hidden [N, M], its product with the rows over N: [H, D] if hidden_first, else [D, H]."""
+        t, work = self.tiles, self._work(weights_work)
+        D, H = rows_ND.shape[1], sum(self.widths)
+        block, shape = ((t.hidden, t.model), (H, D)) if hidden_first else ((t.model, t.hidden), (D, H))
+
+        def out_spec(q, step, bounds, expert, row_tile, column, flat, flags):
+            return (flat[step], q) if hidden_first else (q, flat[step])
+
+        return pl.pallas_call(
+            functools.partial(_weights_kernel, hidden_first=hidden_first, tiles=t, hiddens=len(hiddens)),
+            out_shape=[jax.ShapeDtypeStruct(shape, rows_ND.dtype)] * len(hiddens),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=6,
+                in_specs=[pl.BlockSpec((t.rows, t.model), lambda q, step, *s: (s[2][step], q))] + [
+                    pl.BlockSpec((t.rows, t.hidden), lambda q, step, *s: (s[2][step], s[3][step]))] * len(hiddens),
+                out_specs=[pl.BlockSpec(block, out_spec)] * len(hiddens),
+                grid=(D // t.model, work.live),
+                scratch_shapes=[pltpu.VMEM(block, jnp.float32)] * len(hiddens)),
+            compiler_params=_params("parallel", "arbitrary"), interpret=self.interpret,
+        )(self.bounds, *work[1:], rows_ND, *hiddens)
+
+    def _work(self, kind):
+        return kind(self.rows_E, self.widths, self.tiles, self.num_tiles)
+
+
+def _hidden_out_kernel(bounds, first, end, expert, row_tile, column, flat, *refs, pairs, epilogue, tiles, steps):
+    operands, rest = refs[:2 * len(pairs)], refs[2 * len(pairs):]
+    outputs, sums = rest[:-len(pairs)], rest[-len(pairs):]
+    core, q = pl.program_id(0), pl.program_id(2)
+    task = first[core] + pl.program_id(1)
+
+    @pl.when(task < end[core])
+    def _():
+        for i, transposed in enumerate(pairs):
+            new = _dot(operands[2 * i][...], operands[2 * i + 1][...], 1, 1 if transposed else 0)
+            sums[i][...] = jnp.where(q == 0, new, sums[i][...] + new)
+
+        @pl.when(q == steps - 1)
+        def _():
+            mine = _mine(bounds, expert[task], row_tile[task], tiles)
+            for out, new in zip(outputs, epilogue(*(s[...] for s in sums))):
+                out[...] = jnp.where(mine, new, out[...].astype(jnp.float32)).astype(out.dtype)
+
+
+def _hidden_in_kernel(bounds, expert, row_tile, column, flat, flags, *refs, pairs, tiles):
+    *operands, out, total = refs
+    task = pl.program_id(1)
+    new = sum(_dot(operands[2 * i][...], operands[2 * i + 1][...], 1, 1 if transposed else 0)
+              for i, transposed in enumerate(pairs))
+    total[...] = jnp.where(flags[task] % 2 == 1, new, total[...] + new)
+
+    @pl.when(flags[task] >= 2)
+    def _():
+        mine = _mine(bounds, expert[task], row_tile[task], tiles)
+        out[...] = jnp.where(mine, total[...], out[...].astype(jnp.float32)).astype(out.dtype)
+
+
+def _weights_kernel(bounds, expert, row_tile, column, flat, flags, rows, *refs, hidden_first, tiles, hiddens):
+    operands, outputs, totals = refs[:hiddens], refs[hiddens:2 * hiddens], refs[2 * hiddens:]
+    task = pl.program_id(1)
+    mine = _mine(bounds, expert[task], row_tile[task], tiles)
+    left = _masked(rows, mine)
+    for operand, total in zip(operands, totals):
+        right = _masked(operand, mine)
+        new = _dot(right, left, 0, 0) if hidden_first else _dot(left, right, 0, 0)
+        total[...] = jnp.where(flags[task] % 2 == 1, new, total[...] + new)
+
+    @pl.when(flags[task] >= 2)
+    def _():
+        for out, total in zip(outputs, totals):
+            out[...] = total[...].astype(out.dtype)
+
+
+def _mine(bounds, expert, row_tile, tiles):
+    row = row_tile * tiles.rows + lax.broadcasted_iota(jnp.int32, (tiles.rows, 1), 0)
+    return (row >= bounds[expert]) & (row < bounds[expert + 1])
+
+
+def _masked(ref, mine):
+    return jnp.where(mine, ref[...].astype(jnp.float32), 0).astype(ref.dtype)
+
+
+def _dot(a, b, axis_a, axis_b):
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), precision=precision,
+                           preferred_element_type=jnp.float32)
+
+
+def _params(*semantics):
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT)
+
+
+# Peak bf16 FLOP/s and bytes/s of memory of one chip, as the maker prints them.
+ROOFLINE = {"v4": (275e12, 1.23e12), "v5e": (197e12, 0.82e12), "v5p": (459e12, 2.46e12), "v6e": (920e12, 1.64e12)}
+
+
+class Report(NamedTuple):
+    """What one forward and backward pass of a layer asks of a chip, counted, not measured."""
+    tile_visits: int              # row tiles visited, once per expert with rows in it
+    rows_wasted: int              # rows of visited tiles that are not the visiting expert's
+    flops_needed: float
+    issued_over_needed: float     # the recomputation of gate and up counts as needed
+    bytes_moved: float            # by the kernels: blocks fetched and stored
+    roofline_seconds: float
+
+
+def report(rows: Sequence[int], widths: Sequence[int], dim: int, chip: str) -> Report:
+    """Counts of the three kernels, bf16, for a routing. rows: per expert."""
+    tiles = tiles_for(widths, dim, chip)
+    end = np.cumsum(rows)
+    visited = np.where(np.array(rows) > 0, -(-end // tiles.rows) - (end - rows) // tiles.rows, 0)
+    width = np.array(widths)
+    needed, issued = (22 * dim * float(n @ width) for n in (np.array(rows), visited * tiles.rows))
+    tasks = float(visited @ (width // tiles.hidden))    # of kernels A and B; C has one more per empty tile
+    row, hidden, flat = (2 * n for n in (tiles.rows * dim, tiles.rows * tiles.hidden, sum(widths) * dim))
+    # A: rows for every task, and weights once per column tile where the model axis is one tile; B: hidden once, weights
+    # for every task; C: rows and hidden for every task, weights once.
+    weight = 2 * tiles.hidden * dim
+    in_place = dim == tiles.model
+    a = tasks * (3 * row + 4 * hidden) + (5 * flat if in_place else 5 * tasks * weight)
+    b = tasks * (3 * hidden + 3 * weight) + 2 * visited.sum() * row
+    c = tasks * (2 * row + 3 * hidden) * (dim // tiles.model if not in_place else 1) + 3 * flat
+    flops, bandwidth = ROOFLINE[chip]
+    seconds = max(issued / flops, (a + b + c) / bandwidth)
+    return Report(int(visited.sum()), int((visited * tiles.rows).sum() - sum(rows)), needed, issued / needed,
+                  float(a + b + c), seconds)

@@ -1,0 +1,111 @@
+"""The Pallas TPU kernels in interpret mode, NaN planted wherever nothing may be read, against the reference."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modse_jax.moe import expert_ffn as ef
+from modse_jax.moe import expert_ffn_tpu as tpu
+
+WIDTHS = (12, 4, 8, 4, 16)
+D, N = 16, 64
+ROUTINGS = {
+    "shared tiles": (13, 1, 19, 7, 20),
+    "all on one": (64, 0, 0, 0, 0),
+    "empty experts, rows of nobody": (0, 30, 0, 9, 0),
+    "whole tiles": (8, 8, 8, 8, 32),
+    "a few rows": (1, 2, 3, 4, 5),
+    "no rows": (0, 0, 0, 0, 0),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def value_and_grads(x, rows, w, dy, tiles, widths):
+    def f(x, w):
+        if tiles is None:
+            return ef.reference(x, rows, w, widths)
+        return tpu.pallas_tpu(x, rows, *w, widths, tiles, True)
+    y, pull = jax.vjp(f, x, w)
+    return (y, *pull(dy))
+
+
+def numbers(rows, widths=WIDTHS, num_rows=N):
+    rng = np.random.default_rng(0)
+    w = ef.ExpertWeights(*(jnp.asarray(rng.normal(size=s), jnp.float32)
+                           for s in ((D, sum(widths)), (D, sum(widths)), (sum(widths), D))))
+    x, dy = (jnp.asarray(rng.normal(size=(num_rows, D)), jnp.float32).at[sum(rows):].set(jnp.nan) for _ in range(2))
+    return x, jnp.asarray(rows, jnp.int32), w, dy
+
+
+def assert_equal(got, want):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_kernels_equal_the_reference(cores):
+    """Outputs and all gradients; interpret mode fills what no kernel wrote with NaN, unused columns included."""
+    for rows in ROUTINGS.values():
+        x, rows, w, dy = numbers(rows)
+        got = value_and_grads(x, rows, w, dy, tpu.Tiles(8, 4, 8, cores), WIDTHS)
+        assert_equal(got, value_and_grads(x, rows, w, dy, None, WIDTHS))
+
+
+def test_rows_that_do_not_fill_a_tile_and_random_widths():
+    rng = np.random.default_rng(1)
+    widths = tuple(int(w) for w in 4 * rng.integers(1, 5, 3))
+    for _ in range(4):
+        x, rows, w, dy = numbers(rng.multinomial(59, rng.dirichlet(np.full(3, 0.4))).tolist(), widths, 61)
+        got = value_and_grads(x, rows, w, dy, tpu.Tiles(8, 4, 16), widths)
+        assert_equal(got, value_and_grads(x, rows, w, dy, None, widths))
+
+
+def test_unused_columns_of_the_hidden_buffer_are_nan_in_these_tests():
+    """Else the tests above would prove nothing about columns past an expert's width."""
+    x, rows, w, _ = numbers(ROUTINGS["shared tiles"])
+    run = tpu._Run(rows, WIDTHS, tpu.Tiles(8, 4, 8), True)
+    hidden, = run.hidden_out([(run.pad(x), w.w_gate, False), (run.pad(x), w.w_up, False)], tpu._swiglu, 1)
+    owner = np.repeat(np.arange(5), ROUTINGS["shared tiles"])
+    for n in (0, 13, 45):
+        width = WIDTHS[owner[n]]
+        assert np.isfinite(hidden[n, :width]).all()
+        assert not np.isfinite(hidden[n, width:]).any() or width == max(WIDTHS)
+
+
+@pytest.mark.parametrize("work", [tpu.hidden_out_work, tpu.hidden_in_work, tpu.weights_work])
+def test_lists_hold_every_task_once_and_stay_in_their_bound(work):
+    tiles, num_tiles = tpu.Tiles(8, 4, 8), N // 8
+    for rows in ROUTINGS.values():
+        tasks = work(jnp.asarray(rows, jnp.int32), WIDTHS, tiles, num_tiles)
+        end, expected = np.cumsum(rows), set()
+        for e, (r, width) in enumerate(zip(rows, WIDTHS)):
+            touched = range((end[e] - r) // 8, -(-end[e] // 8)) if r else range(0)
+            touched = list(touched) or ([min((end[e] - r) // 8, num_tiles - 1)] if work is tpu.weights_work else [])
+            expected |= {(e, tile, c) for tile in touched for c in range(width // 4)}
+        live = int(tasks.live)
+        got = list(zip(*(np.asarray(a)[:live].tolist() for a in (tasks.expert, tasks.row_tile, tasks.column))))
+        assert len(got) == len(set(got)) and set(got) == expected
+        assert live <= tasks.expert.shape[0] == tpu.task_bound(N, WIDTHS, tiles)
+        assert all(int(a.min()) >= 0 for a in tasks[1:])
+
+
+def test_cores_never_share_an_output_block():
+    work = tpu.hidden_out_work(jnp.asarray(ROUTINGS["shared tiles"], jnp.int32), WIDTHS, tpu.Tiles(8, 4, 8), N // 8)
+    first, end = tpu.split(work, 2)
+    assert int(first[0]) == 0 and int(end[0]) == int(first[1]) and int(end[1]) == int(work.live)
+    blocks = [{(int(work.column[i]), int(work.row_tile[i])) for i in range(int(a), int(b))} for a, b in zip(first, end)]
+    assert not blocks[0] & blocks[1]
+    assert abs(int(end[0] - first[0]) - int(end[1] - first[1])) <= 5    # visits to one block at most
+
+
+def test_what_cannot_be_tiled_is_refused():
+    with pytest.raises(ValueError, match=r"widths \[100\] do not divide by 128; backends that take any: blocked"):
+        tpu.tiles_for((256, 100), 256, "v5e")
+    with pytest.raises(ValueError, match=r"widths \[128\] do not divide by 256"):
+        tpu.tiles_for((256, 128), 256, "v6e")
+    with pytest.raises(ValueError, match="more than the 50000 that fit"):
+        jax.eval_shape(lambda: tpu.pallas_tpu(*(jnp.zeros(s) for s in ((2**18, 128), (8,), (128, 8192), (128, 8192),
+                                                                       (8192, 128))),
+                                              (1024,) * 8, tpu.Tiles(8, 128, 128)))

@@ -1,0 +1,56 @@
+"""Compiled ahead of time for TPUs that are not there: what the compiler refuses (memory, shapes) fails here."""
+import importlib.util
+import os
+import platform
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true")    # before libtpu is loaded
+from jax.experimental import topologies  # noqa: E402
+
+from modse_jax import mesh as meshes  # noqa: E402
+from modse_jax.moe import expert_ffn_tpu as tpu  # noqa: E402
+from modse_jax.moe import sizing  # noqa: E402
+
+TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
+RATIO_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
+ROWS = 131_072
+pytestmark = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu exists for Linux on x86-64 alone")
+
+
+def device(chip):
+    assert importlib.util.find_spec("libtpu"), "libtpu is missing: pip install -r requirements-dev.txt"
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
+
+
+@pytest.mark.parametrize("dim", [1536, 2048])    # 300Mx8, 700Mx8
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_kernels_compile_forward_and_backward(chip, dim):
+    where = jax.sharding.SingleDeviceSharding(device(chip))
+    assert meshes.chip(jax.sharding.Mesh([device(chip)], "x")) == chip
+    widths = sizing.widths_from_ratio_pairs(RATIO_PAIRS, dim)
+    H, tiles = sum(widths), tpu.tiles_for(widths, dim, chip)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def both(x, rows, w_gate, w_up, w_down, dy):
+        y, pull = jax.vjp(lambda x, *w: tpu.pallas_tpu(x, rows, *w, widths, tiles), x, w_gate, w_up, w_down)
+        return y, pull(dy)
+
+    compiled = jax.jit(both).lower(array(ROWS, dim), array(8, dtype=jnp.int32), array(dim, H), array(dim, H),
+                                   array(H, dim), array(ROWS, dim)).compile()
+    kept = 3 * max(widths) + dim    # hidden, dgate and dup of every row, and one copy of the rows
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.05 * 2 * ROWS * kept
+
+
+@pytest.mark.parametrize("dim", [1536, 2048])
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_tiles_issue_little_more_than_is_needed(chip, dim):
+    """Uneven routing: tiles that experts share, and rows that fill no tile, cost at most 5% of the FLOPs."""
+    widths = sizing.widths_from_ratio_pairs(RATIO_PAIRS, dim)
+    rows = [20_001, 13_007, 9_999, 25_003, 17_777, 11_111, 19_001]
+    assert 1 <= tpu.report([*rows, ROWS - sum(rows)], widths, dim, chip).issued_over_needed <= 1.05
