@@ -19,7 +19,7 @@ $(VENV)/base: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or 3.12 is needed: make PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
-	$(COMPILE_IMPORTED) "import train, eval, modse_jax.training.loop, modse_jax.evaluation.scoring, modse_jax.evaluation.report"
+	$(COMPILE_IMPORTED) "import train, modse_jax.training.loop, modse_jax.evaluation.scoring, modse_jax.evaluation.report"
 	touch $@
 
 $(VENV)/dev: $(VENV)/base requirements-dev.txt
