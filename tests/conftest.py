@@ -11,8 +11,6 @@ import pytest  # noqa: E402
 
 from modse_jax.config import Config, Data, Evaluation, Model, MoE, Optimizer, Training  # noqa: E402
 
-if jax.__version_info__ < (0, 11):    # half the compile time; a newer XLA may not know the flag, and would stop at it
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile far longer than they run: compile carelessly, and equal programs once, the scripts' processes included.
