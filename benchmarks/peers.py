@@ -28,14 +28,16 @@ def _step(config, batch, experts):
     model = transformers.MixtralForCausalLM(shape)
     model.set_experts_implementation(experts)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate,
+                                  weight_decay=config.optimizer.weight_decay)
     tokens = torch.tensor(np.asarray(batch["tokens"])[:, :-1], dtype=torch.long)
     targets = torch.tensor(np.asarray(batch["tokens"])[:, 1:], dtype=torch.long)
 
     def step():
         out = model(input_ids=tokens)
         logits = out.logits.reshape(-1, m.vocab_size)
-        loss = torch.nn.functional.cross_entropy(logits, targets.reshape(-1)) + out.aux_loss * config.moe.balance_loss_weight
+        loss = torch.nn.functional.cross_entropy(logits, targets.reshape(-1))
+        loss = loss + out.aux_loss * config.moe.balance_loss_weight
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
         optimizer.step()

@@ -3,8 +3,9 @@
 One loop per size class (experts of one width), so that 1,024 experts compile like 8; inside it a loop over the class's
 experts that have rows, and inside that loops over row blocks with a dynamic trip count, from large blocks down to small
 ones by halves: a gradient accumulator is read and written once per block, while a block's unused rows are wasted work.
-A block may reach past its expert's rows into a neighbour's: what it reads there is masked, what it would write there is
-left as it was. The backward pass recomputes the hidden activations, but for those that fit in a buffer of given size.
+Few blocks need masks: those that may reach past their expert's rows into a neighbour's, where what is read is masked
+and what would be written is left as it was. The backward pass recomputes the hidden activations, but for those that fit
+in a buffer of given size.
 
 Legend: N routed rows, D model, E experts, H flat hidden axis, W width of one expert, B rows of one block, S saved
 activations of all experts, one after another.
@@ -156,14 +157,26 @@ def _over_experts(expert, carry, rows_E, widths):
 
 
 def _over_blocks(block, carry, e, sizes):
-    """carry through block(carry, start row, static row count, whole) until the expert's rows are used up. A block is
-    whole where all its rows are surely the expert's own: every size but the last."""
-    start, stop = e.first, e.first + e.rows
+    """carry through block(carry, start row, static row count, whole) until the expert's rows are used up.
+
+    First whole blocks of the largest size, which need no masks. What is left goes into one block of each size that it
+    fills to three quarters, and the rest into the smallest: some wasted rows cost less than one more block's pass over
+    the weights and their gradients.
+    """
+    body, tail, rest, start = sizes[0], sizes[-1], e.rows, e.first
+
+    def run(carry, count, size, whole):
+        return lax.fori_loop(0, count, lambda i, c, s=start: block(c, s + i * size, size, whole), carry)
+
+    if body == tail:    # one loop: half the program to compile
+        return run(carry, -(-rest // body), body, False)
+    whole = rest // body
+    carry = run(carry, whole, body, True)
+    rest, start = rest - whole * body, start + whole * body
     for size in sizes:
-        last = size == sizes[-1]
-        count = -(-(stop - start) // size) if last else (stop - start) // size
-        carry = lax.fori_loop(0, count, lambda i, c, s=start, b=size, w=not last: block(c, s + i * b, b, w), carry)
-        start = start + count * size
+        count = -(-rest // tail) if size == tail else (rest >= max(1, 3 * size // 4)).astype(jnp.int32)
+        carry = run(carry, count, size, False)
+        rest, start = jnp.maximum(rest - count * size, 0), start + count * size
     return carry
 
 
@@ -184,13 +197,14 @@ def _saved_size(blocks, num_rows, widths, sizes):
     if not blocks.saved:
         return 0
     even = blocks.saved * num_rows * 2 * sum(widths) / len(widths)
-    return int(even) + 2 * sizes[-1] * sum(widths) + 2 * sizes[0] * max(widths)
+    return int(even) + 2 * max(sizes[0] // 4, sizes[-1]) * sum(widths) + 2 * sizes[0] * max(widths)
 
 
 def _saved_place(size, widths, sizes, e, base):
     """(whether the expert's activations are kept, where they begin, where the next expert's do)."""
     spare = size - 2 * sizes[0] * max(widths)
-    next_base = base + 2 * e.width * (e.rows + sizes[-1])    # a last block may run over by less than a tail block
+    over = max(sizes[0] // 4, sizes[-1])    # rows by which a last block may run over
+    next_base = base + 2 * e.width * (e.rows + over)
     fits = next_base <= spare
     return fits, jnp.where(fits, base, spare), jnp.where(fits, next_base, base)
 

@@ -43,8 +43,8 @@ class Tiles(NamedTuple):
 
 # (rows, largest hidden tile, largest model tile, unit of the hidden tile, cores), by chip. 512 rows: with 8 experts at
 # 131,072 rows the tiles that two experts share cost 2.7%; 1,024 would cost 5.5%. A whole model axis keeps the weight
-# tile in place from one row tile to the next. Hidden tiles of 256 are bound by arithmetic on v5e and v5p (`report`), and
-# compile in half the time of 768; v6e has 256 x 256 matrix units and needs 768, or rows are fetched too often.
+# tile in place from one row tile to the next. Hidden tiles of 256 are bound by arithmetic on v5e and v5p (`report`)
+# and compile in half the time of 768; v6e has 256 x 256 matrix units and needs 768, or rows are fetched too often.
 CHIPS = {
     "v4": (512, 256, 2048, 128, 2),
     "v5e": (512, 256, 2048, 128, 1),
