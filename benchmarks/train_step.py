@@ -112,8 +112,8 @@ def measure(name: str, config: configs.Config, repeats: int, with_peers: bool) -
     runs = {"ours": ours}
     if with_peers and len(set(config.widths)) == 1:
         runs |= peers.mixtral(config, ours.batch)
+    alone = timing.interleaved(compiled, repeats)    # first: a whole step donates the state that parts read
     seconds = timing.interleaved({k: dict(compiled=f, arguments=()) for k, f in runs.items()}, repeats)
-    alone = timing.interleaved(compiled, repeats)
     total = float(np.median(seconds["ours"]))
     layers = {k: config.model.num_layers if k in ("attention", "experts", "dispatch") else 1 for k in alone}
     tokens = config.training.batch_size * config.data.sequence_length
