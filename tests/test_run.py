@@ -285,7 +285,7 @@ def train_args(corpus, workdir, **extra):
 
 def test_train_killed_then_stopped_then_finished_then_evaluated(corpus, tmp_path):
     """kill -9 in the middle, SIGTERM in the middle, and the same command each time."""
-    args = train_args(corpus, tmp_path / "run", **{"training.steps": 120, "training.checkpoint_every": 5})
+    args = train_args(corpus, tmp_path / "run", **{"training.steps": 120, "training.checkpoint_every": 40})
     process = command("train.py", *args, wait=False)
     deadline = time.time() + 120
     while not list((tmp_path / "run" / "checkpoints").glob("0*[0-9]")) and time.time() < deadline:
