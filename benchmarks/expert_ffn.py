@@ -25,13 +25,12 @@ TOKENS = flags.DEFINE_integer("tokens", 4096, "tokens T")
 DTYPE = flags.DEFINE_string("dtype", "float32", "compute type")
 REPEATS = flags.DEFINE_integer("repeats", 9, "interleaved repeats")
 BLOCKS = flags.DEFINE_list("blocks", ["1024", "64", "0"], "block_rows, tail_rows, saved_activations")
-RATIO_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
 
 
 def cases(dim: int, tokens: int) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
     """{name: (widths, rows per expert)}; rows are drawn from even odds, but where the name says otherwise."""
     rng = np.random.default_rng(0)
-    modse, h = sizing.widths_from_ratio_pairs(RATIO_PAIRS, dim), int(2.5 * dim)
+    modse, h = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, dim), int(2.5 * dim)
 
     def even(experts, rows):
         return rng.multinomial(rows, np.full(experts, 1 / experts))

@@ -27,7 +27,6 @@ SHAPES = flags.DEFINE_list("shapes", ["A", "A-modse", "B"], "built-in shapes to 
 CONFIG = config_flags.DEFINE_config_file("config", None, "time this config file instead", lock_config=True)
 PEERS = flags.DEFINE_bool("peers", False, "time Hugging Face's Mixtral beside it (equal widths only)")
 REPEATS = flags.DEFINE_integer("repeats", 9, "interleaved repeats")
-RATIO_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
 
 
 def shape(name: str) -> configs.Config:
@@ -37,7 +36,7 @@ def shape(name: str) -> configs.Config:
     values.mesh.data = 1
     values.moe.update(num_experts=64, top_k=8, width=240) if name == "B" else values.moe.update(width=960)
     if name == "A-modse":
-        values.moe.widths = sizing.widths_from_ratio_pairs(RATIO_PAIRS, 384)
+        values.moe.widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, 384)
     return configs.from_dict(values.to_dict())
 
 

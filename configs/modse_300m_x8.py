@@ -13,8 +13,6 @@ the common choices of Llama 2 and Switch. The balance loss counts both choices, 
 from modse_jax.config import default_config
 from modse_jax.moe import sizing
 
-RATIO_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
-
 
 def get_config():
     config = default_config()
@@ -26,7 +24,7 @@ def get_config():
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.moe.width = 3840
-    config.moe.widths = sizing.widths_from_ratio_pairs(RATIO_PAIRS, config.model.dim)
+    config.moe.widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, config.model.dim)
     config.moe.pairs = True
     config.moe.gate_term = "learned"
     config.data.source = "prepared:data/corpus"

@@ -16,5 +16,5 @@ def get_config():
     config.model.num_layers = 12
     config.model.num_heads = 32
     config.moe.width = 5120
-    config.moe.widths = sizing.widths_from_ratio_pairs(modse_300m_x8.RATIO_PAIRS, config.model.dim)
+    config.moe.widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, config.model.dim)
     return config

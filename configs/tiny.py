@@ -8,8 +8,6 @@ gzip -9 takes 1.84 (LOG.md); about 5 minutes of training on 2 cores at 8,500 tok
 from modse_jax.config import default_config
 from modse_jax.moe import sizing
 
-RATIO_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
-
 
 def get_config():
     config = default_config()
@@ -18,7 +16,7 @@ def get_config():
     config.model.num_heads = 2
     config.model.vocab_size = 4096
     config.moe.width = 240
-    config.moe.widths = sizing.widths_from_ratio_pairs(RATIO_PAIRS, config.model.dim)
+    config.moe.widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, config.model.dim)
     config.moe.pairs = True
     config.data.source = "python_stdlib"
     config.data.tokenizer = "sentencepiece"

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from modse_jax import chips
 from modse_jax.config import Config, UserError
 
 DATA = "data"
@@ -35,17 +36,9 @@ def _mesh(devices):
     return Mesh(np.array(devices), (DATA,), axis_types=(AxisType.Auto,))
 
 
-# Names of TPU generations, by a part of jax's device_kind.
-_CHIPS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e"}
-
-
 def chip(mesh: Mesh | None) -> str:
-    """What the mesh (None: the default device) is made of: "cpu", "gpu", "v5p", ...; an unknown TPU's device_kind."""
-    device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
-    for part, name in _CHIPS.items():
-        if part in device.device_kind:
-            return name
-    return device.device_kind if device.platform == "tpu" else device.platform
+    """What the mesh (None: the default device) is made of: see chips.name."""
+    return chips.name(mesh.devices.flat[0] if mesh is not None else jax.devices()[0])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

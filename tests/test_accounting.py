@@ -1,11 +1,13 @@
 """Parameter and FLOP counts against the built models and the paper's tables."""
 import importlib
 import pathlib
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from modse_jax import chips
 from modse_jax import config as c
 from modse_jax.model import accounting, transformer
 from tests.conftest import tiny_config
@@ -73,3 +75,13 @@ def test_flops_equal_the_products_of_the_built_model():
 
 def test_a_cpus_peak_is_measured():
     assert 1e8 < accounting.peak_flops(jax.devices()[0]) < 1e14
+
+
+@pytest.mark.parametrize("kind,platform,name,tflops", [
+    ("TPU v5 lite", "tpu", "v5e", 197), ("TPU v5p", "tpu", "v5p", 459), ("TPU v5", "tpu", "v5p", 459),
+    ("NVIDIA H200", "gpu", "h200", 989), ("NVIDIA A100-SXM4-80GB", "gpu", "a100", 312),
+    ("TPU v9", "tpu", "TPU v9", None), ("Some GPU", "gpu", "gpu", None)])
+def test_chips_are_known_by_their_kind(kind, platform, name, tflops):
+    device = types.SimpleNamespace(device_kind=kind, platform=platform)
+    assert chips.name(device) == name
+    assert accounting.peak_flops(device) == (tflops and tflops * 1e12)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from modse_jax.moe import expert_ffn as ef
-from modse_jax.moe import sizing
+from modse_jax.moe import expert_ffn_blocked, sizing
 from tests import numpy_reference
 
 D = 6
@@ -89,6 +89,19 @@ def test_bfloat16_products_accumulate_in_float32():
     assert y.dtype == jnp.bfloat16
     assert all(a.dtype == jnp.bfloat16 for a in dw.values())
     assert np.abs(np.asarray(y, np.float64) - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_saved_activations_fit_however_many_rows_there_are():
+    """One expert of 2^20 rows and width 2^12: its 2^33 numbers do not fit, though 32 bits would wrap them to 0."""
+    expert = expert_ffn_blocked._Expert(jnp.int32(0), jnp.int32(2**20), jnp.int32(0), 2**12)
+    size, sizes = 2**28, (8, 4)
+    fits, here, after = expert_ffn_blocked._saved_place(size, (2**12,), sizes, expert, jnp.int32(100))
+    assert not fits and int(here) == size - 2 * 8 * 2**12 and int(after) == 100
+    few = expert._replace(rows=jnp.int32(5))
+    fits, here, after = expert_ffn_blocked._saved_place(size, (2**12,), sizes, few, jnp.int32(100))
+    assert fits and int(here) == 100 and int(after) == 100 + 2 * 2**12 * (5 + 4)
+    with pytest.raises(ValueError, match="more than the 2147483647 that 32 bits can index"):
+        expert_ffn_blocked._saved_size(ef.Blocks(8, 4, 1.0), 2**20, (2**12,), sizes)
 
 
 def test_random_widths_and_routings_agree_with_the_reference():

@@ -49,7 +49,7 @@ def test_kernels_equal_the_reference(cores):
     """Outputs and all gradients; interpret mode fills what no kernel wrote with NaN, unused columns included."""
     for rows in ROUTINGS.values():
         x, rows, w, dy = numbers(rows)
-        got = value_and_grads(x, rows, w, dy, tpu.Tiles(8, 4, 8, cores), WIDTHS)
+        got = value_and_grads(x, rows, w, dy, tpu.Tiles(8, 4, 8, 16 // cores, cores), WIDTHS)
         assert_equal(got, value_and_grads(x, rows, w, dy, None, WIDTHS))
 
 
@@ -58,15 +58,15 @@ def test_rows_that_do_not_fill_a_tile_and_random_widths():
     widths = tuple(int(w) for w in 4 * rng.integers(1, 5, 3))
     for _ in range(4):
         x, rows, w, dy = numbers(rng.multinomial(59, rng.dirichlet(np.full(3, 0.4))).tolist(), widths, 61)
-        got = value_and_grads(x, rows, w, dy, tpu.Tiles(8, 4, 16), widths)
+        got = value_and_grads(x, rows, w, dy, tpu.Tiles(8, 4, 16, 16), widths)
         assert_equal(got, value_and_grads(x, rows, w, dy, None, widths))
 
 
 def test_unused_columns_of_the_hidden_buffer_are_nan_in_these_tests():
     """Else the tests above would prove nothing about columns past an expert's width."""
     x, rows, w, _ = numbers(ROUTINGS["shared tiles"])
-    run = tpu._Run(rows, WIDTHS, tpu.Tiles(8, 4, 8), True)
-    hidden, = run.hidden_out([(run.pad(x), w.w_gate, False), (run.pad(x), w.w_up, False)], tpu._swiglu, 1)
+    run = tpu._Run(rows, WIDTHS, tpu.Tiles(8, 4, 8, 16), True)
+    hidden, = run.hidden_out([run.pad(x)], [(0, w.w_gate, False), (0, w.w_up, False)], tpu._swiglu, 1)
     owner = np.repeat(np.arange(5), ROUTINGS["shared tiles"])
     for n in (0, 13, 45):
         width = WIDTHS[owner[n]]
@@ -76,7 +76,7 @@ def test_unused_columns_of_the_hidden_buffer_are_nan_in_these_tests():
 
 @pytest.mark.parametrize("work", [tpu.hidden_out_work, tpu.hidden_in_work, tpu.weights_work])
 def test_lists_hold_every_task_once_and_stay_in_their_bound(work):
-    tiles, num_tiles = tpu.Tiles(8, 4, 8), N // 8
+    tiles, num_tiles = tpu.Tiles(8, 4, 8, 16), N // 8
     for rows in ROUTINGS.values():
         tasks = work(jnp.asarray(rows, jnp.int32), WIDTHS, tiles, num_tiles)
         end, expected = np.cumsum(rows), set()
@@ -92,12 +92,29 @@ def test_lists_hold_every_task_once_and_stay_in_their_bound(work):
 
 
 def test_cores_never_share_an_output_block():
-    work = tpu.hidden_out_work(jnp.asarray(ROUTINGS["shared tiles"], jnp.int32), WIDTHS, tpu.Tiles(8, 4, 8), N // 8)
+    work = tpu.hidden_out_work(jnp.asarray(ROUTINGS["shared tiles"], jnp.int32), WIDTHS, tpu.Tiles(8, 4, 8, 16), N // 8)
     first, end = tpu.split(work, 2)
     assert int(first[0]) == 0 and int(end[0]) == int(first[1]) and int(end[1]) == int(work.live)
     blocks = [{(int(work.column[i]), int(work.row_tile[i])) for i in range(int(a), int(b))} for a, b in zip(first, end)]
     assert not blocks[0] & blocks[1]
     assert abs(int(end[0] - first[0]) - int(end[1] - first[1])) <= 5    # visits to one block at most
+
+
+@pytest.mark.parametrize("rows", [(0, 5, 0, 0, 0), (1, 0, 0, 0, 0), (0, 0, 0, 0, 3), (0, 0, 0, 0, 0)])
+def test_a_core_without_tasks_of_its_own_repeats_the_last_block(rows):
+    """It stores a block in any case, and what it never computed must not replace the other core's."""
+    work = tpu.hidden_out_work(jnp.asarray(rows, jnp.int32), (4,) * 5, tpu.Tiles(8, 4, 16, 8, 2), N // 8)
+    first, end = tpu.split(work, 2)
+    assert int(work.live) == (sum(rows) > 0)
+    assert first.tolist() == [0, 0] and end.tolist() == [int(work.live)] * 2
+
+
+def test_cores_share_the_outputs_of_every_kernel():
+    """Kernel A's tasks are split; B and C have one tile of the model axis for each core."""
+    for chip, cores in (("v4", 2), ("v5p", 2), ("v5e", 1), ("v6e", 1)):
+        for dim in (1536, 2048):
+            tiles = tpu.tiles_for((768, 1536), dim, chip)
+            assert (tiles.inner, tiles.outer, tiles.cores) == (dim, dim // cores, cores)
 
 
 def test_what_cannot_be_tiled_is_refused():
@@ -108,4 +125,4 @@ def test_what_cannot_be_tiled_is_refused():
     with pytest.raises(ValueError, match="more than the 50000 that fit"):
         jax.eval_shape(lambda: tpu.pallas_tpu(*(jnp.zeros(s) for s in ((2**18, 128), (8,), (128, 8192), (128, 8192),
                                                                        (8192, 128))),
-                                              (1024,) * 8, tpu.Tiles(8, 128, 128)))
+                                              (1024,) * 8, tpu.Tiles(8, 128, 128, 128)))

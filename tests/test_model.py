@@ -60,7 +60,7 @@ def test_padding_changes_nothing_and_is_not_counted():
     assert bool(jnp.isfinite(logits_padded).all())
 
 
-@pytest.mark.parametrize("remat,recomputed", [("none", 0), ("full", 11), ("save_routing_and_dots", 2)])
+@pytest.mark.parametrize("remat,recomputed", [("full", 11), ("save_routing_and_dots", 2)])
 def test_what_is_recomputed(remat, recomputed):
     """Products beyond those of "none": attention's 4, the router's, and 3 of each of 2 experts; with products saved,
     those with a batch dimension (scores, and their sum over values). Experts are never chosen twice."""

@@ -5,17 +5,18 @@ import platform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true")    # before libtpu is loaded
 from jax.experimental import topologies  # noqa: E402
 
+from benchmarks import tpu_report  # noqa: E402
 from modse_jax import mesh as meshes  # noqa: E402
 from modse_jax.moe import expert_ffn_tpu as tpu  # noqa: E402
 from modse_jax.moe import sizing  # noqa: E402
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
-RATIO_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
 ROWS = 131_072
 pytestmark = pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu exists for Linux on x86-64 alone")
@@ -31,7 +32,7 @@ def device(chip):
 def test_kernels_compile_forward_and_backward(chip, dim):
     where = jax.sharding.SingleDeviceSharding(device(chip))
     assert meshes.chip(jax.sharding.Mesh([device(chip)], "x")) == chip
-    widths = sizing.widths_from_ratio_pairs(RATIO_PAIRS, dim)
+    widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, dim)
     H, tiles = sum(widths), tpu.tiles_for(widths, dim, chip)
 
     def array(*shape, dtype=jnp.bfloat16):
@@ -51,6 +52,9 @@ def test_kernels_compile_forward_and_backward(chip, dim):
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_tiles_issue_little_more_than_is_needed(chip, dim):
     """Uneven routing: tiles that experts share, and rows that fill no tile, cost at most 5% of the FLOPs."""
-    widths = sizing.widths_from_ratio_pairs(RATIO_PAIRS, dim)
+    widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, dim)
     rows = [20_001, 13_007, 9_999, 25_003, 17_777, 11_111, 19_001]
-    assert 1 <= tpu.report([*rows, ROWS - sum(rows)], widths, dim, chip).issued_over_needed <= 1.05
+    report = tpu_report.report([*rows, ROWS - sum(rows)], widths, dim, chip)
+    assert 1 <= report.issued_over_needed <= 1.05
+    assert report.flops_needed == 22 * dim * float(np.dot([*rows, ROWS - sum(rows)], widths))
+    assert report.tile_visits == report.rows_wasted // 512 + ROWS // 512

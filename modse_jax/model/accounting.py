@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from modse_jax import chips
 from modse_jax.config import Config
 
 
@@ -76,19 +77,12 @@ def train_flops_per_token(config: Config, sequence_length: int, mean_width: floa
     return 6 * (weights + active_experts(config, mean_width)) + 12 * m.num_layers * m.dim * sequence_length
 
 
-# Dense bf16 TFLOP/s per chip as the makers print them, by a part of jax's device_kind.
-PEAK_TFLOPS = {"TPU v4": 275, "TPU v5 lite": 197, "TPU v5e": 197, "TPU v5p": 459, "TPU v5": 459, "TPU v6": 920,
-               "TPU7x": 2310, "H200": 989, "H100": 989, "A100": 312, "B200": 2250}
-
-
 def peak_flops(device: jax.Device) -> float | None:
     """FLOP/s of one device: from the table, on a CPU measured by a float32 matrix product; None where unknown."""
-    if device.platform == "cpu":
+    chip = chips.name(device)
+    if chip == "cpu":
         return _measure_cpu()
-    for part, tflops in PEAK_TFLOPS.items():
-        if part in device.device_kind:
-            return tflops * 1e12
-    return None
+    return chips.CHIPS[chip].teraflops * 1e12 if chip in chips.CHIPS else None
 
 
 def _measure_cpu(size: int = 1536, repeats: int = 5) -> float:

@@ -121,7 +121,7 @@ def _block_backward(saved, dout_BGQC):
     query_BGQC, key_BGSC, value_BGSC, mask_BQS, lse_BGQ1, out_BGQC = saved
     dtype = query_BGQC.dtype
     weights_BGQS = jnp.exp(_scores(query_BGQC, key_BGSC, mask_BQS) - lse_BGQ1)
-    inner_BGQ1 = jnp.sum((dout_BGQC * out_BGQC).astype(jnp.float32), axis=-1, keepdims=True)
+    inner_BGQ1 = jnp.sum(dout_BGQC.astype(jnp.float32) * out_BGQC.astype(jnp.float32), axis=-1, keepdims=True)
     dweights_BGQS = jnp.einsum("bgqc,bgsc->bgqs", dout_BGQC, value_BGSC, preferred_element_type=jnp.float32)
     dscores_BGQS = weights_BGQS * (dweights_BGQS - inner_BGQ1) * query_BGQC.shape[-1] ** -0.5
     dscores_BGQS, weights_BGQS = dscores_BGQS.astype(dtype), weights_BGQS.astype(dtype)

@@ -196,17 +196,26 @@ def _saved_size(blocks, num_rows, widths, sizes):
     """Elements of the buffer of saved activations: its budget, and room to write what does not fit."""
     if not blocks.saved:
         return 0
-    even = blocks.saved * num_rows * 2 * sum(widths) / len(widths)
-    return int(even) + 2 * max(sizes[0] // 4, sizes[-1]) * sum(widths) + 2 * sizes[0] * max(widths)
+    even = int(blocks.saved * num_rows * 2 * sum(widths) / len(widths))
+    size = even + 2 * _rows_over(sizes) * sum(widths) + 2 * sizes[0] * max(widths)
+    if size >= 2**31:
+        raise ValueError(f"moe.saved_activations={blocks.saved} asks to keep {size} numbers, more than the {2**31 - 1} "
+                         "that 32 bits can index; lower it, or training.batch_size")
+    return size
+
+
+def _rows_over(sizes):
+    """Rows by which an expert's last block may run past its end: a block is at least three quarters full, or the
+    smallest."""
+    return max(-(-sizes[0] // 4), sizes[-1])
 
 
 def _saved_place(size, widths, sizes, e, base):
     """(whether the expert's activations are kept, where they begin, where the next expert's do)."""
     spare = size - 2 * sizes[0] * max(widths)
-    over = max(sizes[0] // 4, sizes[-1])    # rows by which a last block may run over
-    next_base = base + 2 * e.width * (e.rows + over)
-    fits = next_base <= spare
-    return fits, jnp.where(fits, base, spare), jnp.where(fits, next_base, base)
+    rows = e.rows + _rows_over(sizes)
+    fits = rows <= (spare - base) // (2 * e.width)    # as a quotient: the product may not fit in 32 bits
+    return fits, jnp.where(fits, base, spare), jnp.where(fits, base + 2 * e.width * rows, base)
 
 
 def _save(saved_S, parts, at):

@@ -34,17 +34,21 @@ MAX_TASKS = 1_000_000 // (5 * 4)
 
 
 class Tiles(NamedTuple):
-    """rows, hidden, model: tile sizes. cores: TensorCores that share a kernel (2 where the chip runs as a megacore)."""
+    """rows, hidden: tile sizes. inner, outer: of the model axis, where it is summed over (kernel A) and where it is of
+    the output (B, C). cores: TensorCores that share a kernel (2 where the chip runs as a megacore)."""
     rows: int
     hidden: int
-    model: int
+    inner: int
+    outer: int
     cores: int = 1
 
 
 # (rows, largest hidden tile, largest model tile, unit of the hidden tile, cores), by chip. 512 rows: with 8 experts at
 # 131,072 rows the tiles that two experts share cost 2.7%; 1,024 would cost 5.5%. A whole model axis keeps the weight
-# tile in place from one row tile to the next. Hidden tiles of 256 are bound by arithmetic on v5e and v5p (`report`)
-# and compile in half the time of 768; v6e has 256 x 256 matrix units and needs 768, or rows are fetched too often.
+# tile in place from one row tile to the next; kernels B and C cut it into as many parts as there are cores, since it is
+# what the cores share there (kernel A's tasks are shared out by `split`). Hidden tiles of 256 are bound by arithmetic
+# on v5e and v5p (benchmarks/tpu_report.py) and compile in half the time of 768; v6e has 256 x 256 matrix units and
+# needs 768, or rows are fetched too often.
 CHIPS = {
     "v4": (512, 256, 2048, 128, 2),
     "v5e": (512, 256, 2048, 128, 1),
@@ -55,13 +59,18 @@ VMEM_LIMIT = 48 * 2**20
 
 
 def tiles_for(widths: Sequence[int], dim: int, chip: str) -> Tiles:
-    """The tiles for a chip. Raises ValueError naming the widths that cannot be cut into tiles."""
+    """The tiles for a chip. Raises ValueError, naming what would do, for a chip that has none or widths that cannot be
+    cut into tiles."""
+    if chip not in CHIPS:
+        raise ValueError(f"moe.backend=pallas_tpu needs one of {', '.join(CHIPS)}, this is {chip}; backends that run "
+                         "anywhere: auto, blocked, reference")
     rows, hidden, model, unit, cores = CHIPS[chip]
     bad = sorted({w for w in widths if w % unit})
     if bad or dim % 128:
         what = f"widths {bad} do not divide by {unit}" if bad else f"model.dim={dim} does not divide by 128"
         raise ValueError(f"pallas_tpu on {chip}: {what}; backends that take any: blocked, reference")
-    return Tiles(rows, _divisor(math.gcd(*widths), unit, hidden), _divisor(dim, 128, model), cores)
+    outer = _divisor(dim, 128, max(128, min(model, dim // cores)))
+    return Tiles(rows, _divisor(math.gcd(*widths), unit, hidden), _divisor(dim, 128, model), outer, cores)
 
 
 def _divisor(number, unit, largest):
@@ -76,7 +85,7 @@ def task_bound(num_rows: int, widths: Sequence[int], tiles: Tiles) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def pallas_tpu(x_ND, rows_E, w_gate, w_up, w_down, widths, tiles, interpret=False):
-    """See expert_ffn.expert_ffn. Every width divides by tiles.hidden, D by tiles.model.
+    """See expert_ffn.expert_ffn. Every width divides by tiles.hidden, D by tiles.inner and tiles.outer.
 
     Raises: ValueError where the list of tasks would not fit in scalar memory.
     """
@@ -91,7 +100,7 @@ def _forward(x_ND, rows_E, w_gate, w_up, w_down, widths, tiles, interpret):
                          "training.batch_size, or use the backend blocked")
     run = _Run(rows_E, widths, tiles, interpret)
     x = run.pad(x_ND)
-    hidden_NM, = run.hidden_out([(x, w_gate, False), (x, w_up, False)], _swiglu, 1)
+    hidden_NM, = run.hidden_out([x], [(0, w_gate, False), (0, w_up, False)], _swiglu, 1)
     y_ND = run.hidden_in([(hidden_NM, w_down, False)])
     return run.unpad(y_ND, x_ND), (x_ND, rows_E, w_gate, w_up, w_down)
 
@@ -100,8 +109,8 @@ def _backward(widths, tiles, interpret, saved, dy_ND):
     x_ND, rows_E, w_gate, w_up, w_down = saved
     run = _Run(rows_E, widths, tiles, interpret)
     x, dy = run.pad(x_ND), run.pad(dy_ND)
-    parts = [(x, w_gate, False), (x, w_up, False), (dy, w_down, True)]
-    hidden_NM, dgate_NM, dup_NM = run.hidden_out(parts, _swiglu_backward, 3)
+    parts = [(0, w_gate, False), (0, w_up, False), (1, w_down, True)]
+    hidden_NM, dgate_NM, dup_NM = run.hidden_out([x, dy], parts, _swiglu_backward, 3)
     dx_ND = run.hidden_in([(dgate_NM, w_gate, True), (dup_NM, w_up, True)])
     dw_gate, dw_up = run.weights(x, [dgate_NM, dup_NM], hidden_first=False)
     dw_down, = run.weights(dy, [hidden_NM], hidden_first=True)
@@ -212,7 +221,10 @@ def split(work: Work, cores: int):
     shares = [jnp.min(jnp.where(new & (position >= work.live * c // cores), position, work.live))
               for c in range(1, cores)]
     cuts = jnp.minimum(jnp.stack([jnp.zeros((), jnp.int32), *shares, work.live]), work.live).astype(jnp.int32)
-    return cuts[:-1], cuts[1:]
+    first, end = cuts[:-1], cuts[1:]
+    # A core without tasks would still store a block, which it never computed: it does the last one too, just the same.
+    last = jnp.max(jnp.where(new & (position < work.live), position, 0)).astype(jnp.int32)
+    return jnp.where(first == end, last, first), jnp.where(first == end, work.live, end)
 
 
 class _Run:
@@ -231,11 +243,11 @@ class _Run:
         y_ND = y_ND[:like_ND.shape[0]]
         return jnp.where((jnp.arange(y_ND.shape[0]) < self.bounds[-1])[:, None], y_ND, 0)
 
-    def hidden_out(self, pairs, epilogue, outputs):
-        """Kernel A. pairs: (rows [N, D], weights, whether they are [H, D] rather than [D, H])."""
+    def hidden_out(self, rows, pairs, epilogue, outputs):
+        """Kernel A. rows: arrays [N, D]. pairs: (index into rows, weights, whether they are [H, D], not [D, H])."""
         t, work = self.tiles, self._work(hidden_out_work)
         first, end = split(work, t.cores)
-        dtype, (N, D) = pairs[0][0].dtype, pairs[0][0].shape
+        dtype, (N, D) = rows[0].dtype, rows[0].shape
 
         def task(core, step, first, end):
             return jnp.minimum(first[core] + step, jnp.maximum(end[core] - 1, 0))
@@ -251,23 +263,22 @@ class _Run:
             here = task(core, step, first, end)
             return row_tile[here], column[here]
 
-        in_specs = []
+        in_specs = [pl.BlockSpec((t.rows, t.inner), rows_spec)] * len(rows)
         for _, _, transposed in pairs:
-            in_specs.append(pl.BlockSpec((t.rows, t.model), rows_spec))
-            in_specs.append(pl.BlockSpec((t.hidden, t.model) if transposed else (t.model, t.hidden),
+            in_specs.append(pl.BlockSpec((t.hidden, t.inner) if transposed else (t.inner, t.hidden),
                                          functools.partial(weights_spec, transposed)))
         shape = jax.ShapeDtypeStruct((N, max(self.widths)), dtype)
         return pl.pallas_call(
-            functools.partial(_hidden_out_kernel, pairs=[p[2] for p in pairs], epilogue=epilogue, tiles=t,
-                              steps=D // t.model),
+            functools.partial(_hidden_out_kernel, rows=len(rows), pairs=[(p[0], p[2]) for p in pairs],
+                              epilogue=epilogue, tiles=t, steps=D // t.inner),
             out_shape=[shape] * outputs,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=7, in_specs=in_specs,
                 out_specs=[pl.BlockSpec((t.rows, t.hidden), out_spec)] * outputs,
-                grid=(t.cores, jnp.max(end - first), D // t.model),
+                grid=(t.cores, jnp.max(end - first), D // t.inner),
                 scratch_shapes=[pltpu.VMEM((t.rows, t.hidden), jnp.float32)] * len(pairs)),
             compiler_params=_params("parallel", "arbitrary", "arbitrary"), interpret=self.interpret,
-        )(self.bounds, first, end, *work[1:5], *[a for rows, weights, _ in pairs for a in (rows, weights)])
+        )(self.bounds, first, end, *work[1:5], *rows, *[weights for _, weights, _ in pairs])
 
     def hidden_in(self, pairs):
         """Kernel B: the sum over pairs of (hidden [N, M], weights, whether they are [D, H] rather than [H, D])."""
@@ -280,16 +291,16 @@ class _Run:
         in_specs = []
         for _, _, transposed in pairs:
             in_specs.append(pl.BlockSpec((t.rows, t.hidden), lambda q, step, *s: (s[2][step], s[3][step])))
-            in_specs.append(pl.BlockSpec((t.model, t.hidden) if transposed else (t.hidden, t.model),
+            in_specs.append(pl.BlockSpec((t.outer, t.hidden) if transposed else (t.hidden, t.outer),
                                          functools.partial(weights_spec, transposed)))
         return pl.pallas_call(
             functools.partial(_hidden_in_kernel, pairs=[p[2] for p in pairs], tiles=t),
             out_shape=jax.ShapeDtypeStruct((N, D), pairs[0][0].dtype),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=6, in_specs=in_specs,
-                out_specs=pl.BlockSpec((t.rows, t.model), lambda q, step, *s: (s[2][step], q)),
-                grid=(D // t.model, work.live),
-                scratch_shapes=[pltpu.VMEM((t.rows, t.model), jnp.float32)]),
+                out_specs=pl.BlockSpec((t.rows, t.outer), lambda q, step, *s: (s[2][step], q)),
+                grid=(D // t.outer, work.live),
+                scratch_shapes=[pltpu.VMEM((t.rows, t.outer), jnp.float32)]),
             compiler_params=_params("parallel", "arbitrary"), interpret=self.interpret,
         )(self.bounds, *work[1:], *[a for hidden, weights, _ in pairs for a in (hidden, weights)])
 
@@ -297,7 +308,7 @@ class _Run:
         """Kernel C: for every hidden [N, M], its product with the rows over N: [H, D] if hidden_first, else [D, H]."""
         t, work = self.tiles, self._work(weights_work)
         D, H = rows_ND.shape[1], sum(self.widths)
-        block, shape = ((t.hidden, t.model), (H, D)) if hidden_first else ((t.model, t.hidden), (D, H))
+        block, shape = ((t.hidden, t.outer), (H, D)) if hidden_first else ((t.outer, t.hidden), (D, H))
 
         def out_spec(q, step, bounds, expert, row_tile, column, flat, flags):
             return (flat[step], q) if hidden_first else (q, flat[step])
@@ -307,10 +318,10 @@ class _Run:
             out_shape=[jax.ShapeDtypeStruct(shape, rows_ND.dtype)] * len(hiddens),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=6,
-                in_specs=[pl.BlockSpec((t.rows, t.model), lambda q, step, *s: (s[2][step], q))] + [
+                in_specs=[pl.BlockSpec((t.rows, t.outer), lambda q, step, *s: (s[2][step], q))] + [
                     pl.BlockSpec((t.rows, t.hidden), lambda q, step, *s: (s[2][step], s[3][step]))] * len(hiddens),
                 out_specs=[pl.BlockSpec(block, out_spec)] * len(hiddens),
-                grid=(D // t.model, work.live),
+                grid=(D // t.outer, work.live),
                 scratch_shapes=[pltpu.VMEM(block, jnp.float32)] * len(hiddens)),
             compiler_params=_params("parallel", "arbitrary"), interpret=self.interpret,
         )(self.bounds, *work[1:], rows_ND, *hiddens)
@@ -319,16 +330,15 @@ class _Run:
         return kind(self.rows_E, self.widths, self.tiles, self.num_tiles)
 
 
-def _hidden_out_kernel(bounds, first, end, expert, row_tile, column, flat, *refs, pairs, epilogue, tiles, steps):
-    operands, rest = refs[:2 * len(pairs)], refs[2 * len(pairs):]
-    outputs, sums = rest[:-len(pairs)], rest[-len(pairs):]
+def _hidden_out_kernel(bounds, first, end, expert, row_tile, column, flat, *refs, rows, pairs, epilogue, tiles, steps):
+    weights, outputs, sums = refs[rows:rows + len(pairs)], refs[rows + len(pairs):-len(pairs)], refs[-len(pairs):]
     core, q = pl.program_id(0), pl.program_id(2)
     task = first[core] + pl.program_id(1)
 
     @pl.when(task < end[core])
     def _():
-        for i, transposed in enumerate(pairs):
-            new = _dot(operands[2 * i][...], operands[2 * i + 1][...], 1, 1 if transposed else 0)
+        for i, (row, transposed) in enumerate(pairs):
+            new = _dot(refs[row][...], weights[i][...], 1, 1 if transposed else 0)
             sums[i][...] = jnp.where(q == 0, new, sums[i][...] + new)
 
         @pl.when(q == steps - 1)
@@ -384,39 +394,3 @@ def _dot(a, b, axis_a, axis_b):
 
 def _params(*semantics):
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT)
-
-
-# Peak bf16 FLOP/s and bytes/s of memory of one chip, as the maker prints them.
-ROOFLINE = {"v4": (275e12, 1.23e12), "v5e": (197e12, 0.82e12), "v5p": (459e12, 2.46e12), "v6e": (920e12, 1.64e12)}
-
-
-class Report(NamedTuple):
-    """What one forward and backward pass of a layer asks of a chip, counted, not measured."""
-    tile_visits: int              # row tiles visited, once per expert with rows in it
-    rows_wasted: int              # rows of visited tiles that are not the visiting expert's
-    flops_needed: float
-    issued_over_needed: float     # the recomputation of gate and up counts as needed
-    bytes_moved: float            # by the kernels: blocks fetched and stored
-    roofline_seconds: float
-
-
-def report(rows: Sequence[int], widths: Sequence[int], dim: int, chip: str) -> Report:
-    """Counts of the three kernels, bf16, for a routing. rows: per expert."""
-    tiles = tiles_for(widths, dim, chip)
-    end = np.cumsum(rows)
-    visited = np.where(np.array(rows) > 0, -(-end // tiles.rows) - (end - rows) // tiles.rows, 0)
-    width = np.array(widths)
-    needed, issued = (22 * dim * float(n @ width) for n in (np.array(rows), visited * tiles.rows))
-    tasks = float(visited @ (width // tiles.hidden))    # of kernels A and B; C has one more per empty tile
-    row, hidden, flat = (2 * n for n in (tiles.rows * dim, tiles.rows * tiles.hidden, sum(widths) * dim))
-    # A: rows for every task, and weights once per column tile where the model axis is one tile; B: hidden once, weights
-    # for every task; C: rows and hidden for every task, weights once.
-    weight = 2 * tiles.hidden * dim
-    in_place = dim == tiles.model
-    a = tasks * (3 * row + 4 * hidden) + (5 * flat if in_place else 5 * tasks * weight)
-    b = tasks * (3 * hidden + 3 * weight) + 2 * visited.sum() * row
-    c = tasks * (2 * row + 3 * hidden) * (dim // tiles.model if not in_place else 1) + 3 * flat
-    flops, bandwidth = ROOFLINE[chip]
-    seconds = max(issued / flops, (a + b + c) / bandwidth)
-    return Report(int(visited.sum()), int((visited * tiles.rows).sum() - sum(rows)), needed, issued / needed,
-                  float(a + b + c), seconds)

@@ -2,6 +2,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+# Expert widths over the model width, pair by pair: every pair sums to 5 (MoDSE, Table 1).
+PAPER_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
+
 
 class SizeClass(NamedTuple):
     """Experts of one width: their ids and first columns on the flat hidden axis, in expert order."""

@@ -7,7 +7,6 @@ import math
 import pathlib
 
 import numpy as np
-import tensorboardX
 
 from modse_jax.config import Config
 from modse_jax.model import accounting
@@ -92,6 +91,7 @@ class Writer:
         for name in ("metrics", "routing"):
             _discard_after(workdir / f"{name}.jsonl", step)
             self._files[name] = (workdir / f"{name}.jsonl").open("a", buffering=1)
+        import tensorboardX  # here: where torch is installed it imports all of it, 5 s that a mistyped option waits
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict, layers: list[dict]) -> None:

@@ -1,0 +1,34 @@
+"""What the makers print about their chips: the one table of peak rates.
+
+TPU v4 and v5p count two cores that work as one; v7x has none of our kernels yet and is here for its rates.
+"""
+from typing import NamedTuple
+
+import jax
+
+
+class Chip(NamedTuple):
+    kinds: tuple[str, ...]    # parts of jax's device_kind
+    teraflops: float          # dense bf16 TFLOP/s
+    terabytes: float          # memory bandwidth, TB/s
+
+
+CHIPS = {
+    "v4": Chip(("TPU v4",), 275, 1.23),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197, 0.82),
+    "v5p": Chip(("TPU v5",), 459, 2.46),
+    "v6e": Chip(("TPU v6",), 920, 1.64),
+    "v7x": Chip(("TPU7x",), 2310, 7.4),
+    "h200": Chip(("H200",), 989, 4.8),
+    "h100": Chip(("H100",), 989, 3.35),
+    "a100": Chip(("A100",), 312, 2.0),
+    "b200": Chip(("B200",), 2250, 8.0),
+}
+
+
+def name(device: jax.Device) -> str:
+    """The device's name in CHIPS; "cpu" and "gpu" for others of those platforms, else jax's device_kind."""
+    for chip, facts in CHIPS.items():
+        if any(kind in device.device_kind for kind in facts.kinds):
+            return chip
+    return device.platform if device.platform in ("cpu", "gpu") else device.device_kind
