@@ -14,17 +14,16 @@ from absl import app, flags
 
 from benchmarks import timing
 from modse_jax import mesh
+from modse_jax.config import MoE
 from modse_jax.moe import expert_ffn as ef
 from modse_jax.moe import sizing
 
-JSON = flags.DEFINE_string("json", None, "write the results there")
 CASES = flags.DEFINE_list("cases", None, "some of the cases")
 NAMES = flags.DEFINE_list("backends", ["blocked", "ragged_dot"], "backends to time")
 DIM = flags.DEFINE_integer("dim", 384, "model width D")
 TOKENS = flags.DEFINE_integer("tokens", 4096, "tokens T")
 DTYPE = flags.DEFINE_string("dtype", "float32", "compute type")
-REPEATS = flags.DEFINE_integer("repeats", 9, "interleaved repeats")
-BLOCKS = flags.DEFINE_list("blocks", ["1024", "64", "0"], "block_rows, tail_rows, saved_activations")
+BLOCKS = flags.DEFINE_list("blocks", None, "block_rows, tail_rows, saved_activations; by default the config's defaults")
 
 
 def cases(dim: int, tokens: int) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
@@ -56,23 +55,14 @@ def padded_ragged_dot(x_ND, rows_E, weights, widths):
     return jax.lax.ragged_dot(jax.nn.silu(gate) * up, pad(weights.w_down, 0), rows_E)
 
 
-def functions(widths, backend, chip):
-    """(forward, forward + backward) of one backend."""
-    blocks = ef.Blocks(int(BLOCKS.value[0]), int(BLOCKS.value[1]), float(BLOCKS.value[2]))
-
+def functions(widths, backend, chip, blocks):
+    """(forward, forward + backward) of one backend; "dense" is one product for all rows."""
     def forward(x, rows, w, dy):
+        if backend == "dense":
+            return (jax.nn.silu(x @ w.w_gate) * (x @ w.w_up)) @ w.w_down
         if backend == "ragged_dot":
             return padded_ragged_dot(x, rows, w, widths)
         return ef.expert_ffn(x, rows, w, widths, backend, blocks, chip)
-
-    def both(x, rows, w, dy):
-        return jax.value_and_grad(lambda x, w: jnp.sum(forward(x, rows, w, dy) * dy, dtype=jnp.float32), (0, 1))(x, w)
-    return forward, both
-
-
-def dense_functions():
-    def forward(x, rows, w, dy):
-        return (jax.nn.silu(x @ w.w_gate) * (x @ w.w_up)) @ w.w_down
 
     def both(x, rows, w, dy):
         return jax.value_and_grad(lambda x, w: jnp.sum(forward(x, rows, w, dy) * dy, dtype=jnp.float32), (0, 1))(x, w)
@@ -88,17 +78,17 @@ def arguments(dim, widths, rows, dtype):
     return x, jnp.asarray(rows, jnp.int32), w, dy
 
 
-def run(names, backends, dim, tokens, dtype, repeats):
+def run(names, backends, dim, tokens, dtype, repeats, blocks):
     """The rows of the result file."""
     chip, jobs, table = mesh.chip(None), {}, cases(dim, tokens)
     for case in names:
         widths, rows = table[case]
         used = -(-int(rows @ np.array(widths)) // tokens)    # one dense width with the same FLOPs
-        jobs[case, "dense"] = dense_functions(), arguments(dim, (used,), [tokens], dtype)
+        jobs[case, "dense"] = functions(None, "dense", chip, blocks), arguments(dim, (used,), [tokens], dtype)
         for backend in backends:
             # A padded product over 1,024 experts would take minutes and prove nothing more.
             if not (backend == "ragged_dot" and len(widths) > 8):
-                jobs[case, backend] = functions(widths, backend, chip), arguments(dim, widths, rows, dtype)
+                jobs[case, backend] = functions(widths, backend, chip, blocks), arguments(dim, widths, rows, dtype)
     results = []
     compiled = {(*key, i): job for i in range(2)
                 for key, job in timing.compile_all({k: (f[i], a) for k, (f, a) in jobs.items()}).items()}
@@ -122,15 +112,18 @@ def run(names, backends, dim, tokens, dtype, repeats):
 
 def main(_):
     names = CASES.value or list(cases(DIM.value, TOKENS.value))
-    rows = run(names, NAMES.value, DIM.value, TOKENS.value, DTYPE.value, REPEATS.value)
+    blocks = ef.Blocks(MoE.block_rows, MoE.tail_rows, MoE.saved_activations)
+    if BLOCKS.value:
+        blocks = ef.Blocks(int(BLOCKS.value[0]), int(BLOCKS.value[1]), float(BLOCKS.value[2]))
+    rows = run(names, NAMES.value, DIM.value, TOKENS.value, DTYPE.value, timing.REPEATS.value, blocks)
     print(f"{'case':18} {'backend':10} {'forward':>10} {'both':>10} {'/dense':>7} {'/equal':>7} {'compile':>8}")
     for r in rows:
         equal = f"{r['over_equal_width']:7.3f}" if r["over_equal_width"] else " " * 7
         print(f"{r['case']:18} {r['backend']:10} {1e3 * r['forward_seconds']:8.1f}ms",
               f"{1e3 * r['forward_backward_seconds']:8.1f}ms {r['over_dense']:7.3f}", equal,
               f"{r['compile_seconds']:7.1f}s")
-    if JSON.value:
-        with open(JSON.value, "w") as file:
+    if timing.JSON.value:
+        with open(timing.JSON.value, "w") as file:
             json.dump(rows, file, indent=1)
             file.write("\n")
 

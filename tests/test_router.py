@@ -111,9 +111,9 @@ def test_losses_of_a_sharded_batch_are_the_whole_batchs():
     config = dataclasses.replace(MoE(), num_experts=4)
     weights = router.RouterWeights(jax.random.normal(jax.random.key(1), (16, 4)))
     x_TD, valid_T = jax.random.normal(jax.random.key(0), (24, 16)), jnp.arange(24) % 5 > 0
-    whole = router.route(x_TD, valid_T, weights, config, 1e-5)
+    whole = jax.jit(lambda x, v: router.route(x, v, weights, config, 1e-5))(x_TD, valid_T)
     reduce = functools.partial(jax.lax.psum, axis_name="i")
-    halves = jax.vmap(lambda x, v: router.route(x, v, weights, config, 1e-5, reduce), axis_name="i")(
+    halves = jax.jit(jax.vmap(lambda x, v: router.route(x, v, weights, config, 1e-5, reduce), axis_name="i"))(
         x_TD.reshape(2, 12, 16), valid_T.reshape(2, 12))
     np.testing.assert_allclose(halves.balance_loss, np.full(2, whole.balance_loss), rtol=1e-6)
     np.testing.assert_allclose(halves.z_loss, np.full(2, whole.z_loss), rtol=1e-6)
@@ -135,6 +135,6 @@ def test_descending_the_balance_loss_balances():
         return jax.lax.fori_loop(0, 300, lambda i, w: w - 0.5 * jax.grad(lambda w: routed(w).balance_loss)(w), w)
 
     def load(w):
-        counts = routed(w).statistics.counts_KE.sum(axis=0)
+        counts = jax.jit(routed)(w).statistics.counts_KE.sum(axis=0)
         return float(counts.max() / counts.mean())
     assert load(start) > 1.8 and load(descend(start)) < 1.25

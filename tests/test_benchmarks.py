@@ -1,0 +1,47 @@
+"""The benchmarks run, and their rows hold what they promise. Nothing here asks how fast anything is."""
+import numpy as np
+
+from benchmarks import expert_ffn, timing, train_step
+from modse_jax.moe.expert_ffn import Blocks
+from tests.conftest import tiny_config
+
+
+def test_expert_layer_rows():
+    rows = expert_ffn.run(["modse", "equal"], ["reference"], 8, 16, "float32", 2, Blocks(8, 4))
+    assert [(r["case"], r["backend"]) for r in rows] == [
+        (case, backend) for case in ("modse", "equal") for backend in ("dense", "reference")]
+    assert set(rows[0]) == {"case", "backend", "platform", "dtype", "forward_seconds", "forward_backward_seconds",
+                            "over_dense", "over_equal_width", "compile_seconds", "peak_bytes"}
+    for r in rows:
+        assert r["forward_seconds"] > 0 and r["compile_seconds"] > 0 and r["peak_bytes"] > 0
+        assert (r["over_dense"] == 1) == (r["backend"] == "dense")
+        assert (r["over_equal_width"] is not None) == (r["case"] == "modse")
+
+
+def test_padded_ragged_dot_computes_the_same():
+    """Else its time would say nothing."""
+    widths, rows = expert_ffn.cases(8, 16)["modse"]
+    x, counts, w, dy = expert_ffn.arguments(8, widths, rows, "float32")
+    ours, padded = (expert_ffn.functions(widths, b, "cpu", Blocks(8, 4))[0] for b in ("reference", "ragged_dot"))
+    np.testing.assert_allclose(padded(x, counts, w, dy), ours(x, counts, w, dy), atol=1e-5)
+
+
+def test_cases_have_the_rows_they_are_named_for():
+    cases = expert_ffn.cases(384, 4096)
+    assert {k: len(w) for k, (w, _) in cases.items()} == {
+        "modse": 8, "equal": 8, "64 experts top-8": 64, "1024 experts": 1024, "one empty": 8, "all on one": 8}
+    assert sum(cases["modse"][1]) == sum(cases["equal"][1]) == sum(cases["all on one"][1]) == 8192
+    assert sum(cases["modse"][0]) == sum(cases["equal"][0]) == 8 * 960
+    assert (cases["one empty"][1] == 0).sum() == 1 and (cases["all on one"][1] == 0).sum() == 7
+
+
+def test_training_step_rows():
+    row, = train_step.measure("tiny", tiny_config(), 2, False)
+    assert row["tokens_per_second"] > 0 and 0 < row["mfu_realised"] < 1 and 0 < row["mfu_nominal"] < 1
+    assert set(row["share"]) == {"attention", "experts", "dispatch", "loss", "optimiser"}
+    a, modse, b = (train_step.shape(s) for s in ("A", "A-modse", "B"))
+    assert sum(a.widths) == sum(modse.widths) and (len(b.widths), b.moe.top_k, b.widths[0]) == (64, 8, 240)
+
+
+def test_ratios_are_within_a_repeat():
+    assert timing.ratio([2, 20, 6], [1, 10, 2]) == 2
