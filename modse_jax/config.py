@@ -71,7 +71,7 @@ class MoE:
     block_rows: int = option(1024, "blocked backend: rows of the largest block", minimum=1)
     tail_rows: int = option(64, "blocked backend: rows of the smallest block; halves of the largest lie between",
                             minimum=1)
-    saved_activations: float = option(0.0, "blocked backend: hidden activations kept for the backward pass, over those "
+    saved_activations: float = option(1.25, "blocked backend: hidden activations kept for the backward pass, over those "
                                       "of evenly spread rows; the rest is recomputed", minimum=0)
 
 
