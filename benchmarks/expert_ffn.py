@@ -62,7 +62,7 @@ def functions(widths, backend, chip, blocks):
             return (jax.nn.silu(x @ w.w_gate) * (x @ w.w_up)) @ w.w_down
         if backend == "ragged_dot":
             return padded_ragged_dot(x, rows, w, widths)
-        return ef.expert_ffn(x, rows, w, widths, backend, blocks, chip)
+        return ef.expert_ffn(x, rows, w, sizing.place(widths, 1, "pairs"), backend, blocks, chip)
 
     def both(x, rows, w, dy):
         return jax.value_and_grad(lambda x, w: jnp.sum(forward(x, rows, w, dy) * dy, dtype=jnp.float32), (0, 1))(x, w)

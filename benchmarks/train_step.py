@@ -86,7 +86,7 @@ def parts(ours: Ours) -> dict:
         return dispatch.combine(dispatch.dispatch(x, plan), routing.gates_TK, plan) * dy_TD
 
     def ffn(x, experts):
-        return expert_ffn.expert_ffn(x, plan.rows_E, experts, config.widths, config.moe.backend, blocks,
+        return expert_ffn.expert_ffn(x, plan.rows_E, experts, mesh.placement(config, None), config.moe.backend, blocks,
                                      mesh.chip(None)) * x_ND
 
     targets, even = ours.batch["tokens"][:, 1:], jnp.full((B, L), 1 / (B * L))

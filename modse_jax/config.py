@@ -19,10 +19,12 @@ GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalised")
 GATE_TERMS = ("none", "learned")
 DTYPES = ("float32", "bfloat16")
 
-# What a resumed run may change. Of these only training.steps touches training, by the length of the cosine.
+# What a resumed run may change. Of these only training.steps touches training, by the length of the cosine; another mesh
+# changes the order of sums, and with moe.capacity_factor which tokens are dropped.
 RESUMABLE = ("training.steps", "training.log_every", "training.eval_every", "training.checkpoint_every",
              "checkpoint.keep", "evaluation.batch_size", "evaluation.sample_tokens", "evaluation.prompts",
-             "evaluation.temperature", "evaluation.top_k", "evaluation.top_p")
+             "evaluation.temperature", "evaluation.top_k", "evaluation.top_p",
+             "mesh.data", "mesh.fsdp", "mesh.expert", "moe.placement")
 
 
 class UserError(Exception):
@@ -68,16 +70,20 @@ class MoE:
     z_loss_weight: float = option(0.0, "weight of mean(logsumexp(router logits)^2), summed over layers", minimum=0)
     capacity_factor: float = option(0.0, "an expert's rows per device over its even share; 0 = dropless", minimum=0)
     backend: str = option("auto", "how unequal experts are multiplied; auto = blocked, everywhere", choices=BACKENDS)
+    placement: str = option("pairs", "a device of mesh.expert has whole experts of equal total width (the paper's "
+                            "pairs), or a share of every expert's columns", choices=("pairs", "columns"))
     block_rows: int = option(1024, "blocked backend: rows of the largest block", minimum=1)
     tail_rows: int = option(64, "blocked backend: rows of the smallest block; halves of the largest lie between",
                             minimum=1)
-    saved_activations: float = option(1.25, "blocked backend: hidden activations kept for the backward pass, over those "
+    saved_activations: float = option(1.25, "blocked: hidden activations kept for the backward pass, over those "
                                       "of evenly spread rows; the rest is recomputed", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    data: int = option(-1, "devices that share a batch; -1 = all", minimum=-1)
+    data: int = option(-1, "devices that share a batch and hold all parameters; -1 = the rest", minimum=-1)
+    fsdp: int = option(1, "devices that share a batch and the parameters; -1 = the rest", minimum=-1)
+    expert: int = option(1, "devices that share a batch and the experts; -1 = the rest", minimum=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,8 +295,10 @@ def _check_training(config):
                         f"{config.model.context_length}")
     if config.evaluation.top_p > 1:
         raise UserError(f"evaluation.top_p={config.evaluation.top_p} must be <= 1")
-    if config.mesh.data == 0:
-        raise UserError("mesh.data=0 must be -1 (all devices) or a number of devices")
+    mesh = dataclasses.asdict(config.mesh)
+    if 0 in mesh.values() or list(mesh.values()).count(-1) > 1:
+        raise UserError(f"{', '.join(f'mesh.{k}={v}' for k, v in mesh.items())}: each must be a number of devices, or "
+                        "-1 for the rest in one place at most")
 
 
 def markdown_table() -> str:

@@ -38,7 +38,7 @@ def test_defaults_survive_a_round_trip():
     ("optimizer__learning_rate", float("nan"), "must be finite"),
     ("optimizer__initial_learning_rate", 1.0, "is above the peak"),
     ("evaluation__top_p", 1.5, "must be <= 1"),
-    ("mesh__data", 0, "mesh.data=0 must be -1"),
+    ("mesh__data", 0, "mesh.data=0, mesh.fsdp=1, mesh.expert=1: each must be"),
     ("evaluation__prompts", (), "must be texts that are not empty"),
     ("evaluation__sample_tokens", 512, "must be below model.context_length=512"),
 ])

@@ -52,7 +52,8 @@ def numpy_value_and_grads(widths, rows, w, x, dy):
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
 def value_and_grads(x, rows, w, dy, widths, backend, saved=0.0):
     def f(x, w):
-        return ef.expert_ffn(x, rows, ef.ExpertWeights(**w), widths, backend, ef.Blocks(8, 4, saved), "cpu")
+        return ef.expert_ffn(x, rows, ef.ExpertWeights(**w), sizing.place(widths, 1, "pairs"), backend,
+                             ef.Blocks(8, 4, saved), "cpu")
     y, pull = jax.vjp(f, x, w)
     return (y, *pull(dy))
 
@@ -68,6 +69,31 @@ def test_outputs_and_gradients_equal_numpy(case, backend, saved):
     for got, want in zip(jax.tree.leaves((y, dx, dw)), jax.tree.leaves(expected)):
         scale = max(1e-3, np.abs(want).max())
         np.testing.assert_allclose(np.asarray(got) / scale, want / scale, atol=2e-6)
+
+
+@pytest.mark.parametrize("saved", [0.0, 1.0])
+@pytest.mark.parametrize("kind, shards", [("pairs", 2), ("columns", 2)])
+def test_shards_of_unlike_experts_run_one_program(kind, shards, saved):
+    """The shard is an argument of the compiled program; NaN fills rows of nobody."""
+    placement = sizing.place((10, 2, 8, 4, 4, 4, 4), 2, kind) if kind == "pairs" else sizing.place((8, 2, 4), 2, kind)
+    columns, rng = sum(placement.widths[0]), np.random.default_rng(0)
+    w = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in
+         dict(w_gate=(D, columns), w_up=(D, columns), w_down=(columns, D)).items()}
+    x, dy = (jnp.asarray(rng.normal(size=(40, D)), jnp.float32).at[31:].set(jnp.nan) for _ in range(2))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(shard, backend, rows):
+        def f(x, w):
+            blocks = ef.Blocks(8, 4, saved)
+            return ef.expert_ffn(x, rows, ef.ExpertWeights(**w), placement, backend, blocks, "cpu", shard)
+        y, pull = jax.vjp(f, x, w)
+        return (y, *pull(dy))
+
+    for shard in range(shards):
+        own = len(placement.experts[shard])
+        rows = jnp.asarray([*rng.multinomial(31, np.full(own, 1 / own)), *[0] * (placement.slots - own)], jnp.int32)
+        for a, b in zip(*(jax.tree.leaves(run(shard, backend, rows)) for backend in ("blocked", "reference"))):
+            np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))
 
 
 def test_unused_experts_weights_are_never_read():
@@ -94,14 +120,14 @@ def test_bfloat16_products_accumulate_in_float32():
 def test_saved_activations_fit_however_many_rows_there_are():
     """One expert of 2^20 rows and width 2^12: its 2^33 numbers do not fit, though 32 bits would wrap them to 0."""
     expert = expert_ffn_blocked._Expert(jnp.int32(0), jnp.int32(2**20), jnp.int32(0), 2**12)
-    size, sizes = 2**28, (8, 4)
-    fits, here, after = expert_ffn_blocked._saved_place(size, (2**12,), sizes, expert, jnp.int32(100))
+    size, sizes, placement = 2**28, (8, 4), sizing.place((2**12,), 1, "pairs")
+    fits, here, after = expert_ffn_blocked._saved_place(size, placement, sizes, expert, jnp.int32(100))
     assert not fits and int(here) == size - 2 * 8 * 2**12 and int(after) == 100
     few = expert._replace(rows=jnp.int32(5))
-    fits, here, after = expert_ffn_blocked._saved_place(size, (2**12,), sizes, few, jnp.int32(100))
+    fits, here, after = expert_ffn_blocked._saved_place(size, placement, sizes, few, jnp.int32(100))
     assert fits and int(here) == 100 and int(after) == 100 + 2 * 2**12 * (5 + 4)
     with pytest.raises(ValueError, match="more than the 2147483647 that 32 bits can index"):
-        expert_ffn_blocked._saved_size(ef.Blocks(8, 4, 1.0), 2**20, (2**12,), sizes)
+        expert_ffn_blocked._saved_size(ef.Blocks(8, 4, 1.0), 2**20, placement, sizes)
 
 
 def test_random_widths_and_routings_agree_with_the_reference():
@@ -122,11 +148,12 @@ def test_a_thousand_experts_trace_as_few_loops():
     """The program grows with the number of size classes, not of experts."""
     def lines(num_experts):
         widths = (16,) * num_experts
+        placement = sizing.place(widths, 1, "pairs")
         shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in
                   ((256, D), (D, sum(widths)), (D, sum(widths)), (sum(widths), D))]
 
         def f(x, rows, *w):
-            return ef.expert_ffn(x, rows, ef.ExpertWeights(*w), widths, "blocked", ef.Blocks(64, 8), "cpu")
+            return ef.expert_ffn(x, rows, ef.ExpertWeights(*w), placement, "blocked", ef.Blocks(64, 8), "cpu")
         rows = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
         return len(jax.jit(f).lower(shapes[0], rows, *shapes[1:]).as_text().splitlines())
     assert lines(1024) <= lines(8)
@@ -134,8 +161,9 @@ def test_a_thousand_experts_trace_as_few_loops():
 
 def test_widths_that_do_not_fit_the_weights_are_refused():
     w = ef.ExpertWeights(jnp.zeros((D, 8)), jnp.zeros((D, 8)), jnp.zeros((8, D)))
-    with pytest.raises(ValueError, match=r"widths \(4, 5\) do not fit"):
-        ef.expert_ffn(jnp.zeros((4, D)), jnp.zeros(2, jnp.int32), w, (4, 5), "blocked", ef.Blocks(8, 4), "cpu")
+    with pytest.raises(ValueError, match=r"widths \(\(4, 5\),\) do not fit"):
+        ef.expert_ffn(jnp.zeros((4, D)), jnp.zeros(2, jnp.int32), w, sizing.place((4, 5), 1, "pairs"), "blocked",
+                      ef.Blocks(8, 4), "cpu")
 
 
 def test_the_numpy_loops_agree_with_each_other():

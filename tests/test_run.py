@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from modse_jax import mesh
-from modse_jax.config import Checkpoint, Config, UserError, fields
+from modse_jax.config import Checkpoint, Config, Mesh, UserError, fields
 from modse_jax.data import loader
 from modse_jax.evaluation import report, scoring, summary
 from modse_jax.training import loop, metrics
@@ -163,6 +163,8 @@ def test_what_a_run_leaves(finished):
         if r["split"] == "train":
             assert sum(r["tokens_per_expert"]) == 2 * np.sum(r["tokens_per_expert_by_choice"][0])
         assert min(config.widths) <= r["count_weighted_width"] <= max(config.widths)
+        assert set(r["straggler"]) == {"in_use", "pairs", "sorted", "one_per_device", "columns"}
+        assert r["straggler"]["in_use"] == r["straggler"]["columns"] == 1 <= r["straggler"]["pairs"] <= 2
         assert 1 <= r["max_over_mean"] <= 4 and 0 <= r["entropy"] <= np.log(4) + 1e-6
     assert json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(config)))
     environment = json.loads((workdir / "environment.json").read_text())
@@ -183,6 +185,13 @@ def test_a_checkpoint_holds_its_own_step_though_training_went_on(finished):
         np.testing.assert_allclose(a, b, atol=1e-4)
     after = state_of(workdir, config, 6)
     assert np.abs(after.params["head"] - saved.params["head"]).max() > 1e-3
+
+
+def test_a_run_may_go_on_on_another_mesh(finished, capsys):
+    """What it then computes: tests/test_sharding.py."""
+    config, workdir = finished
+    moved = dataclasses.replace(config, mesh=Mesh(1, 2, 2), moe=dataclasses.replace(config.moe, placement="columns"))
+    assert loop.train(moved, str(workdir)) == loop.FINISHED and "finished" in capsys.readouterr().out
 
 
 def test_steps_without_a_config_are_not_resumed_under_another(corpus, tmp_path):
@@ -211,8 +220,9 @@ def test_samples_report_and_summary(finished):
     assert "sample after 'line'" in scoring.console(result)
     report.write(str(workdir))
     page = (workdir / "report" / "index.html").read_text()
-    for name in ("loss", "expert_load", "load_by_width", "balance"):
+    for name in ("loss", "expert_load", "load_by_width", "balance", "straggler"):
         assert (workdir / "report" / f"{name}.png").stat().st_size > 5000 and f'src="{name}.png"' in page
+    assert "neighbours in size" in page
     last = summary.summary(workdir, time.time() - 60)
     assert last["validation_bits_per_byte"] == result["loss"]["bits_per_byte"]
     assert 0 < last["gzip_bits_per_byte"] < 8 and 1 <= last["minutes"] < 2 and last["tokens_per_second"] > 0

@@ -32,8 +32,41 @@ def write(workdir: str) -> None:
         "expert_load.png": _save(out / "expert_load.png", _load_map(last, config.widths, f"{split}, step {newest}")),
         "load_by_width.png": _save(out / "load_by_width.png",
                                    _load_by_width(last, config.widths, f"{split}, step {newest}")),
-        "balance.png": _save(out / "balance.png", _balance(layers))}
-    _index(out / "index.html", workdir, rows, captions)
+        "balance.png": _save(out / "balance.png", _balance(layers)),
+        "straggler.png": _save(out / "straggler.png", _straggler(layers))}
+    _index(out / "index.html", workdir, rows, captions, straggler_table(last))
+
+
+PLACEMENTS = {"in_use": "as this run placed them", "pairs": "pairs, E/2 devices",
+              "sorted": "neighbours in size, E/2 devices", "one_per_device": "one expert per device",
+              "columns": "every expert's columns cut"}
+
+
+def straggler_table(last: list[dict]) -> str:
+    """Straggler factor by placement: mean and worst of the layers. last: a line of routing.jsonl per layer."""
+    lines = [f"{'experts on devices':34} {'mean':>7} {'worst':>7}   of {len(last)} layers"]
+    for name, factors in _factors(last).items():
+        lines.append(f"{PLACEMENTS[name]:34} {np.mean(factors):7.3f} {max(factors):7.3f}")
+    return "\n".join(lines)
+
+
+def _factors(layers):
+    return {name: [x["straggler"][name] for x in layers] for name in PLACEMENTS if name in layers[0]["straggler"]}
+
+
+def _straggler(layers):
+    figure, axes = plt.subplots(figsize=(7.5, 3.8))
+    train = [x for x in layers if x["split"] == "train"]
+    steps = sorted({x["step"] for x in train})
+    by_step = [_factors([x for x in train if x["step"] == step]) for step in steps]
+    names = by_step[0] if by_step else ()
+    for name, shade in zip(names, plt.get_cmap("cividis")(np.linspace(0.05, 0.9, len(PLACEMENTS)))):
+        axes.plot(steps, [np.mean(factors[name]) for factors in by_step], color=shade, lw=1.3, label=PLACEMENTS[name])
+    axes.set(xlabel="step", ylabel="busiest device over mean", title="Straggler factor: tokens x width per device")
+    axes.set_ylim(0.95, None)
+    if names:
+        axes.legend(frameon=False, fontsize=8)
+    return figure, "Work of the busiest device over the mean, mean of the layers: all others wait for it."
 
 
 def _loss(rows):
@@ -115,7 +148,7 @@ def _save(path, figure_and_caption):
     return caption
 
 
-def _index(path, workdir, rows, captions):
+def _index(path, workdir, rows, captions, stragglers):
     last = rows[-1]
     facts = ", ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in last.items())
     pictures = "\n".join(f'<h2>{html.escape(name)}</h2><p>{html.escape(caption)}</p><img src="{name}" alt="{name}">'
@@ -127,6 +160,7 @@ def _index(path, workdir, rows, captions):
 img{{max-width:100%}}pre{{overflow-x:auto;background:#f4f4f4;padding:1em}}</style>
 <h1>Run {html.escape(workdir.name)}</h1><p>{html.escape(facts)}</p>
 {pictures}
+<pre>{html.escape(stragglers)}</pre>
 {tables}
 """)
 

@@ -23,7 +23,8 @@ def capacity(tokens: int, num_experts: int, top_k: int, factor: float) -> int:
 
 
 def plan(ids_TK: jax.Array, valid_T: jax.Array, num_experts: int, capacity: int = 0) -> Plan:
-    """Sorts the routed rows by expert, stably; rows of invalid tokens and rows over capacity come last, ownerless.
+    """Sorts the routed rows by expert, stably; rows of invalid tokens, rows over capacity and those whose id is
+    num_experts (an expert of another shard) come last, ownerless.
 
     With a capacity, first choices are served before second ones, and early tokens before late ones (GShard).
     """
@@ -32,7 +33,7 @@ def plan(ids_TK: jax.Array, valid_T: jax.Array, num_experts: int, capacity: int 
     dropped = jnp.zeros((), jnp.int32)
     if capacity:
         kept_TK = _rank_in_expert(ids_TK, num_experts) < capacity
-        dropped = jnp.sum(~kept_TK & valid_T[:, None], dtype=jnp.int32)
+        dropped = jnp.sum(~kept_TK & (ids_TK < num_experts), dtype=jnp.int32)
         ids_TK = jnp.where(kept_TK, ids_TK, num_experts)
     ids_N = ids_TK.reshape(T * K)
     order_N = _stable_argsort(ids_N, num_experts + 1)

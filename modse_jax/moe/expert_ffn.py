@@ -5,6 +5,7 @@ exact: no padding to the widest. E_e(x) = (silu(x W_gate) * (x W_up)) W_down (Sw
 
 Legend: N routed rows, D model, E experts, H flat hidden axis.
 """
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,33 +22,44 @@ class ExpertWeights(NamedTuple):
     w_down: jax.Array    # [H, D]
 
 
-def check_backend(backend: str, widths: Sequence[int], dim: int, chip: str) -> None:
+def check_backend(backend: str, placement: sizing.Placement, dim: int, chip: str) -> None:
     """Raises ValueError, naming what would do, where a backend cannot run these widths on this chip (mesh.chip)."""
     if backend == "pallas_tpu":
-        expert_ffn_tpu.tiles_for(widths, dim, chip)
+        expert_ffn_tpu.tiles_for(_same_on_all_shards(placement), dim, chip)
 
 
-def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, widths: Sequence[int], backend: str,
-               blocks: Blocks, chip: str) -> jax.Array:
+def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, placement: sizing.Placement, backend: str,
+               blocks: Blocks, chip: str, shard: jax.Array | int = 0) -> jax.Array:
     """y_ND: every row through its own expert.
 
     Args:
       x_ND: rows sorted by expert. rows_E: int32, how many rows each expert has; rows past their sum belong to nobody,
         may hold anything, NaN included, and come back as 0 (their gradient too).
       weights: float32 or x's type; products are taken in x's type and accumulated in float32.
-      widths: E static widths. backend: moe.backend. "auto" is "blocked" on every chip: no other backend has been timed
-        on hardware, and auto must not pick a slower one. blocks: how `blocked` cuts the work. chip: mesh.chip.
+      placement: static, of all shards; sizing.place(widths, 1, "pairs") for one. rows_E and the weights are those
+        of `shard`: its experts in the placement's order, rows_E filled up with 0 to placement.slots.
+      backend: moe.backend. "auto" is "blocked" on every chip: no other backend has been timed on hardware, and auto
+        must not pick a slower one. blocks: how `blocked` cuts the work. chip: mesh.chip.
     Raises: ValueError where the widths do not add up to the flat axis, or the backend cannot run them on the chip.
     """
-    if sum(widths) != weights.w_gate.shape[1] or len(widths) != rows_E.shape[0]:
-        raise ValueError(f"widths {tuple(widths)} do not fit weights {weights.w_gate.shape} and rows {rows_E.shape}")
+    if {sum(w) for w in placement.widths} != {weights.w_gate.shape[1]} or placement.slots != rows_E.shape[0]:
+        raise ValueError(f"widths {placement.widths} do not fit weights {weights.w_gate.shape} and rows {rows_E.shape}")
     weights = ExpertWeights(*(w.astype(x_ND.dtype) for w in weights))
     if backend == "reference":
-        return reference(x_ND, rows_E, weights, widths)
+        ways = [functools.partial(reference, widths=widths) for widths in placement.widths]
+        return jax.lax.switch(shard, ways, x_ND, rows_E, weights)
     if backend == "pallas_tpu":
+        widths = _same_on_all_shards(placement)
         tiles = expert_ffn_tpu.tiles_for(widths, x_ND.shape[1], chip)
-        return expert_ffn_tpu.pallas_tpu(x_ND, rows_E, *weights, tuple(widths), tiles)
-    return blocked(x_ND, rows_E, *weights, tuple(widths), blocks)
+        return expert_ffn_tpu.pallas_tpu(x_ND, rows_E, *weights, widths, tiles)
+    return blocked(x_ND, rows_E, *weights, jnp.asarray(shard, jnp.int32), placement, blocks)
+
+
+def _same_on_all_shards(placement):
+    if len(set(placement.widths)) > 1:
+        raise ValueError("pallas_tpu takes equal lists of widths on all shards of mesh.expert, here they differ; use "
+                         "moe.placement=columns, or moe.backend=blocked")
+    return placement.widths[0]
 
 
 def reference(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, widths: Sequence[int]) -> jax.Array:

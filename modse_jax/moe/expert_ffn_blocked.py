@@ -56,21 +56,22 @@ class _Rows:
         return lax.dynamic_update_slice_in_dim(out_ND, new_BD, self.at, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def blocked(x_ND, rows_E, w_gate, w_up, w_down, widths, blocks):
-    """See expert_ffn.expert_ffn. widths: E ints."""
-    return _forward_pass(x_ND, rows_E, (w_gate, w_up, w_down), widths, blocks._replace(saved=0))[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def blocked(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks):
+    """See expert_ffn.expert_ffn. shard: which one of the placement this is, int32 []."""
+    weights = w_gate, w_up, w_down
+    return _forward_pass(x_ND, rows_E, weights, shard, placement, blocks._replace(saved=0))[0]
 
 
-def _forward_pass(x_ND, rows_E, weights, widths, blocks):
+def _forward_pass(x_ND, rows_E, weights, shard, placement, blocks):
     """(y_ND, saved gate and up activations [S]); S is 0 where none are to be kept."""
-    sizes = _sizes(blocks, x_ND.shape[0], len(widths))
-    saved_S = jnp.zeros((_saved_size(blocks, x_ND.shape[0], widths, sizes),), x_ND.dtype)
+    sizes = _sizes(blocks, x_ND.shape[0], placement.num_experts)
+    saved_S = jnp.zeros((_saved_size(blocks, x_ND.shape[0], placement, sizes),), x_ND.dtype)
 
     def expert(carry, e):
         y_ND, saved_S, base = carry
         w_gate, w_up, w_down = _slice_weights(weights, e)
-        fits, here, base = _saved_place(saved_S.size, widths, sizes, e, base)
+        fits, here, base = _saved_place(saved_S.size, placement, sizes, e, base)
 
         def block(carry, start, count, whole):
             y_ND, saved_S = carry
@@ -86,22 +87,22 @@ def _forward_pass(x_ND, rows_E, weights, widths, blocks):
         return y_ND, saved_S, base
 
     carry = (jnp.zeros_like(x_ND), saved_S, jnp.zeros((), jnp.int32))
-    return _over_experts(expert, carry, rows_E, widths)[:2]
+    return _over_experts(expert, carry, rows_E, shard, placement)[:2]
 
 
-def _forward(x_ND, rows_E, w_gate, w_up, w_down, widths, blocks):
-    y_ND, saved_S = _forward_pass(x_ND, rows_E, (w_gate, w_up, w_down), widths, blocks)
-    return y_ND, (x_ND, rows_E, w_gate, w_up, w_down, saved_S)
+def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks):
+    y_ND, saved_S = _forward_pass(x_ND, rows_E, (w_gate, w_up, w_down), shard, placement, blocks)
+    return y_ND, (x_ND, rows_E, w_gate, w_up, w_down, shard, saved_S)
 
 
-def _backward(widths, blocks, saved, dy_ND):
-    x_ND, rows_E, *weights, saved_S = saved
-    sizes = _sizes(blocks, x_ND.shape[0], len(widths))
+def _backward(placement, blocks, saved, dy_ND):
+    x_ND, rows_E, *weights, shard, saved_S = saved
+    sizes = _sizes(blocks, x_ND.shape[0], placement.num_experts)
 
     def expert(carry, e):
         dx_ND, flat, base = carry
         w_gate, w_up, w_down = _slice_weights(weights, e)
-        fits, here, base = _saved_place(saved_S.size, widths, sizes, e, base)
+        fits, here, base = _saved_place(saved_S.size, placement, sizes, e, base)
 
         def block(carry, start, count, whole):
             dx_ND, sums = carry
@@ -133,19 +134,21 @@ def _backward(widths, blocks, saved, dy_ND):
         return dx_ND, flat, base
 
     carry = (jnp.zeros_like(x_ND), tuple(jnp.zeros_like(w) for w in weights), jnp.zeros((), jnp.int32))
-    dx_ND, dw, _ = _over_experts(expert, carry, rows_E, widths)
-    return (dx_ND, None, *dw)
+    dx_ND, dw, _ = _over_experts(expert, carry, rows_E, shard, placement)
+    return (dx_ND, None, *dw, None)
 
 
 blocked.defvjp(_forward, _backward)
 
 
-def _over_experts(expert, carry, rows_E, widths):
-    """carry through expert(carry, _Expert) for every expert that has rows."""
+def _over_experts(expert, carry, rows_E, shard, placement):
+    """carry through expert(carry, _Expert) for every expert of the shard that has rows. What differs from shard to
+    shard is data: all of them run one program."""
+    rows_E = jnp.append(rows_E, 0)    # the place of experts that a shard has fewer of
     first_E = jnp.cumsum(rows_E) - rows_E
-    for group in sizing.size_classes(widths):
-        ids = jnp.asarray(group.experts, jnp.int32)
-        columns = jnp.asarray(group.offsets, jnp.int32)
+    for group in sizing.size_classes(placement):
+        ids = jnp.asarray(group.places, jnp.int32)[shard]
+        columns = jnp.asarray(group.offsets, jnp.int32)[shard]
         busy = jnp.argsort(rows_E[ids] == 0, stable=True)
 
         def one(i, carry, ids=ids, columns=columns, busy=busy, width=group.width):
@@ -192,12 +195,13 @@ def _sizes(blocks, num_rows, num_experts):
     return tuple(sizes)
 
 
-def _saved_size(blocks, num_rows, widths, sizes):
+def _saved_size(blocks, num_rows, placement, sizes):
     """Elements of the buffer of saved activations: its budget, and room to write what does not fit."""
     if not blocks.saved:
         return 0
-    even = int(blocks.saved * num_rows * 2 * sum(widths) / len(widths))
-    size = even + 2 * _rows_over(sizes) * sum(widths) + 2 * sizes[0] * max(widths)
+    columns = max(map(sum, placement.widths))
+    even = int(blocks.saved * num_rows * 2 * columns / placement.num_experts)
+    size = even + 2 * _rows_over(sizes) * columns + _room(placement, sizes)
     if size >= 2**31:
         raise ValueError(f"moe.saved_activations={blocks.saved} asks to keep {size} numbers, more than the {2**31 - 1} "
                          "that 32 bits can index; lower it, or training.batch_size")
@@ -210,9 +214,14 @@ def _rows_over(sizes):
     return max(-(-sizes[0] // 4), sizes[-1])
 
 
-def _saved_place(size, widths, sizes, e, base):
+def _room(placement, sizes):
+    """Where the activations of a block that are not kept are written."""
+    return 2 * sizes[0] * max(map(max, placement.widths))
+
+
+def _saved_place(size, placement, sizes, e, base):
     """(whether the expert's activations are kept, where they begin, where the next expert's do)."""
-    spare = size - 2 * sizes[0] * max(widths)
+    spare = size - _room(placement, sizes)
     rows = e.rows + _rows_over(sizes)
     fits = rows <= (spare - base) // (2 * e.width)    # as a quotient: the product may not fit in 32 bits
     return fits, jnp.where(fits, base, spare), jnp.where(fits, base + 2 * e.width * rows, base)

@@ -6,13 +6,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from modse_jax import mesh as meshes
 from modse_jax.config import Config
-from modse_jax.mesh import DATA
-from modse_jax.moe import dispatch, expert_ffn, router
+from modse_jax.moe import dispatch, expert_ffn, router, sizing
 
 
 class MoELayer(nnx.Module):
@@ -25,10 +25,11 @@ class MoELayer(nnx.Module):
     def __init__(self, config: Config, mesh: Mesh | None, rngs: nnx.Rngs):
         D, E = config.model.dim, config.moe.num_experts
         self.config, self.mesh, self.widths = config.moe, mesh, config.widths
-        self.eps = config.model.norm_eps
+        self.eps, self.placement = config.model.norm_eps, meshes.placement(config, mesh)
         normal = functools.partial(_normal, rngs)
-        self.w_gate, self.w_up = (nnx.Param(normal((D, sum(self.widths)), D**-0.5)) for _ in range(2))
-        self.w_down = nnx.Param(_down_projection(normal, self.widths, D, config.model.num_layers))
+        order = np.array(sizing.column_order(self.widths, self.placement))    # the same model on any mesh
+        self.w_gate, self.w_up = (nnx.Param(normal((D, sum(self.widths)), D**-0.5)[:, order]) for _ in range(2))
+        self.w_down = nnx.Param(_down_projection(normal, self.widths, D, config.model.num_layers)[order])
         self.router_gate = nnx.Param(normal((D, E), D**-0.5))
         if config.moe.gate_term == "learned":
             self.router_noise = nnx.Param(normal((D, E), 0.1 * D**-0.5))
@@ -42,24 +43,59 @@ class MoELayer(nnx.Module):
         experts = expert_ffn.ExpertWeights(self.w_gate[...], self.w_up[...], self.w_down[...])
         if self.mesh is None or self.mesh.size == 1:
             return self._local(x_BLD, valid_BL, routed, experts, lambda sums: sums)
-        reduce = functools.partial(jax.lax.psum, axis_name=DATA)
-        rows, whole = PartitionSpec(DATA), PartitionSpec()
+        reduce = functools.partial(jax.lax.psum, axis_name=meshes.AXES)
+        rows, whole = meshes.spec(("batch",)), PartitionSpec()
+        cut = expert_ffn.ExpertWeights(*(meshes.parameter_spec(name, 2) for name in experts._fields))
         return jax.shard_map(
-            functools.partial(self._local, reduce=reduce), mesh=self.mesh, in_specs=(rows, rows, whole, whole),
+            functools.partial(self._local, reduce=reduce), mesh=self.mesh, in_specs=(rows, rows, whole, cut),
             out_specs=(rows, whole, whole, whole), check_vma=False)(x_BLD, valid_BL, routed, experts)
 
     def _local(self, x_BLD, valid_BL, routed, experts, reduce):
-        B, L, D = x_BLD.shape
-        x_TD, valid_T = x_BLD.reshape(B * L, D), valid_BL.reshape(B * L)
+        """On one device: its tokens, all of the router, its share of the experts."""
+        x_TD, valid_T = x_BLD.reshape(-1, x_BLD.shape[-1]), valid_BL.reshape(-1)
         routing = router.route(x_TD, valid_T, routed, self.config, self.eps, reduce)
-        limit = dispatch.capacity(B * L, len(self.widths), self.config.top_k, self.config.capacity_factor)
-        plan = dispatch.plan(routing.ids_TK, valid_T, len(self.widths), limit)
+        experts = self._whole_width(expert_ffn.ExpertWeights(*(w.astype(x_BLD.dtype) for w in experts)))
+        if len(self.placement.experts) == 1:
+            y_TD, dropped = self._experts(x_TD, routing.gates_TK, routing.ids_TK, valid_T, experts, 0)
+        else:
+            y_TD, dropped = self._exchanged(x_TD, routing, valid_T, experts)
+        statistics = routing.statistics._replace(dropped=reduce(dropped))
+        return y_TD.reshape(x_BLD.shape), routing.balance_loss, routing.z_loss, statistics
+
+    def _whole_width(self, experts):
+        """Weights gathered along the model width, in the products' type: half the bytes where that is bfloat16."""
+        if self.mesh is None or self.mesh.shape[meshes.FSDP] == 1:
+            return experts
+        gather = functools.partial(jax.lax.all_gather, axis_name=meshes.FSDP, tiled=True)
+        return expert_ffn.ExpertWeights(*(gather(w, axis=a) for w, a in zip(experts, (0, 0, 1))))
+
+    def _exchanged(self, x_TD, routing, valid_T, experts):
+        """Every shard sees the tokens of all (gather), runs its experts over those that chose them, and the parts of a
+        token's sum are added up where it came from (reduce-scatter): 2 (n - 1) token vectors a token, any routing."""
+        gather = functools.partial(jax.lax.all_gather, axis_name=meshes.EXPERT, tiled=True)
+        shard = jax.lax.axis_index(meshes.EXPERT)
+        ids_TK = _places(self.placement)[shard][gather(routing.ids_TK)]
+        y_TD, dropped = self._experts(gather(x_TD), gather(routing.gates_TK), ids_TK, gather(valid_T), experts, shard)
+        if self.config.placement == "columns":    # every shard has seen the same drops
+            dropped = jnp.where(shard == 0, dropped, 0)
+        return jax.lax.psum_scatter(y_TD, meshes.EXPERT, tiled=True), dropped
+
+    def _experts(self, x_TD, gates_TK, ids_TK, valid_T, experts, shard):
+        """(y_TD, dropped rows): the gated sum over the shard's experts. ids_TK are places on the shard."""
+        limit = dispatch.capacity(x_TD.shape[0], len(self.widths), self.config.top_k, self.config.capacity_factor)
+        plan = dispatch.plan(ids_TK, valid_T, self.placement.slots, limit)
         blocks = expert_ffn.Blocks(self.config.block_rows, self.config.tail_rows, self.config.saved_activations)
-        y_ND = expert_ffn.expert_ffn(dispatch.dispatch(x_TD, plan), plan.rows_E, experts, self.widths,
-                                     self.config.backend, blocks, meshes.chip(self.mesh))
-        y_TD = dispatch.combine(y_ND, routing.gates_TK, plan)
-        statistics = routing.statistics._replace(dropped=reduce(plan.dropped))
-        return y_TD.reshape(B, L, D), routing.balance_loss, routing.z_loss, statistics
+        y_ND = expert_ffn.expert_ffn(dispatch.dispatch(x_TD, plan), plan.rows_E, experts, self.placement,
+                                     self.config.backend, blocks, meshes.chip(self.mesh), shard)
+        return dispatch.combine(y_ND, gates_TK, plan), plan.dropped
+
+
+def _places(placement):
+    """Place of every expert on every shard, int32 [shards, E]; placement.slots where it is not there."""
+    table = np.full((len(placement.experts), placement.num_experts), placement.slots, np.int32)
+    for shard, experts in enumerate(placement.experts):
+        table[shard, list(experts)] = np.arange(len(experts))
+    return jnp.asarray(table)
 
 
 def _normal(rngs, shape, std):

@@ -1,4 +1,5 @@
 """Widths of the experts of a layer, in plain integers: ratios, pairs, lists, offsets on the flat axis, size classes."""
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -6,11 +7,27 @@ from typing import NamedTuple
 PAPER_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
 
 
+class Placement(NamedTuple):
+    """Which columns of the flat hidden axis every shard of an expert axis holds: equally many."""
+    experts: tuple[tuple[int, ...], ...]    # shard -> its experts, in the order of their columns
+    widths: tuple[tuple[int, ...], ...]     # shard -> how many columns it has of each
+
+    @property
+    def num_experts(self) -> int:
+        return len({e for shard in self.experts for e in shard})
+
+    @property
+    def slots(self) -> int:
+        """Most experts of a shard."""
+        return max(len(shard) for shard in self.experts)
+
+
 class SizeClass(NamedTuple):
-    """Experts of one width: their ids and first columns on the flat hidden axis, in expert order."""
+    """Experts with equally many columns on a shard: by shard, their places among the shard's experts and first columns
+    there, in order. Shards that have fewer are filled up with the place `Placement.slots`, which has no rows."""
     width: int
-    experts: tuple[int, ...]
-    offsets: tuple[int, ...]
+    places: tuple[tuple[int, ...], ...]
+    offsets: tuple[tuple[int, ...], ...]
 
 
 def equal_widths(num_experts: int, width: int) -> tuple[int, ...]:
@@ -61,11 +78,107 @@ def offsets(widths: Sequence[int]) -> tuple[int, ...]:
     return tuple(out)
 
 
-def size_classes(widths: Sequence[int]) -> tuple[SizeClass, ...]:
+def size_classes(placement: Placement) -> tuple[SizeClass, ...]:
     """Experts grouped by width, widest first: a program needs one loop per class, not per expert."""
-    first = offsets(widths)
     classes = []
-    for width in sorted(set(widths), reverse=True):
-        experts = tuple(e for e, w in enumerate(widths) if w == width)
-        classes.append(SizeClass(width, experts, tuple(first[e] for e in experts)))
+    for width in sorted({w for shard in placement.widths for w in shard}, reverse=True):
+        places = [[i for i, w in enumerate(shard) if w == width] for shard in placement.widths]
+        firsts = [[offsets(shard)[i] for i in p] for shard, p in zip(placement.widths, places)]
+        most = max(map(len, places))
+        classes.append(SizeClass(width, tuple((*p, *[placement.slots] * (most - len(p))) for p in places),
+                                 tuple((*f, *[0] * (most - len(f))) for f in firsts)))
     return tuple(classes)
+
+
+def place(widths: Sequence[int], shards: int, kind: str) -> Placement:
+    """Experts on the shards of an expert axis.
+
+    Args: kind: "pairs": whole experts, equally many columns on every shard: neighbours in the order given where that
+      comes out (pairs do, MoDSE section 3.3), else found by search. "columns": equally many columns of every expert.
+    Raises: ValueError where it cannot be done, with the numbers of shards that can.
+    """
+    widths = check_widths(widths)
+    if kind == "columns":
+        if any(w % shards for w in widths):
+            bad = sorted({w for w in widths if w % shards})
+            common = math.gcd(*widths)
+            raise ValueError(f"columns of widths {bad} do not divide over {shards} shards; numbers that do: "
+                             f"{_listed(n for n in range(1, common + 1) if common % n == 0)}")
+        return Placement((tuple(range(len(widths))),) * shards, (tuple(w // shards for w in widths),) * shards)
+    groups = partition(widths, shards)
+    if groups is None:
+        able = _listed(n for n in range(1, len(widths) + 1) if partition(widths, n))
+        raise ValueError(f"experts of widths {widths[:16]} cannot be put on {shards} shards with equally many columns; "
+                         f"numbers of shards that can: {able}, or moe.placement=columns")
+    return Placement(groups, tuple(tuple(widths[e] for e in group) for group in groups))
+
+
+def partition(widths: Sequence[int], shards: int, tries: int = 100_000) -> tuple[tuple[int, ...], ...] | None:
+    """Experts in `shards` groups of equal total width; None where there are none, or none was found in `tries` steps of
+    the search. Runs of neighbours where they come out, else the widest expert first, each into every group that has
+    room."""
+    total, left = sum(widths), [tries]
+    if total % shards or shards > len(widths):
+        return None
+    share = total // shards
+    ends = [first + width for first, width in zip(offsets(widths), widths)]
+    if all(share * (s + 1) in ends for s in range(shards)):
+        cuts = [0, *(ends.index(share * (s + 1)) + 1 for s in range(shards))]
+        return tuple(tuple(range(a, b)) for a, b in zip(cuts, cuts[1:]))
+    order = sorted(range(len(widths)), key=lambda e: -widths[e])
+    groups, room = [[] for _ in range(shards)], [share] * shards
+
+    def fill(i):
+        left[0] -= 1
+        if i == len(order) or left[0] < 0:
+            return i == len(order)
+        for s in range(shards):
+            if widths[order[i]] <= room[s] and room[s] not in room[:s]:    # equal rooms are the same choice
+                groups[s].append(order[i])
+                room[s] -= widths[order[i]]
+                if fill(i + 1):
+                    return True
+                groups[s].pop()
+                room[s] += widths[order[i]]
+        return False
+
+    return tuple(tuple(sorted(g)) for g in sorted(groups, key=min)) if fill(0) else None
+
+
+def column_order(widths: Sequence[int], placement: Placement) -> list[int]:
+    """Canonical column (experts in order, one after another) of every stored column, shard after shard."""
+    first, taken, order = offsets(widths), [0] * len(widths), []
+    for experts, columns in zip(placement.experts, placement.widths):
+        for e, n in zip(experts, columns):
+            order.extend(range(first[e] + taken[e], first[e] + taken[e] + n))
+            taken[e] += n
+    return order
+
+
+def straggler(counts: Sequence[float], placement: Placement) -> float:
+    """Largest over mean load of a shard; load is tokens times columns, summed over its experts. 1 without tokens."""
+    loads = [sum(counts[e] * w for e, w in zip(experts, columns))
+             for experts, columns in zip(placement.experts, placement.widths)]
+    return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0
+
+
+def placements_compared(widths: Sequence[int]) -> dict[str, Placement]:
+    """What the straggler factor is shown for: the paper's pairs on E / 2 devices, neighbours in the order of size there
+    (its bad example), one expert per device, and columns. Those that the widths do not allow are left out."""
+    experts = range(len(widths))
+
+    def grouped(order, size):
+        groups = tuple(tuple(order[i:i + size]) for i in range(0, len(order), size))
+        return Placement(groups, tuple(tuple(widths[e] for e in g) for g in groups))
+
+    out = {}
+    if len(widths) % 2 == 0:
+        out["pairs"] = grouped(list(experts), 2)
+        out["sorted"] = grouped(sorted(experts, key=lambda e: -widths[e]), 2)
+    out["one_per_device"] = grouped(list(experts), 1)
+    out["columns"] = Placement((tuple(experts),) * 2, (tuple(widths),) * 2)
+    return out
+
+
+def _listed(numbers):
+    return ", ".join(map(str, list(numbers)[:16]))

@@ -1,11 +1,20 @@
-"""Orbax checkpoints: the state, and beside it the config, the tokenizer's fingerprint and the data's card."""
+"""Orbax checkpoints: the state, and beside it the config, the tokenizer's fingerprint and the data's card.
+
+On disk the flat hidden axis is in canonical order, expert after expert, whatever the run's placement: a run goes on,
+with the same function, on any mesh.
+"""
+import functools
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from modse_jax import mesh as meshes
 from modse_jax.config import UserError
 from modse_jax.training.step import State
 
@@ -13,9 +22,13 @@ FORMAT, TRASH = 1, "trash"
 
 
 class Checkpoints:
-    """The steps under one directory. Saving is asynchronous; `close` waits for it."""
+    """The steps under one directory. Saving is asynchronous; `close` waits for it.
 
-    def __init__(self, directory: pathlib.Path, keep: int, read_only: bool = False):
+    order: canonical column of every column of the flat axis in memory (sizing.column_order); (): the same order.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int, read_only: bool = False, order: Sequence[int] = ()):
+        self._order = tuple(order)
         names = ocp.path.step.standard_name_format(step_format_fixed_length=8)
         # An old step is renamed into trash/ and deleted from there: a kill cannot leave half of one that looks whole.
         options = ocp.CheckpointManagerOptions(step_name_format=names, read_only=True) if read_only else \
@@ -35,7 +48,7 @@ class Checkpoints:
         self.wait()
         if step not in self.steps():
             self._manager.save(step, force=True, args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state._asdict()),
+                state=ocp.args.PyTreeSave(canonical(state, self._order)._asdict()),
                 meta=ocp.args.JsonSave({"format": FORMAT, "step": step, **meta})))
 
     def meta(self, step: int) -> dict:
@@ -59,7 +72,7 @@ class Checkpoints:
         _check_leaves(step, stored, abstract._asdict())
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
             item=abstract._asdict(), restore_args=ocp.checkpoint_utils.construct_restore_args(abstract._asdict()))))
-        return State(**restored["state"])
+        return _take_columns(State(**restored["state"]), self._order)
 
     def wait(self) -> None:
         """Until the last save is on disk; then removes the steps it has replaced."""
@@ -70,6 +83,24 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def canonical(state: State, order: Sequence[int]) -> State:
+    """The state with the flat axis in canonical order; `order` is the canonical column of every column it has now."""
+    return _take_columns(state, np.argsort(np.array(order, np.int32)))
+
+
+def _take_columns(state, columns):
+    columns = np.array(columns, np.int32)
+    if np.array_equal(columns, np.arange(len(columns))):
+        return state
+
+    def one(path, leaf):
+        axis = meshes.flat_axis(str(getattr(path[-1], "key", "")))
+        return leaf if axis is None else jnp.take(leaf, columns, axis=axis)
+
+    where = jax.tree.map(lambda a: a.sharding, state)
+    return jax.jit(functools.partial(jax.tree_util.tree_map_with_path, one), out_shardings=where)(state)
 
 
 def _check_leaves(step, stored, abstract):

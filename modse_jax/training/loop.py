@@ -2,6 +2,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -19,7 +20,7 @@ from modse_jax import mesh as meshes
 from modse_jax.config import RESUMABLE, Config, UserError, differences, from_dict
 from modse_jax.data import loader, prepare
 from modse_jax.model import accounting
-from modse_jax.moe import expert_ffn
+from modse_jax.moe import expert_ffn, sizing
 from modse_jax.training import metrics, validation
 from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints
@@ -36,7 +37,8 @@ def train(config: Config, workdir: str) -> int:
 
     # ---- checks: nothing is written before all of them pass ---------------------------------------------------------
     mesh = meshes.build(config)
-    _check_backend(config, mesh)
+    placement = meshes.placement(config, mesh)
+    _check_backend(config, placement, mesh)
     _check_workdir(workdir, config)
     loader.check_source(config, workdir)
     abstract = jax.eval_shape(lambda: steps.initial_state(config, mesh))
@@ -48,12 +50,13 @@ def train(config: Config, workdir: str) -> int:
 
     # ---- workdir ----------------------------------------------------------------------------------------------------
     (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep,
+                              order=sizing.column_order(config.widths, placement))
     meta = {"config": dataclasses.asdict(config), "data": data.card, "tokenizer": data.card["tokenizer"]}
 
     # ---- state: a checkpoint's, or a fresh one ----------------------------------------------------------------------
-    everywhere, by_batch = meshes.replicated(mesh), meshes.batch(mesh)
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), abstract)
+    everywhere, by_batch, by_name = meshes.replicated(mesh), meshes.batch(mesh), meshes.shardings(mesh, abstract)
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, by_name)
     latest = max(checkpoints.steps(), default=0)
     if latest:
         checkpoints.check_meta(latest, meta)
@@ -68,12 +71,13 @@ def train(config: Config, workdir: str) -> int:
         state = checkpoints.restore(latest, abstract)
     else:
         print(f"starting at step 0 in {workdir}")
-        state = jax.jit(lambda: steps.initial_state(config, mesh), out_shardings=everywhere)()
+        state = jax.jit(lambda: steps.initial_state(config, mesh), out_shardings=by_name)()
 
     # ---- compile ----------------------------------------------------------------------------------------------------
     batch_shape = jax.ShapeDtypeStruct((t.batch_size, config.data.sequence_length + 1), np.int32, sharding=by_batch)
     compile_start = time.monotonic()
-    train_step = jax.jit(steps.make_train_step(config, mesh), donate_argnums=0, out_shardings=everywhere).lower(
+    train_step = jax.jit(steps.make_train_step(config, mesh), donate_argnums=0,
+                         out_shardings=(by_name, everywhere)).lower(
         abstract, {"tokens": batch_shape, "segments": batch_shape}).compile()
     score = jax.jit(steps.make_score_step(config, mesh), out_shardings=everywhere)
     print(parameter_table(config))
@@ -97,7 +101,7 @@ def train(config: Config, workdir: str) -> int:
             seconds = (time.perf_counter() - interval_start) / (step - interval_first)
             interval_start, interval_first = time.perf_counter(), step
             row = metrics.train_row(config, step, values, seconds, data.bytes_per_token("train"), peak)
-            layers = metrics.routing_by_layer(values.statistics, config.widths)
+            layers = metrics.routing_by_layer(values.statistics, config.widths, placement)
             writer.write(row, layers)
             tqdm.tqdm.write(metrics.console_line(row, layers, t.steps))
         bar.update()
@@ -126,7 +130,7 @@ def train(config: Config, workdir: str) -> int:
             result, routing = validation.run(score, state.params, _placed(loader.validation_batches(
                 data, config.evaluation.batch_size, config.model.vocab_size), by_batch), data, whole=True)
             writer.write({"step": step, "split": "validation", **result},
-                         metrics.routing_by_layer(routing, config.widths))
+                         metrics.routing_by_layer(routing, config.widths, placement))
             tqdm.tqdm.write(f"step {step}/{t.steps}  validation loss {result['loss']:.4f}  "
                             f"{result['bits_per_byte']:.4f} bits/byte")
         if save:
@@ -173,7 +177,7 @@ def parameter_table(config: Config) -> str:
 
 
 def memory_line(compiled, abstract, seconds: float) -> str:
-    state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract))
+    state = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(abstract))
     analysis = compiled.memory_analysis()
     peak = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes if analysis else state
     return (f"memory per device: state {state / 2**20:,.0f} MiB, at most about {peak / 2**20:,.0f} MiB in a step; "
@@ -189,9 +193,9 @@ def _disk_steps(workdir):
     return [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
 
 
-def _check_backend(config, mesh):
+def _check_backend(config, placement, mesh):
     try:
-        expert_ffn.check_backend(config.moe.backend, config.widths, config.model.dim, meshes.chip(mesh))
+        expert_ffn.check_backend(config.moe.backend, placement, config.model.dim, meshes.chip(mesh))
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -10,16 +10,18 @@ import numpy as np
 
 from modse_jax.config import Config
 from modse_jax.model import accounting
+from modse_jax.moe import sizing
 from modse_jax.moe.router import RouterStatistics
 
 
-def routing_by_layer(statistics: RouterStatistics, widths: tuple[int, ...]) -> list[dict]:
+def routing_by_layer(statistics: RouterStatistics, widths: tuple[int, ...], placement: sizing.Placement) -> list[dict]:
     """One object per layer, plain numbers, from statistics with a leading axis of layers.
 
     Widths are means over routed rows of the chosen expert's width, weighted by count and by gate; `entropy` is the mean
-    entropy of the softmax over all experts, nats; `max_over_mean` is of tokens per expert.
+    entropy of the softmax over all experts, nats; `max_over_mean` is of tokens per expert; `straggler` is the largest
+    over the mean of tokens x width per device, as the experts are placed and as they might be.
     """
-    out = []
+    out, placements = [], {"in_use": placement, **sizing.placements_compared(widths)}
     for layer in range(len(statistics.tokens)):
         counts_KE = np.asarray(statistics.counts_KE[layer], np.int64)
         gates_E = np.asarray(statistics.gates_KE[layer], np.float64).sum(axis=0)
@@ -33,6 +35,7 @@ def routing_by_layer(statistics: RouterStatistics, widths: tuple[int, ...]) -> l
             "entropy": float(statistics.entropy[layer]) / tokens,
             "count_weighted_width": _ratio(counts_E @ np.array(widths), counts_E.sum()),
             "gate_weighted_width": _ratio(gates_E @ np.array(widths), gates_E.sum()),
+            "straggler": {name: sizing.straggler(counts_E.tolist(), p) for name, p in placements.items()},
             "dropped": int(statistics.dropped[layer])})
     return out
 
@@ -102,6 +105,8 @@ class Writer:
             self._files["routing"].write(json.dumps({"step": step, "split": split, **layer}) + "\n")
             for name in ("max_over_mean", "entropy", "count_weighted_width"):
                 self._board.add_scalar(f"{split}/router/{name}/layer_{layer['layer']}", layer[name], step)
+            for name, factor in layer["straggler"].items():
+                self._board.add_scalar(f"{split}/straggler/{name}/layer_{layer['layer']}", factor, step)
         for name, value in row.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._board.add_scalar(f"{split}/{name}", value, step)

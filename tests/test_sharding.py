@@ -1,0 +1,185 @@
+"""The same numbers on every mesh; what is sent, and what is held where."""
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from modse_jax import mesh as meshes
+from modse_jax.config import Mesh, UserError
+from modse_jax.moe import sizing
+from modse_jax.moe.layer import MoELayer
+from modse_jax.training import checkpoints
+from modse_jax.training import step as steps
+from modse_jax.training.checkpoints import Checkpoints
+from tests.conftest import tiny_config
+from tests.test_step import assert_close, batch
+
+MESHES = {    # (data, fsdp, expert), placement
+    "8 data": ((8, 1, 1), "pairs"), "8 fsdp": ((1, 8, 1), "pairs"), "2 data x 4 expert": ((2, 1, 4), "pairs"),
+    "2 x 2 x 2": ((2, 2, 2), "pairs"), "8 expert, columns": ((1, 1, 8), "columns")}
+WIDTHS = (24, 8, 8, 24, 16, 16, 24, 8)
+
+
+def config_on(sizes=(1, 1, 1), placement="pairs", **moe):
+    config = tiny_config(training=dict(batch_size=16), moe=dict(
+        dict(num_experts=8, width=16, widths=WIDTHS, backend="blocked", gate_term="learned", z_loss_weight=0.01,
+             placement=placement, saved_activations=0.0), **moe))
+    return dataclasses.replace(config, mesh=Mesh(*sizes))
+
+
+@functools.cache
+def compiled(config):
+    """(mesh, compiled step, its shardings) of a config's own mesh."""
+    mesh = meshes.build(config)
+    abstract = jax.eval_shape(lambda: steps.initial_state(config, mesh))
+    where = meshes.shardings(mesh, abstract)
+    place = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where)
+    data = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=meshes.batch(mesh)), batch(config))
+    step = jax.jit(steps.make_train_step(config, mesh), out_shardings=(where, meshes.replicated(mesh)))
+    return mesh, step.lower(place, data).compile(), where
+
+
+def trained(config, count):
+    mesh, step, where = compiled(config)
+    state, losses = jax.jit(lambda: steps.initial_state(config, mesh), out_shardings=where)(), []
+    for i in range(count):
+        state, metrics = step(state, jax.device_put(batch(config, i), meshes.batch(mesh)))
+        losses.append(float(metrics.loss))
+    return state, metrics, losses
+
+
+def canonical(config, state):
+    """The state as one device would hold it."""
+    order = sizing.column_order(config.widths, meshes.placement(config, compiled(config)[0]))
+    return jax.device_get(checkpoints.canonical(state, order))
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_every_mesh_trains_like_one_device(name):
+    """Ten steps: losses, statistics, and parameters, which see every gradient through Adam's moments."""
+    one_state, one, one_losses = trained(config_on(), 10)
+    config = config_on(*MESHES[name])
+    state, metrics, losses = trained(config, 10)
+    np.testing.assert_allclose(losses, one_losses, atol=1e-5)
+    np.testing.assert_array_equal(metrics.statistics.counts_KE, one.statistics.counts_KE)
+    assert_close(jax.device_get(metrics), jax.device_get(one), 2e-4)
+    assert_close(canonical(config, state).opt_state, jax.device_get(one_state.opt_state), 2e-4)
+    assert trained(config, 3)[2] == losses[:3]    # bit for bit, on the same mesh
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_first_gradients_equal_those_of_one_device(name):
+    """Adam's first moment after one step is a tenth of the clipped gradient, array by array."""
+    want = jax.device_get(trained(config_on(), 1)[0].opt_state)
+    config = config_on(*MESHES[name])
+    got = canonical(config, trained(config, 1)[0]).opt_state
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, atol=2e-6 * max(1e-2, float(np.abs(b).max())), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_weights_are_where_they_should_be(name):
+    """Equal bytes of experts on every device, and no device of fsdp or expert holds the whole of a large array."""
+    sizes, _ = MESHES[name]
+    config = config_on(*MESHES[name])
+    params = trained(config, 1)[0].params
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        shards = {shard.data.size for shard in leaf.addressable_shards}
+        expected = leaf.size // (sizes[1] * sizes[2]) if path[-1].key in meshes.PARAMETERS else leaf.size
+        assert shards == {expected}, path
+
+
+def collectives(config):
+    """{kind: shapes of what it makes} in the compiled step."""
+    text, out = compiled(config)[1].as_text(), {}
+    for shape, kind in re.findall(r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
+                                  r"(?:-start)?\(", text):
+        out.setdefault(kind, []).append(shape)
+    return out
+
+
+def test_expert_weights_are_never_gathered_over_the_expert_axis():
+    config = config_on(*MESHES["2 data x 4 expert"])
+    H, D = sum(WIDTHS), config.model.dim
+    made = " ".join(s for shapes in collectives(config).values() for s in shapes)
+    assert f"[{D},{H // 4}]" in made or f"[2,{D},{H // 4}]" in made    # the gradient's sum over `data`: a quarter
+    for shape in (f"[{D},{H}]", f"[{H},{D}]", f"[2,{D},{H}]", f"[2,{H},{D}]"):
+        assert shape not in made
+    assert "reduce-scatter" in collectives(config)
+
+
+def test_data_parallel_training_only_adds_up():
+    assert set(collectives(config_on(*MESHES["8 data"]))) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("placement", ["pairs", "columns"])
+def test_capacity_drops_are_counted_once(placement):
+    """Over the tokens that an expert sees: those of all shards."""
+    config = config_on((1, 1, 4), placement, capacity_factor=0.5, backend="reference")
+    x, valid = jax.random.normal(jax.random.key(0), (8, 6, 16)), jnp.ones((8, 6), bool)
+
+    def layer(mesh):
+        def f(x, valid):
+            return MoELayer(config, mesh, nnx.Rngs(0))(x, valid)
+        y, *_, statistics = jax.jit(f)(x, valid)
+        return y, statistics.dropped
+
+    (y, dropped), (whole_y, whole_dropped) = layer(meshes.build(config)), layer(None)
+    assert int(dropped) == int(whole_dropped) > 0
+    np.testing.assert_allclose(y, whole_y, atol=1e-5)
+
+
+def test_a_checkpoint_goes_on_on_any_mesh(tmp_path):
+    """Saved with every expert's columns on 8 devices, continued on 4 shards of pairs and on one device."""
+    source = config_on(*MESHES["8 expert, columns"])
+    mesh = compiled(source)[0]
+    state = trained(source, 2)[0]
+    saved = Checkpoints(tmp_path / "c", 3, order=sizing.column_order(WIDTHS, meshes.placement(source, mesh)))
+    saved.save(state, {})
+    saved.close()
+    want = canonical(source, state)
+    for config in (config_on(*MESHES["2 data x 4 expert"]), config_on()):
+        mesh, step, where = compiled(config)
+        order = sizing.column_order(WIDTHS, meshes.placement(config, mesh))
+        abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                                jax.eval_shape(lambda c=config, m=mesh: steps.initial_state(c, m)), where)
+        restored = Checkpoints(tmp_path / "c", 3, read_only=True, order=order)
+        got = restored.restore(2, abstract)
+        restored.close()
+        for a, b in zip(jax.tree.leaves(canonical(config, got)), jax.tree.leaves(want)):
+            np.testing.assert_array_equal(a, b)
+        after = step(got, jax.device_put(batch(config, 2), meshes.batch(mesh)))[1]
+        assert float(after.loss) == pytest.approx(trained(source, 3)[2][-1], abs=1e-5)
+
+
+@pytest.mark.parametrize("sizes, changes, message", [
+    ((3, 1, 1), {}, "training.batch_size / training.gradient_accumulation=16 does not divide over mesh.data=3"),
+    ((-1, 3, 1), {}, "3 does not divide the 8 cpu"),
+    ((2, 4, 2), {}, "make 16, but this process sees 8 cpu"),
+    ((1, 1, 8), {}, "mesh.expert=8: experts of widths .* cannot be put on 8 shards .* can: 1, 2, 4, or"),
+    ((1, 1, 3), dict(training=dict(batch_size=12), evaluation=dict(batch_size=12)), "model.dim=16 does not divide"),
+])
+def test_meshes_that_do_not_fit_are_explained(sizes, changes, message):
+    config = config_on(sizes)
+    for section, values in changes.items():
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+    with pytest.raises(UserError, match=message):
+        meshes.build(config)
+
+
+def test_one_mesh_axis_cuts_one_axis_of_an_array():
+    assert meshes.spec(("vocab", "embed")) == jax.sharding.PartitionSpec((), ("fsdp", "expert"))
+    with pytest.raises(ValueError, match="one mesh axis cuts one axis"):
+        meshes.spec(("embed", "expert_embed"))
+    for name, meanings in meshes.PARAMETERS.items():
+        assert meshes.parameter_spec(name, len(meanings) + 1)[0] is None
+
+
+def test_the_rest_of_the_devices():
+    assert dict(meshes.build(config_on((2, -1, 2))).shape) == {"data": 2, "fsdp": 2, "expert": 2}
+    assert dict(meshes.build(config_on((-1, 1, 1))).shape) == {"data": 8, "fsdp": 1, "expert": 1}
