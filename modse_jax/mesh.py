@@ -6,6 +6,7 @@ cut the model width; inside, `fsdp` cuts the model width and `expert` the flat h
 """
 import math
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -34,11 +35,12 @@ PARAMETERS = {
 }
 
 
-def build(config: Config) -> Mesh:
-    """The mesh of a run. Raises UserError where its axes do not make the devices there are, or what is cut over them
-    does not divide."""
-    sizes = _sizes(config)
-    mesh = _mesh(jax.devices()[:math.prod(sizes)], sizes)
+def build(config: Config, devices: Sequence[jax.Device] = ()) -> Mesh:
+    """The mesh of a run over the given devices, or those there are. Raises UserError where its axes do not make that
+    many, or what is cut over them does not divide."""
+    devices = list(devices) or jax.devices()
+    sizes = _sizes(config, devices)
+    mesh = _mesh(devices[:math.prod(sizes)], sizes)
     micro = config.training.batch_size // config.training.gradient_accumulation
     for name, number, axes in (
             ("training.batch_size / training.gradient_accumulation", micro, RULES["batch"]),
@@ -55,9 +57,9 @@ def build(config: Config) -> Mesh:
     return mesh
 
 
-def _sizes(config):
+def _sizes(config, devices):
     asked = [getattr(config.mesh, a) for a in AXES]
-    devices, known = jax.devices(), math.prod(n for n in asked if n != -1)
+    known = math.prod(n for n in asked if n != -1)
     rest = len(devices) // known
     sizes = [rest if n == -1 else n for n in asked]
     text = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, asked))
