@@ -8,8 +8,10 @@ import pytest
 
 from modse_jax.moe import expert_ffn as ef
 from modse_jax.moe import expert_ffn_tpu as tpu
+from modse_jax.moe import sizing
 
 WIDTHS = (12, 4, 8, 4, 16)
+PLACEMENT = sizing.place(WIDTHS, 1, "pairs")
 D, N = 16, 64
 ROUTINGS = {
     "shared tiles": (13, 1, 19, 7, 20),
@@ -26,7 +28,7 @@ def value_and_grads(x, rows, w, dy, tiles, widths):
     def f(x, w):
         if tiles is None:
             return ef.reference(x, rows, w, widths)
-        return tpu.pallas_tpu(x, rows, *w, widths, tiles, True)
+        return tpu.pallas_tpu(x, rows, *w, 0, sizing.place(widths, 1, "pairs"), tiles, True)
     y, pull = jax.vjp(f, x, w)
     return (y, *pull(dy))
 
@@ -53,6 +55,24 @@ def test_kernels_equal_the_reference(cores):
         assert_equal(got, value_and_grads(x, rows, w, dy, None, WIDTHS))
 
 
+def test_shards_of_unlike_experts_run_one_program():
+    """Two shards: of 3 experts and of 2, one place being empty; the shard is an argument of the compiled program."""
+    placement = sizing.place((12, 4, 8, 16, 8), 2, "pairs")
+    assert placement.widths == ((12, 4, 8), (16, 8))
+
+    tiles = tpu.Tiles(8, 4, 8, 8, 2)
+
+    @jax.jit
+    def run(x, rows, w, dy, shard):
+        y, pull = jax.vjp(lambda x, w: tpu.pallas_tpu(x, rows, *w, shard, placement, tiles, True), x, w)
+        return (y, *pull(dy))
+
+    for shard, rows in enumerate(((13, 0, 31), (9, 20, 0))):
+        x, counts, w, dy = numbers(rows, placement.widths[shard])
+        want = value_and_grads(x, counts[:len(placement.widths[shard])], w, dy, None, placement.widths[shard])
+        assert_equal(run(x, counts, w, dy, shard), want)
+
+
 def test_rows_that_do_not_fill_a_tile_and_random_widths():
     rng = np.random.default_rng(1)
     widths = tuple(int(w) for w in 4 * rng.integers(1, 5, 3))
@@ -65,7 +85,7 @@ def test_rows_that_do_not_fill_a_tile_and_random_widths():
 def test_unused_columns_of_the_hidden_buffer_are_nan_in_these_tests():
     """Else the tests above would prove nothing about columns past an expert's width."""
     x, rows, w, _ = numbers(ROUTINGS["shared tiles"])
-    run = tpu._Run(rows, WIDTHS, tpu.Tiles(8, 4, 8, 16), True)
+    run = tpu._Run(rows, 0, PLACEMENT, tpu.Tiles(8, 4, 8, 16), True)
     hidden, = run.hidden_out([run.pad(x)], [(0, w.w_gate, False), (0, w.w_up, False)], tpu._swiglu, 1)
     owner = np.repeat(np.arange(5), ROUTINGS["shared tiles"])
     for n in (0, 13, 45):
@@ -78,7 +98,7 @@ def test_unused_columns_of_the_hidden_buffer_are_nan_in_these_tests():
 def test_lists_hold_every_task_once_and_stay_in_their_bound(work):
     tiles, num_tiles = tpu.Tiles(8, 4, 8, 16), N // 8
     for rows in ROUTINGS.values():
-        tasks = work(jnp.asarray(rows, jnp.int32), WIDTHS, tiles, num_tiles)
+        tasks = work(jnp.asarray(rows, jnp.int32), tpu.columns_of(PLACEMENT, 0, N, tiles), tiles, num_tiles)
         end, expected = np.cumsum(rows), set()
         for e, (r, width) in enumerate(zip(rows, WIDTHS)):
             touched = range((end[e] - r) // 8, -(-end[e] // 8)) if r else range(0)
@@ -87,12 +107,14 @@ def test_lists_hold_every_task_once_and_stay_in_their_bound(work):
         live = int(tasks.live)
         got = list(zip(*(np.asarray(a)[:live].tolist() for a in (tasks.expert, tasks.row_tile, tasks.column))))
         assert len(got) == len(set(got)) and set(got) == expected
-        assert live <= tasks.expert.shape[0] == tpu.task_bound(N, WIDTHS, tiles)
+        assert live <= tasks.expert.shape[0] == tpu.task_bound(N, PLACEMENT, tiles)
         assert all(int(a.min()) >= 0 for a in tasks[1:])
 
 
 def test_cores_never_share_an_output_block():
-    work = tpu.hidden_out_work(jnp.asarray(ROUTINGS["shared tiles"], jnp.int32), WIDTHS, tpu.Tiles(8, 4, 8, 16), N // 8)
+    tiles = tpu.Tiles(8, 4, 8, 16)
+    work = tpu.hidden_out_work(jnp.asarray(ROUTINGS["shared tiles"], jnp.int32),
+                               tpu.columns_of(PLACEMENT, 0, N, tiles), tiles, N // 8)
     first, end = tpu.split(work, 2)
     assert int(first[0]) == 0 and int(end[0]) == int(first[1]) and int(end[1]) == int(work.live)
     blocks = [{(int(work.column[i]), int(work.row_tile[i])) for i in range(int(a), int(b))} for a, b in zip(first, end)]
@@ -103,7 +125,8 @@ def test_cores_never_share_an_output_block():
 @pytest.mark.parametrize("rows", [(0, 5, 0, 0, 0), (1, 0, 0, 0, 0), (0, 0, 0, 0, 3), (0, 0, 0, 0, 0)])
 def test_a_core_without_tasks_of_its_own_repeats_the_last_block(rows):
     """It stores a block in any case, and what it never computed must not replace the other core's."""
-    work = tpu.hidden_out_work(jnp.asarray(rows, jnp.int32), (4,) * 5, tpu.Tiles(8, 4, 16, 8, 2), N // 8)
+    tiles, equal = tpu.Tiles(8, 4, 16, 8, 2), sizing.place((4,) * 5, 1, "pairs")
+    work = tpu.hidden_out_work(jnp.asarray(rows, jnp.int32), tpu.columns_of(equal, 0, N, tiles), tiles, N // 8)
     first, end = tpu.split(work, 2)
     assert int(work.live) == (sum(rows) > 0)
     assert first.tolist() == [0, 0] and end.tolist() == [int(work.live)] * 2
@@ -125,4 +148,4 @@ def test_what_cannot_be_tiled_is_refused():
     with pytest.raises(ValueError, match="more than the 50000 that fit"):
         jax.eval_shape(lambda: tpu.pallas_tpu(*(jnp.zeros(s) for s in ((2**18, 128), (8,), (128, 8192), (128, 8192),
                                                                        (8192, 128))),
-                                              (1024,) * 8, tpu.Tiles(8, 128, 128, 128)))
+                                              0, sizing.place((1024,) * 8, 1, "pairs"), tpu.Tiles(8, 128, 128, 128)))

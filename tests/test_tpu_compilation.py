@@ -33,13 +33,14 @@ def test_kernels_compile_forward_and_backward(chip, dim):
     where = jax.sharding.SingleDeviceSharding(device(chip))
     assert meshes.chip(jax.sharding.Mesh([device(chip)], "x")) == chip
     widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, dim)
+    placement = sizing.place(widths, 1, "pairs")
     H, tiles = sum(widths), tpu.tiles_for(widths, dim, chip)
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     def both(x, rows, w_gate, w_up, w_down, dy):
-        y, pull = jax.vjp(lambda x, *w: tpu.pallas_tpu(x, rows, *w, widths, tiles), x, w_gate, w_up, w_down)
+        y, pull = jax.vjp(lambda x, *w: tpu.pallas_tpu(x, rows, *w, 0, placement, tiles), x, w_gate, w_up, w_down)
         return y, pull(dy)
 
     compiled = jax.jit(both).lower(array(ROWS, dim), array(8, dtype=jnp.int32), array(dim, H), array(dim, H),

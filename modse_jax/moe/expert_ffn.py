@@ -25,7 +25,7 @@ class ExpertWeights(NamedTuple):
 def check_backend(backend: str, placement: sizing.Placement, dim: int, chip: str) -> None:
     """Raises ValueError, naming what would do, where a backend cannot run these widths on this chip (mesh.chip)."""
     if backend == "pallas_tpu":
-        expert_ffn_tpu.tiles_for(_same_on_all_shards(placement), dim, chip)
+        expert_ffn_tpu.tiles_for(_all_widths(placement), dim, chip)
 
 
 def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, placement: sizing.Placement, backend: str,
@@ -45,21 +45,18 @@ def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, place
     if {sum(w) for w in placement.widths} != {weights.w_gate.shape[1]} or placement.slots != rows_E.shape[0]:
         raise ValueError(f"widths {placement.widths} do not fit weights {weights.w_gate.shape} and rows {rows_E.shape}")
     weights = ExpertWeights(*(w.astype(x_ND.dtype) for w in weights))
+    shard = jnp.asarray(shard, jnp.int32)
     if backend == "reference":
         ways = [functools.partial(reference, widths=widths) for widths in placement.widths]
         return jax.lax.switch(shard, ways, x_ND, rows_E, weights)
     if backend == "pallas_tpu":
-        widths = _same_on_all_shards(placement)
-        tiles = expert_ffn_tpu.tiles_for(widths, x_ND.shape[1], chip)
-        return expert_ffn_tpu.pallas_tpu(x_ND, rows_E, *weights, widths, tiles)
-    return blocked(x_ND, rows_E, *weights, jnp.asarray(shard, jnp.int32), placement, blocks)
+        tiles = expert_ffn_tpu.tiles_for(_all_widths(placement), x_ND.shape[1], chip)
+        return expert_ffn_tpu.pallas_tpu(x_ND, rows_E, *weights, shard, placement, tiles)
+    return blocked(x_ND, rows_E, *weights, shard, placement, blocks)
 
 
-def _same_on_all_shards(placement):
-    if len(set(placement.widths)) > 1:
-        raise ValueError("pallas_tpu takes equal lists of widths on all shards of mesh.expert, here they differ; use "
-                         "moe.placement=columns, or moe.backend=blocked")
-    return placement.widths[0]
+def _all_widths(placement):
+    return [w for widths in placement.widths for w in widths]
 
 
 def reference(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, widths: Sequence[int]) -> jax.Array:

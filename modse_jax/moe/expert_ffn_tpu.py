@@ -77,44 +77,46 @@ def _divisor(number, unit, largest):
     return max(d for d in range(unit, min(number, largest) + 1, unit) if number % d == 0)
 
 
-def task_bound(num_rows: int, widths: Sequence[int], tiles: Tiles) -> int:
-    """The longest list of tasks: R + E - 1 visits, at least one per expert, the others charged to the widest."""
-    n_E = [w // tiles.hidden for w in widths]
-    return max(n_E) * (-(-num_rows // tiles.rows) - 1) + sum(n_E)
+def task_bound(num_rows: int, placement: sizing.Placement, tiles: Tiles) -> int:
+    """The longest list of tasks of any shard: R + E - 1 visits, at least one per expert, the others charged to the
+    widest."""
+    return max(max(widths) // tiles.hidden * (-(-num_rows // tiles.rows) - 1) + sum(widths) // tiles.hidden
+               for widths in placement.widths)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def pallas_tpu(x_ND, rows_E, w_gate, w_up, w_down, widths, tiles, interpret=False):
-    """See expert_ffn.expert_ffn. Every width divides by tiles.hidden, D by tiles.inner and tiles.outer.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def pallas_tpu(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret=False):
+    """See expert_ffn.expert_ffn. Every width divides by tiles.hidden, D by tiles.inner and tiles.outer. shard: which
+    one of the placement this is, int32 [].
 
     Raises: ValueError where the list of tasks would not fit in scalar memory.
     """
-    return _forward(x_ND, rows_E, w_gate, w_up, w_down, widths, tiles, interpret)[0]
+    return _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret)[0]
 
 
-def _forward(x_ND, rows_E, w_gate, w_up, w_down, widths, tiles, interpret):
-    bound = task_bound(x_ND.shape[0], widths, tiles)
+def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret):
+    bound = task_bound(x_ND.shape[0], placement, tiles)
     if bound > MAX_TASKS:
-        raise ValueError(f"pallas_tpu: {x_ND.shape[0]} rows over widths {tuple(widths)} make {bound} tasks of tiles "
+        raise ValueError(f"pallas_tpu: {x_ND.shape[0]} rows over widths {placement.widths} make {bound} tasks of tiles "
                          f"{tiles.rows} x {tiles.hidden}, more than the {MAX_TASKS} that fit in scalar memory; lower "
                          "training.batch_size, or use the backend blocked")
-    run = _Run(rows_E, widths, tiles, interpret)
+    run = _Run(rows_E, shard, placement, tiles, interpret)
     x = run.pad(x_ND)
     hidden_NM, = run.hidden_out([x], [(0, w_gate, False), (0, w_up, False)], _swiglu, 1)
     y_ND = run.hidden_in([(hidden_NM, w_down, False)])
-    return run.unpad(y_ND, x_ND), (x_ND, rows_E, w_gate, w_up, w_down)
+    return run.unpad(y_ND, x_ND), (x_ND, rows_E, w_gate, w_up, w_down, shard)
 
 
-def _backward(widths, tiles, interpret, saved, dy_ND):
-    x_ND, rows_E, w_gate, w_up, w_down = saved
-    run = _Run(rows_E, widths, tiles, interpret)
+def _backward(placement, tiles, interpret, saved, dy_ND):
+    x_ND, rows_E, w_gate, w_up, w_down, shard = saved
+    run = _Run(rows_E, shard, placement, tiles, interpret)
     x, dy = run.pad(x_ND), run.pad(dy_ND)
     parts = [(0, w_gate, False), (0, w_up, False), (1, w_down, True)]
     hidden_NM, dgate_NM, dup_NM = run.hidden_out([x, dy], parts, _swiglu_backward, 3)
     dx_ND = run.hidden_in([(dgate_NM, w_gate, True), (dup_NM, w_up, True)])
     dw_gate, dw_up = run.weights(x, [dgate_NM, dup_NM], hidden_first=False)
     dw_down, = run.weights(dy, [hidden_NM], hidden_first=True)
-    return run.unpad(dx_ND, x_ND), None, dw_gate, dw_up, dw_down
+    return run.unpad(dx_ND, x_ND), None, dw_gate, dw_up, dw_down, None
 
 
 pallas_tpu.defvjp(_forward, _backward)
@@ -166,51 +168,61 @@ def _repeat(count_X, length):
     return which, jnp.arange(length, dtype=jnp.int32) - start_X[which]
 
 
-def hidden_out_work(rows_E, widths, tiles, num_tiles) -> Work:
+class Columns(NamedTuple):
+    """A shard's experts in column tiles."""
+    count_E: jax.Array    # int32: column tiles of every expert
+    first_E: jax.Array    # int32: its first tile of the flat axis
+    expert_C: jax.Array   # int32: whose every tile of the flat axis is
+    most: int             # tiles of the widest expert of any shard
+    bound: int            # task_bound
+
+
+def columns_of(placement: sizing.Placement, shard, num_rows: int, tiles: Tiles) -> Columns:
+    """The tables of one shard. What differs from shard to shard is data: all of them run one program."""
+    def filled(lists):
+        return jnp.asarray([[*row, *[0] * (placement.slots - len(row))] for row in lists], jnp.int32)[shard]
+
+    counts = [[w // tiles.hidden for w in widths] for widths in placement.widths]
+    return Columns(filled(counts), filled([sizing.offsets(c) for c in counts]),
+                   jnp.asarray([np.repeat(np.arange(len(c)), c) for c in counts], jnp.int32)[shard],
+                   max(map(max, counts)), task_bound(num_rows, placement, tiles))
+
+
+def hidden_out_work(rows_E, columns, tiles, num_tiles) -> Work:
     """Kernel A: by column tile, then visit, so that the visits to one output block follow one another."""
-    n_E, first_tile_E = _tables(widths, tiles)
     expert_V, row_tile_V, live_V = _visit_list(rows_E, tiles, num_tiles)
-    V, n_max = expert_V.shape[0], int(n_E.max())
-    alive = live_V[None, :] & (jnp.arange(n_max)[:, None] < jnp.asarray(n_E)[expert_V][None, :])
-    index = jnp.nonzero(alive.reshape(-1), size=task_bound(num_tiles * tiles.rows, widths, tiles), fill_value=0)[0]
+    V = expert_V.shape[0]
+    alive = live_V[None, :] & (jnp.arange(columns.most)[:, None] < columns.count_E[expert_V][None, :])
+    index = jnp.nonzero(alive.reshape(-1), size=columns.bound, fill_value=0)[0]
     column, visit = (index // V).astype(jnp.int32), (index % V).astype(jnp.int32)
     expert = expert_V[visit]
     live = jnp.sum(alive, dtype=jnp.int32)
-    return Work(live, expert, row_tile_V[visit], column, jnp.asarray(first_tile_E)[expert] + column,
+    return Work(live, expert, row_tile_V[visit], column, columns.first_E[expert] + column,
                 jnp.zeros_like(column))
 
 
-def hidden_in_work(rows_E, widths, tiles, num_tiles) -> Work:
+def hidden_in_work(rows_E, columns, tiles, num_tiles) -> Work:
     """Kernel B: by visit, then column tile, which are summed."""
-    n_E, first_tile_E = _tables(widths, tiles)
     expert_V, row_tile_V, live_V = _visit_list(rows_E, tiles, num_tiles)
-    count_V = jnp.where(live_V, jnp.asarray(n_E)[expert_V], 0)
-    visit, column = _repeat(count_V, task_bound(num_tiles * tiles.rows, widths, tiles))
-    column = jnp.clip(column, 0, int(n_E.max()) - 1)
+    count_V = jnp.where(live_V, columns.count_E[expert_V], 0)
+    visit, column = _repeat(count_V, columns.bound)
+    column = jnp.clip(column, 0, columns.most - 1)
     expert = expert_V[visit]
-    last = column == jnp.asarray(n_E)[expert] - 1
+    last = column == columns.count_E[expert] - 1
     return Work(jnp.sum(count_V, dtype=jnp.int32), expert, row_tile_V[visit], column,
-                jnp.asarray(first_tile_E)[expert] + column, (column == 0) + 2 * last.astype(jnp.int32))
+                columns.first_E[expert] + column, (column == 0) + 2 * last.astype(jnp.int32))
 
 
-def weights_work(rows_E, widths, tiles, num_tiles) -> Work:
+def weights_work(rows_E, columns, tiles, num_tiles) -> Work:
     """Kernel C: by tile of the flat axis, then row tile. An expert without rows has one task, which writes zeros."""
-    n_E, first_tile_E = _tables(widths, tiles)
-    expert_C = jnp.asarray(np.repeat(np.arange(len(widths)), n_E), jnp.int32)
     count_E, first_E = visits(rows_E, tiles, num_tiles, empty_too=True)
-    count_C = count_E[expert_C]
-    flat, index = _repeat(count_C, task_bound(num_tiles * tiles.rows, widths, tiles))
-    expert = expert_C[flat]
+    count_C = count_E[columns.expert_C]
+    flat, index = _repeat(count_C, columns.bound)
+    expert = columns.expert_C[flat]
     row_tile = jnp.clip(first_E[expert] + index, 0, num_tiles - 1)
     last = index == count_C[flat] - 1
-    return Work(jnp.sum(count_C, dtype=jnp.int32), expert, row_tile, flat - jnp.asarray(first_tile_E)[expert], flat,
+    return Work(jnp.sum(count_C, dtype=jnp.int32), expert, row_tile, flat - columns.first_E[expert], flat,
                 (index == 0) + 2 * last.astype(jnp.int32))
-
-
-def _tables(widths, tiles):
-    """Column tiles of every expert, and its first tile of the flat axis (int32 [E], numpy)."""
-    n_E = np.array([w // tiles.hidden for w in widths], np.int32)
-    return n_E, np.array([o // tiles.hidden for o in sizing.offsets(widths)], np.int32)
 
 
 def split(work: Work, cores: int):
@@ -230,8 +242,8 @@ def split(work: Work, cores: int):
 class _Run:
     """The kernels over one routing."""
 
-    def __init__(self, rows_E, widths, tiles, interpret):
-        self.rows_E, self.widths, self.tiles, self.interpret = rows_E, widths, tiles, interpret
+    def __init__(self, rows_E, shard, placement, tiles, interpret):
+        self.rows_E, self.shard, self.placement, self.tiles, self.interpret = rows_E, shard, placement, tiles, interpret
         self.bounds = jnp.concatenate((jnp.zeros(1, jnp.int32), jnp.cumsum(rows_E).astype(jnp.int32)))
 
     def pad(self, x_ND):
@@ -267,7 +279,7 @@ class _Run:
         for _, _, transposed in pairs:
             in_specs.append(pl.BlockSpec((t.hidden, t.inner) if transposed else (t.inner, t.hidden),
                                          functools.partial(weights_spec, transposed)))
-        shape = jax.ShapeDtypeStruct((N, max(self.widths)), dtype)
+        shape = jax.ShapeDtypeStruct((N, max(map(max, self.placement.widths))), dtype)
         return pl.pallas_call(
             functools.partial(_hidden_out_kernel, rows=len(rows), pairs=[(p[0], p[2]) for p in pairs],
                               epilogue=epilogue, tiles=t, steps=D // t.inner),
@@ -307,7 +319,7 @@ class _Run:
     def weights(self, rows_ND, hiddens, hidden_first):
         """Kernel C: for every hidden [N, M], its product with the rows over N: [H, D] if hidden_first, else [D, H]."""
         t, work = self.tiles, self._work(weights_work)
-        D, H = rows_ND.shape[1], sum(self.widths)
+        D, H = rows_ND.shape[1], sum(self.placement.widths[0])
         block, shape = ((t.hidden, t.outer), (H, D)) if hidden_first else ((t.outer, t.hidden), (D, H))
 
         def out_spec(q, step, bounds, expert, row_tile, column, flat, flags):
@@ -327,7 +339,8 @@ class _Run:
         )(self.bounds, *work[1:], rows_ND, *hiddens)
 
     def _work(self, kind):
-        return kind(self.rows_E, self.widths, self.tiles, self.num_tiles)
+        columns = columns_of(self.placement, self.shard, self.num_tiles * self.tiles.rows, self.tiles)
+        return kind(self.rows_E, columns, self.tiles, self.num_tiles)
 
 
 def _hidden_out_kernel(bounds, first, end, expert, row_tile, column, flat, *refs, rows, pairs, epilogue, tiles, steps):
