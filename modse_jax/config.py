@@ -68,7 +68,8 @@ class MoE:
     balance_loss_count: str = option("top_k", "what f_i counts: all K choices, or the first (paper, Eq. 10)",
                                      choices=("top_k", "argmax"))
     z_loss_weight: float = option(0.0, "weight of mean(logsumexp(router logits)^2), summed over layers", minimum=0)
-    capacity_factor: float = option(0.0, "an expert's rows per device over its even share; 0 = dropless", minimum=0)
+    capacity_factor: float = option(0.0, "an expert's rows over its even share, per group of devices that share "
+                                    "experts; 0 = dropless", minimum=0)
     backend: str = option("auto", "how unequal experts are multiplied; auto = blocked, everywhere", choices=BACKENDS)
     placement: str = option("pairs", "a device of mesh.expert has whole experts of equal total width (the paper's "
                             "pairs), or a share of every expert's columns", choices=("pairs", "columns"))
@@ -81,7 +82,7 @@ class MoE:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    data: int = option(-1, "devices that share a batch and hold all parameters; -1 = the rest", minimum=-1)
+    data: int = option(-1, "devices that share a batch and copy parameters; -1 = the rest", minimum=-1)
     fsdp: int = option(1, "devices that share a batch and the parameters; -1 = the rest", minimum=-1)
     expert: int = option(1, "devices that share a batch and the experts; -1 = the rest", minimum=-1)
 

@@ -23,7 +23,7 @@ RULES = {
     "embed": (FSDP, EXPERT),       # the model width of everything but experts
     "expert_embed": (FSDP,),       # the model width of experts
     "flat": (EXPERT,),             # the flat hidden axis
-    "vocab": (), "heads": (), "head": (), "length": (), "layers": (),
+    "vocab": (), "heads": (), "head": (),
 }
 
 # What the last axes of a parameter mean, by its name; those not named here are small, and everywhere.

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,11 +188,17 @@ def test_a_checkpoint_holds_its_own_step_though_training_went_on(finished):
     assert np.abs(after.params["head"] - saved.params["head"]).max() > 1e-3
 
 
-def test_a_run_may_go_on_on_another_mesh(finished, capsys):
-    """What it then computes: tests/test_sharding.py."""
+def test_a_run_goes_on_on_another_mesh(finished, tmp_path, capsys):
+    """From 8 devices with all parameters to shards of every expert's columns; and its report shows them."""
     config, workdir = finished
-    moved = dataclasses.replace(config, mesh=Mesh(1, 2, 2), moe=dataclasses.replace(config.moe, placement="columns"))
-    assert loop.train(moved, str(workdir)) == loop.FINISHED and "finished" in capsys.readouterr().out
+    shutil.copytree(workdir, tmp_path / "run")
+    moved = dataclasses.replace(config, mesh=Mesh(1, 2, 2), moe=dataclasses.replace(config.moe, placement="columns"),
+                                training=dataclasses.replace(config.training, steps=8))
+    assert loop.train(moved, str(tmp_path / "run")) == loop.FINISHED
+    assert "resuming step 6 of 8" in capsys.readouterr().out
+    rows = [r for r in metrics.read(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
+    assert rows[-1]["step"] == 8 and rows[-1]["loss"] < rows[0]["loss"]
+    assert state_of(tmp_path / "run", config, 8).params["blocks"]["moe"]["w_gate"].shape == (2, 16, 48)
 
 
 def test_steps_without_a_config_are_not_resumed_under_another(corpus, tmp_path):

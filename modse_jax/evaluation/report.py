@@ -62,11 +62,13 @@ def _straggler(layers):
     names = by_step[0] if by_step else ()
     for name, shade in zip(names, plt.get_cmap("cividis")(np.linspace(0.05, 0.9, len(PLACEMENTS)))):
         axes.plot(steps, [np.mean(factors[name]) for factors in by_step], color=shade, lw=1.3, label=PLACEMENTS[name])
-    axes.set(xlabel="step", ylabel="busiest device over mean", title="Straggler factor: tokens x width per device")
+    axes.set(xlabel="step", ylabel="busiest device over mean",
+             title="Straggler factor along an expert axis: tokens x width")
     axes.set_ylim(0.95, None)
     if names:
         axes.legend(frameon=False, fontsize=8)
-    return figure, "Work of the busiest device over the mean, mean of the layers: all others wait for it."
+    return figure, ("Work of the busiest device of an expert axis over the mean, were the whole batch its own; mean of "
+                    "the layers.")
 
 
 def _loss(rows):

@@ -96,8 +96,7 @@ def validate(run: Run, limit: int, batch_size: int) -> tuple[dict, list[dict]]:
     placed = (jax.device_put(batch, meshes.batch(run.mesh)) for batch in batches)
     whole = not limit or limit >= len(run.data.splits["validation"])
     result, statistics = validation.run(score, run.params, placed, run.data, whole)
-    placement = meshes.placement(run.config, run.mesh)
-    return result, metrics.routing_by_layer(statistics, run.config.widths, placement)
+    return result, metrics.routing_by_layer(statistics, run.config.widths)
 
 
 def sample(run: Run, prompts: tuple[str, ...]) -> list[dict]:

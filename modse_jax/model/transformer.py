@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from modse_jax import mesh as meshes
 from modse_jax.config import ANYWHERE, Config
 from modse_jax.model import attention
 from modse_jax.moe.layer import MoELayer
@@ -72,7 +73,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs, mesh: Mesh | None = None):
         m = config.model
-        self.config = m
+        self.config, self.mesh = m, mesh
         # Not the usual 0.02: beside a block's output of about 1 the token would be lost at first (LOG.md, 2026-11-22).
         std = 0.5 * m.dim**-0.5 if m.tie_embeddings else 0.5
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (m.vocab_size, m.dim)))
@@ -116,20 +117,30 @@ class Transformer(nnx.Module):
         x_BLD = self.embedding[...][tokens_BL]
         if self.config.tie_embeddings:    # small enough for logits, too small beside a block's output (as in Gemma)
             x_BLD = x_BLD * self.config.dim**0.5
-        return x_BLD.astype(self.config.dtype)
+        return self._spread(x_BLD.astype(self.config.dtype))
+
+    def _spread(self, x_BLD):
+        """Its batch over all devices: weights that are cut along the model width must not cut activations there."""
+        return x_BLD if self.mesh is None else jax.lax.with_sharding_constraint(x_BLD, meshes.batch(self.mesh))
 
     def _run(self, x_BLD, place, valid_BL, cache):
         graph, stacked = nnx.split(self.blocks)
 
         def block(x_BLD, layer):
             weights, layer_cache = layer
-            x_BLD, layer_cache, *rest = nnx.merge(graph, weights)(x_BLD, place, valid_BL, layer_cache)
+            x_BLD, layer_cache, *rest = nnx.merge(graph, weights)(self._spread(x_BLD), place, valid_BL, layer_cache)
             return x_BLD, (layer_cache if cache is not None else None, *rest)
 
         if self.config.remat != "none":
             block = jax.checkpoint(block, prevent_cse=False, policy=_saved(self.config.remat))
+        elif self.mesh is not None and self.mesh.shape[meshes.FSDP] > 1:    # else every layer's whole weights are kept
+            block = jax.checkpoint(block, prevent_cse=False, policy=_all_but_gathered_weights)
         x_BLD, (cache, balance_loss, z_loss, statistics) = jax.lax.scan(block, x_BLD, (stacked, cache))
         return self.final_norm(x_BLD), Output(jnp.sum(balance_loss), jnp.sum(z_loss), statistics, cache)
+
+
+def _all_but_gathered_weights(primitive, *_, **params):
+    return not (primitive.name == "all_gather" and meshes.FSDP in params["axis_name"])
 
 
 def _saved(remat):

@@ -1,5 +1,7 @@
 """Widths of the experts of a layer, in plain integers: ratios, pairs, lists, offsets on the flat axis, size classes."""
+import functools
 import math
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -107,42 +109,57 @@ def place(widths: Sequence[int], shards: int, kind: str) -> Placement:
         return Placement((tuple(range(len(widths))),) * shards, (tuple(w // shards for w in widths),) * shards)
     groups = partition(widths, shards)
     if groups is None:
-        able = _listed(n for n in range(1, len(widths) + 1) if partition(widths, n))
-        raise ValueError(f"experts of widths {widths[:16]} cannot be put on {shards} shards with equally many columns; "
-                         f"numbers of shards that can: {able}, or moe.placement=columns")
+        able = _listed(n for n in range(1, min(len(widths), 64) + 1) if partition(widths, n, tries=2))
+        raise ValueError(f"no way was found to put experts of widths {widths[:16]} on {shards} shards with equally "
+                         f"many columns; numbers of shards that can be: {able}; or moe.placement=columns")
     return Placement(groups, tuple(tuple(widths[e] for e in group) for group in groups))
 
 
-def partition(widths: Sequence[int], shards: int, tries: int = 100_000) -> tuple[tuple[int, ...], ...] | None:
-    """Experts in `shards` groups of equal total width; None where there are none, or none was found in `tries` steps of
-    the search. Runs of neighbours where they come out, else the widest expert first, each into every group that has
-    room."""
-    total, left = sum(widths), [tries]
-    if total % shards or shards > len(widths):
+@functools.cache
+def partition(widths: tuple[int, ...], shards: int, tries: int = 32) -> tuple[tuple[int, ...], ...] | None:
+    """Experts in `shards` groups of equal total width; None where none was found.
+
+    Runs of neighbours where they come out. Else shard by shard: the widest expert left, and others that fill the shard
+    up (subset sum), in `tries` different orders. Not exhaustive: that would take exponential time.
+    """
+    total = sum(widths)
+    if total % shards or shards > len(widths) or max(widths) > total // shards:
         return None
     share = total // shards
     ends = [first + width for first, width in zip(offsets(widths), widths)]
-    if all(share * (s + 1) in ends for s in range(shards)):
-        cuts = [0, *(ends.index(share * (s + 1)) + 1 for s in range(shards))]
-        return tuple(tuple(range(a, b)) for a, b in zip(cuts, cuts[1:]))
-    order = sorted(range(len(widths)), key=lambda e: -widths[e])
-    groups, room = [[] for _ in range(shards)], [share] * shards
+    cuts = [ends.index(share * (s + 1)) + 1 for s in range(shards) if share * (s + 1) in ends]
+    if len(cuts) == shards:
+        return tuple(tuple(range(a, b)) for a, b in zip([0, *cuts], cuts))
+    rng, order = random.Random(0), sorted(range(len(widths)), key=lambda e: -widths[e])
+    for _ in range(tries):
+        groups, left = [], list(order)
+        while left and len(groups) <= shards:
+            widest = max(left, key=lambda e: widths[e])
+            left.remove(widest)
+            rest = _subset(left, widths, share - widths[widest])
+            if rest is None:
+                break
+            groups.append(tuple(sorted((widest, *rest))))
+            left = [e for e in left if e not in rest]
+        if not left and len(groups) == shards:
+            return tuple(sorted(groups))
+        rng.shuffle(order)
+    return None
 
-    def fill(i):
-        left[0] -= 1
-        if i == len(order) or left[0] < 0:
-            return i == len(order)
-        for s in range(shards):
-            if widths[order[i]] <= room[s] and room[s] not in room[:s]:    # equal rooms are the same choice
-                groups[s].append(order[i])
-                room[s] -= widths[order[i]]
-                if fill(i + 1):
-                    return True
-                groups[s].pop()
-                room[s] += widths[order[i]]
-        return False
 
-    return tuple(tuple(sorted(g)) for g in sorted(groups, key=min)) if fill(0) else None
+def _subset(experts, widths, target):
+    """Experts whose widths sum to target, the first ones preferred; None if there are none. One bit per sum."""
+    reach, mask = [1], (1 << (target + 1)) - 1
+    for e in experts:
+        reach.append((reach[-1] | reach[-1] << widths[e]) & mask)
+    if not reach[-1] >> target & 1:
+        return None
+    chosen = set()
+    for i in range(len(experts), 0, -1):
+        if not reach[i - 1] >> target & 1:
+            chosen.add(experts[i - 1])
+            target -= widths[experts[i - 1]]
+    return chosen
 
 
 def column_order(widths: Sequence[int], placement: Placement) -> list[int]:
@@ -156,7 +173,8 @@ def column_order(widths: Sequence[int], placement: Placement) -> list[int]:
 
 
 def straggler(counts: Sequence[float], placement: Placement) -> float:
-    """Largest over mean load of a shard; load is tokens times columns, summed over its experts. 1 without tokens."""
+    """Largest over mean load of the shards of one expert axis; load is tokens times columns, summed over a shard's
+    experts. 1 without tokens."""
     loads = [sum(counts[e] * w for e, w in zip(experts, columns))
              for experts, columns in zip(placement.experts, placement.widths)]
     return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0

@@ -95,12 +95,13 @@ def _take_columns(state, columns):
     if np.array_equal(columns, np.arange(len(columns))):
         return state
 
-    def one(path, leaf):
+    def one(path, leaf):    # one array at a time: no second copy of the whole state
         axis = meshes.flat_axis(str(getattr(path[-1], "key", "")))
-        return leaf if axis is None else jnp.take(leaf, columns, axis=axis)
+        if axis is None:
+            return leaf
+        return jax.jit(functools.partial(jnp.take, axis=axis), out_shardings=leaf.sharding)(leaf, columns)
 
-    where = jax.tree.map(lambda a: a.sharding, state)
-    return jax.jit(functools.partial(jax.tree_util.tree_map_with_path, one), out_shardings=where)(state)
+    return jax.tree_util.tree_map_with_path(one, state)
 
 
 def _check_leaves(step, stored, abstract):

@@ -14,14 +14,18 @@ from modse_jax.moe import sizing
 from modse_jax.moe.router import RouterStatistics
 
 
-def routing_by_layer(statistics: RouterStatistics, widths: tuple[int, ...], placement: sizing.Placement) -> list[dict]:
+def routing_by_layer(statistics: RouterStatistics, widths: tuple[int, ...],
+                     placement: sizing.Placement | None = None) -> list[dict]:
     """One object per layer, plain numbers, from statistics with a leading axis of layers.
 
     Widths are means over routed rows of the chosen expert's width, weighted by count and by gate; `entropy` is the mean
     entropy of the softmax over all experts, nats; `max_over_mean` is of tokens per expert; `straggler` is the largest
-    over the mean of tokens x width per device, as the experts are placed and as they might be.
+    over the mean of tokens x width over the devices of one expert axis that took the whole batch, before drops, as the
+    experts might be placed, and, given the placement, as they are ("in_use").
     """
-    out, placements = [], {"in_use": placement, **sizing.placements_compared(widths)}
+    out, placements = [], sizing.placements_compared(widths)
+    if placement is not None:
+        placements = {"in_use": placement, **placements}
     for layer in range(len(statistics.tokens)):
         counts_KE = np.asarray(statistics.counts_KE[layer], np.int64)
         gates_E = np.asarray(statistics.gates_KE[layer], np.float64).sum(axis=0)
