@@ -66,7 +66,7 @@ def _straggler(layers):
              title="Straggler factor along an expert axis: tokens x width")
     axes.set_ylim(0.95, None)
     if names:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     return figure, ("Work of the busiest device of an expert axis over the mean, were the whole batch its own; mean of "
                     "the layers.")
 
