@@ -14,7 +14,7 @@ from modse_jax.moe import expert_ffn_tpu, sizing
 
 DIMS = flags.DEFINE_list("dims", ["1536", "2048"], "model widths D; experts are the paper's pairs of ratios")
 ROWS = flags.DEFINE_integer("rows", 131_072, "routed rows, spread at random over the experts")
-NAMES = flags.DEFINE_list("chips", list(expert_ffn_tpu.CHIPS), "chips")
+NAMES = flags.DEFINE_list("chips", list(expert_ffn_tpu.TILINGS), "chips")
 
 
 class Report(NamedTuple):

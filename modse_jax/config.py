@@ -19,12 +19,12 @@ GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalised")
 GATE_TERMS = ("none", "learned")
 DTYPES = ("float32", "bfloat16")
 
-# What a resumed run may change. Of these only training.steps touches training, by the length of the cosine; but another
-# mesh changes the order of sums, and with moe.capacity_factor which tokens are dropped.
+# What a resumed run may change. Of these only training.steps touches training, by the length of the cosine.
 RESUMABLE = ("training.steps", "training.log_every", "training.eval_every", "training.checkpoint_every",
              "checkpoint.keep", "evaluation.batch_size", "evaluation.sample_tokens", "evaluation.prompts",
-             "evaluation.temperature", "evaluation.top_k", "evaluation.top_p",
-             "mesh.data", "mesh.fsdp", "mesh.expert", "moe.placement")
+             "evaluation.temperature", "evaluation.top_k", "evaluation.top_p")
+# And this where nothing is dropped: it changes the order of sums, but a capacity holds for a group of devices.
+RESUMABLE_DROPLESS = ("mesh.data", "mesh.fsdp", "mesh.expert", "moe.placement")
 
 
 class UserError(Exception):

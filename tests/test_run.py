@@ -191,6 +191,11 @@ def test_a_checkpoint_holds_its_own_step_though_training_went_on(finished):
 def test_a_run_goes_on_on_another_mesh(finished, tmp_path, capsys):
     """From 8 devices with all parameters to shards of every expert's columns; and its report shows them."""
     config, workdir = finished
+    capped = dataclasses.replace(config, moe=dataclasses.replace(config.moe, capacity_factor=2.0))
+    (tmp_path / "capped").mkdir()
+    (tmp_path / "capped" / "config.json").write_text(json.dumps(dataclasses.asdict(capped)))
+    with pytest.raises(UserError, match="holds another config .mesh.data: -1 -> 8"):    # it would drop other tokens
+        loop.train(dataclasses.replace(capped, mesh=Mesh(8)), str(tmp_path / "capped"))
     shutil.copytree(workdir, tmp_path / "run")
     moved = dataclasses.replace(config, mesh=Mesh(1, 2, 2), moe=dataclasses.replace(config.moe, placement="columns"),
                                 training=dataclasses.replace(config.training, steps=8))

@@ -49,7 +49,7 @@ class Tiles(NamedTuple):
 # what the cores share there (kernel A's tasks are shared out by `split`). Hidden tiles of 256 are bound by arithmetic
 # on v5e and v5p (benchmarks/tpu_report.py) and compile in half the time of 768; v6e has 256 x 256 matrix units and
 # needs 768, or rows are fetched too often.
-CHIPS = {
+TILINGS = {
     "v4": (512, 256, 2048, 128, 2),
     "v5e": (512, 256, 2048, 128, 1),
     "v5p": (512, 256, 2048, 128, 2),
@@ -61,10 +61,10 @@ VMEM_LIMIT = 48 * 2**20
 def tiles_for(widths: Sequence[int], dim: int, chip: str) -> Tiles:
     """The tiles for a chip. Raises ValueError, naming what would do, for a chip that has none or widths that cannot be
     cut into tiles."""
-    if chip not in CHIPS:
-        raise ValueError(f"moe.backend=pallas_tpu needs one of {', '.join(CHIPS)}, this is {chip}; backends that run "
+    if chip not in TILINGS:
+        raise ValueError(f"moe.backend=pallas_tpu needs one of {', '.join(TILINGS)}, this is {chip}; backends that run "
                          "anywhere: auto, blocked, reference")
-    rows, hidden, model, unit, cores = CHIPS[chip]
+    rows, hidden, model, unit, cores = TILINGS[chip]
     bad = sorted({w for w in widths if w % unit})
     if bad or dim % 128:
         what = f"widths {bad} do not divide by {unit}" if bad else f"model.dim={dim} does not divide by 128"

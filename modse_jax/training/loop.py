@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 
 from modse_jax import mesh as meshes
-from modse_jax.config import RESUMABLE, Config, UserError, differences, from_dict
+from modse_jax.config import RESUMABLE, RESUMABLE_DROPLESS, Config, UserError, differences, from_dict
 from modse_jax.data import loader, prepare
 from modse_jax.model import accounting
 from modse_jax.moe import expert_ffn, sizing
@@ -208,7 +208,8 @@ def _check_workdir(workdir, config):
             old = from_dict(json.loads(saved.read_text()))
         except (ValueError, UserError) as error:
             raise UserError(f"{saved} is not a config of this version ({error}); use another --workdir") from None
-        changed = [line for line in differences(old, config) if line.split(":")[0] not in RESUMABLE]
+        free = RESUMABLE if config.moe.capacity_factor else RESUMABLE + RESUMABLE_DROPLESS
+        changed = [line for line in differences(old, config) if line.split(":")[0] not in free]
         if changed:
             raise UserError(f"{workdir} holds another config ({'; '.join(changed)}); use another --workdir, or the "
                             f"config it was started with")
