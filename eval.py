@@ -14,13 +14,15 @@ flags.mark_flag_as_required("workdir")
 
 
 def main() -> int:
+    from modse_jax import processes
     from modse_jax.evaluation import report, scoring
     if not all(PROMPT.value):
         raise UserError("--prompt is empty; give some text")
     result = scoring.evaluate(WORKDIR.value, STEP.value, tuple(SUITE.value), LIMIT.value, BATCH.value,
                               tuple(PROMPT.value))
-    print(scoring.console(result))
-    report.write(WORKDIR.value)
+    if processes.first():
+        print(scoring.console(result))
+        report.write(WORKDIR.value)
     return 0
 
 

@@ -35,7 +35,7 @@ def get_config():
     config.training.steps = 47684    # 100 B tokens
     config.training.eval_every = 1000
     config.training.checkpoint_every = 1000
-    config.training.loss_chunk = 16384
+    config.training.loss_chunk = 4096
     config.moe.block_rows = 2048
     config.moe.tail_rows = 256
     config.evaluation.batch_size = 32

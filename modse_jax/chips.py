@@ -11,18 +11,20 @@ class Chip(NamedTuple):
     kinds: tuple[str, ...]    # parts of jax's device_kind
     teraflops: float          # dense bf16 TFLOP/s
     terabytes: float          # memory bandwidth, TB/s
+    gigabytes: float          # memory that a program can have, GiB
+    link_terabytes: float     # sent by all links of a chip together, TB/s, one direction
 
 
 CHIPS = {
-    "v4": Chip(("TPU v4",), 275, 1.23),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197, 0.82),
-    "v5p": Chip(("TPU v5",), 459, 2.46),
-    "v6e": Chip(("TPU v6",), 920, 1.64),
-    "v7x": Chip(("TPU7x",), 2310, 7.4),
-    "h200": Chip(("H200",), 989, 4.8),
-    "h100": Chip(("H100",), 989, 3.35),
-    "a100": Chip(("A100",), 312, 2.0),
-    "b200": Chip(("B200",), 2250, 8.0),
+    "v4": Chip(("TPU v4",), 275, 1.23, 30.75, 0.3),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197, 0.82, 15.75, 0.2),
+    "v5p": Chip(("TPU v5",), 459, 2.46, 95.74, 0.6),
+    "v6e": Chip(("TPU v6",), 920, 1.64, 31.25, 0.448),
+    "v7x": Chip(("TPU7x",), 2310, 7.4, 192, 0.6),
+    "h200": Chip(("H200",), 989, 4.8, 139, 0.45),
+    "h100": Chip(("H100",), 989, 3.35, 79, 0.45),
+    "a100": Chip(("A100",), 312, 2.0, 79, 0.3),
+    "b200": Chip(("B200",), 2250, 8.0, 178, 0.9),
 }
 
 

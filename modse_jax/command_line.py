@@ -1,13 +1,19 @@
 """Flags to a Config, and errors to one line and exit code 2, for train.py and eval.py."""
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
 from modse_jax.config import UserError
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+COORDINATOR = flags.DEFINE_string("coordinator", "", "Where several processes train as one and no launcher tells: "
+                                  "HOST:PORT of process 0.")
+COUNT = flags.DEFINE_integer("process_count", 0, "How many processes there are.", lower_bound=0)
+INDEX = flags.DEFINE_integer("process_index", -1, "Which of them this is, from 0.", lower_bound=-1)
+DETECT = flags.DEFINE_bool("distributed", False, "Ask the machine (TPU pod, Kubernetes) for the other processes.")
 
 
 def run(main: Callable[[], int]) -> None:
@@ -29,12 +35,23 @@ def config_values(flag) -> dict:
 
 
 def _exit_code(main):
+    from modse_jax import processes  # here: jax takes a second that a mistyped flag need not wait for
     try:
+        processes.start(COORDINATOR.value, COUNT.value, INDEX.value, DETECT.value)
         return main()
     except UserError as error:
         return _complain(error)
     except KeyboardInterrupt:
+        processes.leave(INTERRUPTED)
         return INTERRUPTED
+    except Exception as error:
+        if processes.several():
+            traceback.print_exc()
+            _complain(f"process {processes.index()} of {processes.count()} stopped: {type(error).__name__}: "
+                      f"{str(error)[:300]}; if another process has ended, its own output says why. Start all of them "
+                      "again: the run goes on from its last checkpoint")
+            processes.leave(FAILED)
+        raise
 
 
 def _parse(argv):

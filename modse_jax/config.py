@@ -70,7 +70,8 @@ class MoE:
     z_loss_weight: float = option(0.0, "weight of mean(logsumexp(router logits)^2), summed over layers", minimum=0)
     capacity_factor: float = option(0.0, "an expert's rows over its even share, per group of devices that share "
                                     "experts; 0 = dropless", minimum=0)
-    backend: str = option("auto", "how unequal experts are multiplied; auto = blocked, everywhere", choices=BACKENDS)
+    backend: str = option("auto", "how unequal experts are multiplied; auto = pallas_tpu where chip and widths "
+                          "allow, else blocked", choices=BACKENDS)
     placement: str = option("pairs", "a device of mesh.expert has whole experts of equal total width (the paper's "
                             "pairs), or a share of every expert's columns", choices=("pairs", "columns"))
     block_rows: int = option(1024, "blocked backend: rows of the largest block", minimum=1)
@@ -108,7 +109,7 @@ class Training:
     max_nonfinite_steps: int = option(10, "non-finite steps in a row before the run stops with exit code 3",
                                       minimum=1)
     deterministic: bool = option(True, "on GPU, ask XLA for deterministic operations")
-    loss_chunk: int = option(2048, "tokens whose logits are held at a time by the loss", minimum=1)
+    loss_chunk: int = option(2048, "tokens whose logits a device holds at a time", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)

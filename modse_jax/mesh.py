@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from modse_jax import chips
+from modse_jax import chips, processes
 from modse_jax.config import Config, UserError
 from modse_jax.moe import sizing
 
@@ -69,13 +69,20 @@ def _sizes(config, devices):
     if math.prod(sizes) > len(devices):
         raise UserError(f"{text} make {math.prod(sizes)}, but this process sees {len(devices)} {devices[0].platform} "
                         "device(s)")
+    if math.prod(sizes) < len(devices) and processes.several():
+        raise UserError(f"{text} make {math.prod(sizes)}, fewer than the {len(devices)} devices of all processes; one "
+                        "axis of -1 takes the rest")
     return sizes
 
 
 def for_batch(batch_size: int) -> Mesh:
-    """A mesh over as many devices as divide a batch, parameters on each: evaluation runs on any machine."""
+    """A mesh over as many devices as divide a batch, parameters on each: evaluation runs on any machine. Raises
+    UserError where several processes would not all have a part."""
     devices = jax.devices()
     size = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+    if processes.several() and size < len(devices):
+        raise UserError(f"a batch of {batch_size} does not divide over the {len(devices)} devices of all processes; "
+                        "give --batch_size that does")
     return _mesh(devices[:size], (size, 1, 1))
 
 
@@ -100,6 +107,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch(mesh: Mesh) -> NamedSharding:
     """Leading axis over all devices."""
     return NamedSharding(mesh, spec(("batch",)))
+
+
+def local_rows(mesh: Mesh, count: int) -> list[int]:
+    """Which rows of a batch of that many live on this process's devices."""
+    slices = batch(mesh).addressable_devices_indices_map((count,)).values()
+    return sorted({row for (rows,) in slices for row in range(*rows.indices(count))})
+
+
+def place(mesh: Mesh, rows: dict[str, np.ndarray], count: int) -> dict[str, jax.Array]:
+    """A batch of `count` rows over all devices, from the rows of this process (local_rows)."""
+    return {name: jax.make_array_from_process_local_data(batch(mesh), a, (count, *a.shape[1:]))
+            for name, a in rows.items()}
 
 
 def spec(meanings: tuple[str, ...]) -> PartitionSpec:

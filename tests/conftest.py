@@ -1,6 +1,7 @@
 """Every test runs on CPU with 8 virtual devices, and silent rank promotion is an error."""
 import atexit
 import dataclasses
+import gc
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from modse_jax.config import Config, Data, Evaluation, Model, MoE, Optimizer, Tr
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(100_000, 50, 50)    # tracing makes many objects, and the collector a fifth of its time
 # Tests compile far longer than they run: compile carelessly, and equal programs once, the scripts' processes included.
 jax.config.update("jax_disable_most_optimizations", True)
 CACHE = tempfile.mkdtemp(prefix="modse-compiled-")

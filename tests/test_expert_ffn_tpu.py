@@ -149,3 +149,21 @@ def test_what_cannot_be_tiled_is_refused():
         jax.eval_shape(lambda: tpu.pallas_tpu(*(jnp.zeros(s) for s in ((2**18, 128), (8,), (128, 8192), (128, 8192),
                                                                        (8192, 128))),
                                               0, sizing.place((1024,) * 8, 1, "pairs"), tpu.Tiles(8, 128, 128, 128)))
+
+
+def test_a_device_whose_kernels_are_wrong_is_found(monkeypatch):
+    placement = sizing.place((128, 128, 256), 1, "pairs")
+    ef.check_kernels(placement, 128, "v5e", interpret=True)
+    right = tpu.pallas_tpu
+    monkeypatch.setattr(tpu, "pallas_tpu", lambda x, rows, w_gate, *rest: right(x, rows, w_gate.at[:, -64:].mul(2),
+                                                                                      *rest))
+    with pytest.raises(RuntimeError, match="kernels are wrong on this device: y differs"):
+        ef.check_kernels(placement, 128, "v5e", interpret=True)
+
+
+@pytest.mark.parametrize("backend, widths, rows, chip, choice", [
+    ("auto", (256, 128), 4096, "v5e", "pallas_tpu"), ("auto", (256, 128), 4096, "cpu", "blocked"),
+    ("auto", (256, 100), 4096, "v5e", "blocked"), ("auto", (25600, 128), 2**24, "v5e", "blocked"),
+    ("auto", (256, 128), 4096, "h200", "blocked"), ("reference", (256, 128), 4096, "v5e", "reference")])
+def test_auto_takes_the_kernels_where_they_run(backend, widths, rows, chip, choice):
+    assert ef.chosen(backend, sizing.place(widths, 1, "pairs"), (rows, 256), chip) == choice

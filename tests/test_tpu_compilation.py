@@ -27,8 +27,7 @@ def device(chip):
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
 
 
-@pytest.mark.parametrize("dim", [1536, 2048])    # 300Mx8, 700Mx8
-@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("chip, dim", [("v5e", 1536), ("v5p", 2048), ("v6e", 2048)])    # 300Mx8, 700Mx8
 def test_kernels_compile_forward_and_backward(chip, dim):
     where = jax.sharding.SingleDeviceSharding(device(chip))
     assert meshes.chip(jax.sharding.Mesh([device(chip)], "x")) == chip

@@ -5,7 +5,7 @@ Legend: B batch, L predicted tokens per record.
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -85,27 +85,45 @@ def open_prepared(directory: pathlib.Path) -> Data:
     return Data(directory, card, tokenizer, {s: builder.as_data_source(split=s) for s in prepare.SPLITS})
 
 
-def train_batches(data: Data, config: Config, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches {"tokens", "segments"} [B, L + 1] of steps start_step, start_step + 1, ...; a new order every epoch."""
-    order = (grain.MapDataset.source(data.splits["train"]).seed(config.training.seed).shuffle().repeat()
-             .batch(config.training.batch_size, drop_remainder=True))
-    batches = iter(order.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+def train_batches(data: Data, config: Config, start_step: int,
+                  rows: Sequence[int] = ()) -> Iterator[dict[str, np.ndarray]]:
+    """Batches {"tokens", "segments"} [B, L + 1] of steps start_step, start_step + 1, ...; a new order every epoch.
+    rows: which rows of every batch to read, (): all."""
+    order = grain.MapDataset.source(data.splits["train"]).seed(config.training.seed).shuffle().repeat()
+    steps = grain.MapDataset.source(_Steps(order, config.training.batch_size, rows))
+    batches = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
     grain.experimental.set_next_index(batches, start_step)
     for batch in batches:
         yield check_tokens(batch, config.model.vocab_size, data.directory)
 
 
-def validation_batches(data: Data, batch_size: int, vocab_size: int,
-                       limit: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Every validation record once (the first `limit`, if not 0), in order; padding records fill up the last batch."""
-    records = data.splits["validation"]
+class _Steps:
+    """Random access to the batches of an endless order of records: the given rows of each."""
+
+    def __init__(self, order, batch_size, rows):
+        self._order, self._size, self._rows = order, batch_size, rows or range(batch_size)
+
+    def __len__(self):
+        return len(self._order) // self._size
+
+    def __getitem__(self, step):
+        return _stacked([self._order[step * self._size + row] for row in self._rows])
+
+
+def validation_batches(data: Data, batch_size: int, vocab_size: int, limit: int = 0,
+                       rows: Sequence[int] = ()) -> Iterator[dict[str, np.ndarray]]:
+    """Every validation record once (the first `limit`, if not 0), in order; padding records fill up the last batch.
+    rows: which rows of every batch to read, (): all."""
+    records, rows = data.splits["validation"], rows or range(batch_size)
     count = min(limit or len(records), len(records))
+    padding = {name: np.zeros_like(array) for name, array in records[0].items()}
     for start in range(0, count, batch_size):
-        rows = [records[i] for i in range(start, min(start + batch_size, count))]
-        batch = {name: np.stack([row[name] for row in rows]) for name in ("tokens", "segments")}
-        missing = batch_size - len(rows)
-        batch = {name: np.pad(array, ((0, missing), (0, 0))) for name, array in batch.items()}
+        batch = _stacked([records[start + row] if start + row < count else padding for row in rows])
         yield check_tokens(batch, vocab_size, data.directory)
+
+
+def _stacked(records):
+    return {name: np.stack([record[name] for record in records]) for name in ("tokens", "segments")}
 
 
 def documents(data: Data, split: str) -> Iterator[bytes]:

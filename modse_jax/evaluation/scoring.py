@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 
 from modse_jax import mesh as meshes
+from modse_jax import processes
 from modse_jax.config import Config, UserError, from_dict
 from modse_jax.data import loader
 from modse_jax.model import sampling, transformer
@@ -50,7 +51,7 @@ def open_run(workdir: pathlib.Path, step: int, batch_size: int) -> Run:
     step = step or have[-1]
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=meshes.replicated(mesh)),
                             jax.eval_shape(lambda: steps.initial_state(config)))
-    data = loader.load(config, workdir)
+    data = processes.together(lambda: loader.load(config, workdir), first_alone=True)
     checkpoints.check_meta(step, {"data": data.card, "tokenizer": data.card["tokenizer"]})
     params = checkpoints.restore(step, abstract).params
     checkpoints.close()
@@ -79,7 +80,13 @@ def evaluate(workdir: str, step: int, suites: tuple[str, ...], limit: int, batch
             result["routing"] = {"widths": list(run.config.widths), "layers": routing}
     if "sample" in suites:
         result["samples"] = sample(run, prompts or run.config.evaluation.prompts)
-    path = workdir / "eval" / (f"{run.step}.first{limit}.json" if limit else f"{run.step}.json")
+    if processes.first():
+        result = _write(workdir, run.step, limit, result)
+    return result
+
+
+def _write(workdir, step, limit, result):
+    path = workdir / "eval" / (f"{step}.first{limit}.json" if limit else f"{step}.json")
     path.parent.mkdir(exist_ok=True)
     if path.exists():    # suites run one after the other make one result
         result = {**json.loads(path.read_text()), **result}
@@ -92,8 +99,9 @@ def evaluate(workdir: str, step: int, suites: tuple[str, ...], limit: int, batch
 def validate(run: Run, limit: int, batch_size: int) -> tuple[dict, list[dict]]:
     """Loss over the held-out records, and routing by layer."""
     score = jax.jit(steps.make_score_step(run.config, run.mesh), out_shardings=meshes.replicated(run.mesh))
-    batches = loader.validation_batches(run.data, batch_size, run.config.model.vocab_size, limit)
-    placed = (jax.device_put(batch, meshes.batch(run.mesh)) for batch in batches)
+    batches = loader.validation_batches(run.data, batch_size, run.config.model.vocab_size, limit,
+                                        meshes.local_rows(run.mesh, batch_size))
+    placed = (meshes.place(run.mesh, batch, batch_size) for batch in batches)
     whole = not limit or limit >= len(run.data.splits["validation"])
     result, statistics = validation.run(score, run.params, placed, run.data, whole)
     return result, metrics.routing_by_layer(statistics, run.config.widths)
@@ -109,7 +117,7 @@ def sample(run: Run, prompts: tuple[str, ...]) -> list[dict]:
             raise UserError(f"prompt {prompt[:40]!r} has {len(tokens)} tokens; with evaluation.sample_tokens="
                             f"{e.sample_tokens} the context holds {max(room, 0)}")
     graph, _ = transformer.build_abstract(transformer.for_evaluation(run.config))
-    params = jax.device_put(run.params, run.mesh.devices.flat[0])
+    params = jax.tree.map(lambda a: a.addressable_data(0), run.params)    # all of it is on every device
     settings = sampling.Settings(e.temperature, e.top_k, e.top_p)
     out = sampling.generate(graph, params, ids, e.sample_tokens, settings, jax.random.key(run.config.seed),
                             tokenizer.pad_id, tokenizer.eos_id)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modse_jax import mesh as meshes
 from modse_jax.config import ANYWHERE, Config
@@ -114,10 +114,23 @@ class Transformer(nnx.Module):
         return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
     def _embed(self, tokens_BL):
-        x_BLD = self.embedding[...][tokens_BL]
+        x_BLD = self._looked_up(tokens_BL)
         if self.config.tie_embeddings:    # small enough for logits, too small beside a block's output (as in Gemma)
             x_BLD = x_BLD * self.config.dim**0.5
         return self._spread(x_BLD.astype(self.config.dtype))
+
+    def _looked_up(self, tokens_BL):
+        """Every device looks up its part of the model width for the tokens of all that share the embedding, and the
+        parts are exchanged axis by axis: else XLA gathers the embedding, and adds up all of its gradient everywhere."""
+        if self.mesh is None:
+            return self.embedding[...][tokens_BL]
+        data, fsdp, expert = meshes.AXES
+        x_BLD = self.embedding[...][self._constrained(tokens_BL, data)]
+        x_BLD = self._constrained(x_BLD, data, None, (fsdp, expert))
+        return self._constrained(x_BLD, (data, fsdp), None, expert)
+
+    def _constrained(self, array, *axes):
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
     def _spread(self, x_BLD):
         """Its batch over all devices: weights that are cut along the model width must not cut activations there."""

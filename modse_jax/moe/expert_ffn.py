@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from modse_jax.moe import expert_ffn_tpu, sizing
 from modse_jax.moe.expert_ffn_blocked import Blocks, blocked
@@ -28,6 +29,53 @@ def check_backend(backend: str, placement: sizing.Placement, dim: int, chip: str
         expert_ffn_tpu.tiles_for(_all_widths(placement), dim, chip)
 
 
+def chosen(backend: str, placement: sizing.Placement, shape: tuple[int, int], chip: str) -> str:
+    """The backend of a product over rows of a shape [N, D]. "auto" is pallas_tpu on chips and widths that it takes,
+    since `blocked` takes minutes to compile there (LOG.md); else "blocked"."""
+    if backend != "auto":
+        return backend
+    try:
+        tiles = expert_ffn_tpu.tiles_for(_all_widths(placement), shape[1], chip)
+    except ValueError:
+        return "blocked"
+    fits = expert_ffn_tpu.task_bound(shape[0], placement, tiles) <= expert_ffn_tpu.MAX_TASKS
+    return "pallas_tpu" if fits else "blocked"
+
+
+def check_kernels(placement: sizing.Placement, dim: int, chip: str, interpret: bool = False) -> None:
+    """Runs the TPU kernels on this device, over a few random rows of these widths, against the reference: outputs and
+    gradients, rows that belong to nobody, an expert without rows. Raises RuntimeError where they differ by more than
+    bfloat16 explains."""
+    widths, tiles = placement.widths[0], expert_ffn_tpu.tiles_for(_all_widths(placement), dim, chip)
+    rows_E = np.random.default_rng(0).integers(0, 2 * tiles.rows // len(widths) + 2, placement.slots)
+    rows_E[0], rows_E[len(widths):] = 0, 0
+    N = -(-int(rows_E.sum()) // 8) * 8 + 8
+    keys = jax.random.split(jax.random.key(0), 5)
+    x_ND, dy_ND = (jax.random.normal(k, (N, dim), jnp.bfloat16) for k in keys[:2])
+    x_ND = jnp.where(jnp.arange(N)[:, None] < rows_E.sum(), x_ND, jnp.nan)
+    weights = ExpertWeights(*(0.05 * jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(
+        keys[2:], ((dim, sum(widths)), (dim, sum(widths)), (sum(widths), dim)))))
+
+    def kernels(x, w):
+        return expert_ffn_tpu.pallas_tpu(x, jnp.asarray(rows_E, jnp.int32), *w, jnp.int32(0), placement, tiles,
+                                         interpret)
+
+    def slow(x, w):
+        return reference(x, jnp.asarray(rows_E), w, widths)
+
+    def both(function):
+        y, pull = jax.vjp(function, x_ND, weights)
+        return jax.tree.leaves((y, pull(dy_ND)))
+
+    for name, got, want in zip(("y", "dx", *ExpertWeights._fields), *(jax.jit(lambda f=f: both(f))() for f in (
+            kernels, slow))):
+        got, want = (np.asarray(a, np.float32) for a in (got, want))
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        if not error < 0.02:
+            raise RuntimeError(f"the TPU kernels are wrong on this device: {name} differs from the reference by "
+                               f"{error:.3g} of its norm; train with --config.moe.backend=blocked, and report it")
+
+
 def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, placement: sizing.Placement, backend: str,
                blocks: Blocks, chip: str, shard: jax.Array | int = 0) -> jax.Array:
     """y_ND: every row through its own expert.
@@ -38,14 +86,14 @@ def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, place
       weights: float32 or x's type; products are taken in x's type and accumulated in float32.
       placement: static, of all shards; sizing.place(widths, 1, "pairs") for one. rows_E and the weights are those
         of `shard`: its experts in the placement's order, rows_E filled up with 0 to placement.slots.
-      backend: moe.backend. "auto" is "blocked" on every chip: no other backend has been timed on hardware, and auto
-        must not pick a slower one. blocks: how `blocked` cuts the work. chip: mesh.chip.
+      backend: moe.backend; see `chosen` for "auto". blocks: how `blocked` cuts the work. chip: mesh.chip.
     Raises: ValueError where the widths do not add up to the flat axis, or the backend cannot run them on the chip.
     """
     if {sum(w) for w in placement.widths} != {weights.w_gate.shape[1]} or placement.slots != rows_E.shape[0]:
         raise ValueError(f"widths {placement.widths} do not fit weights {weights.w_gate.shape} and rows {rows_E.shape}")
     weights = ExpertWeights(*(w.astype(x_ND.dtype) for w in weights))
     shard = jnp.asarray(shard, jnp.int32)
+    backend = chosen(backend, placement, x_ND.shape, chip)
     if backend == "reference":
         ways = [functools.partial(reference, widths=widths) for widths in placement.widths]
         return jax.lax.switch(shard, ways, x_ND, rows_E, weights)

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from modse_jax import mesh as meshes
+from modse_jax import processes
 from modse_jax.config import UserError
 from modse_jax.training.step import State
 
@@ -77,7 +78,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Until the last save is on disk; then removes the steps it has replaced."""
         self._manager.wait_until_finished()
-        if not self._read_only:
+        if not self._read_only and processes.first():
             shutil.rmtree(self._trash, ignore_errors=True)
 
     def close(self) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 import tqdm
 
 from modse_jax import mesh as meshes
-from modse_jax.config import RESUMABLE, RESUMABLE_DROPLESS, Config, UserError, differences, from_dict
+from modse_jax import processes
+from modse_jax.config import RESUMABLE, RESUMABLE_DROPLESS, Config, UserError, differences, from_dict, to_flat_dict
 from modse_jax.data import loader, prepare
 from modse_jax.model import accounting
 from modse_jax.moe import expert_ffn, sizing
@@ -35,18 +36,16 @@ def train(config: Config, workdir: str) -> int:
     workdir = pathlib.Path(workdir).expanduser().absolute()
     t, started = config.training, time.monotonic()
 
-    # ---- checks: nothing is written before all of them pass ---------------------------------------------------------
-    mesh = meshes.build(config)
-    placement = meshes.placement(config, mesh)
-    _check_backend(config, placement, mesh)
-    _check_workdir(workdir, config)
-    loader.check_source(config, workdir)
-    abstract = jax.eval_shape(lambda: steps.initial_state(config, mesh))
-    _check_space(workdir, abstract, config)
+    # ---- checks: nothing is written before all of them pass, on every process ----------------------------------------
+    mesh, placement, abstract = processes.together(lambda: _checked(config, workdir))
+    processes.agree({**{name: repr(value) for name, value in to_flat_dict(config).items()}, "--workdir": str(workdir),
+                     "the code of modse_jax": processes.source_digest()})
+    say = _say if processes.first() else _silent
 
     # ---- data -------------------------------------------------------------------------------------------------------
-    data = loader.load(config, workdir)
-    print(prepare.summary(data.card))
+    data = processes.together(lambda: loader.load(config, workdir), first_alone=True)
+    processes.agree({"the data": json.dumps(data.card)})
+    say(prepare.summary(data.card))
 
     # ---- workdir ----------------------------------------------------------------------------------------------------
     (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -59,18 +58,19 @@ def train(config: Config, workdir: str) -> int:
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, by_name)
     latest = max(checkpoints.steps(), default=0)
     if latest:
-        checkpoints.check_meta(latest, meta)
+        processes.together(lambda: checkpoints.check_meta(latest, meta))
     if latest >= t.steps:
-        print(f"finished: {workdir} holds step {latest} of {t.steps}; nothing to do")
+        say(f"finished: {workdir} holds step {latest} of {t.steps}; nothing to do")
         checkpoints.close()
         return FINISHED
-    _write_json(workdir / "environment.json", _environment())
-    _write_json(workdir / "config.json", dataclasses.asdict(config))
+    if processes.first():
+        _write_json(workdir / "environment.json", _environment())
+        _write_json(workdir / "config.json", dataclasses.asdict(config))
     if latest:
-        print(f"resuming step {latest} of {t.steps} from {workdir / 'checkpoints'}")
+        say(f"resuming step {latest} of {t.steps} from {workdir / 'checkpoints'}")
         state = checkpoints.restore(latest, abstract)
     else:
-        print(f"starting at step 0 in {workdir}")
+        say(f"starting at step 0 in {workdir}")
         state = jax.jit(lambda: steps.initial_state(config, mesh), out_shardings=by_name)()
 
     # ---- compile ----------------------------------------------------------------------------------------------------
@@ -80,15 +80,18 @@ def train(config: Config, workdir: str) -> int:
                          out_shardings=(by_name, everywhere)).lower(
         abstract, {"tokens": batch_shape, "segments": batch_shape}).compile()
     score = jax.jit(steps.make_score_step(config, mesh), out_shardings=everywhere)
-    print(parameter_table(config))
-    print(memory_line(train_step, abstract, time.monotonic() - compile_start))
+    say(parameter_table(config))
+    say(memory_line(train_step, abstract, time.monotonic() - compile_start))
+    processes.wait()
     peak = accounting.peak_flops(mesh.devices.flat[0])
     peak = peak and peak * mesh.size
 
     # ---- loop -------------------------------------------------------------------------------------------------------
-    writer, stop = metrics.Writer(workdir, latest), _StopFlag()
-    bar = tqdm.tqdm(total=t.steps, initial=latest, unit="step", disable=None, dynamic_ncols=True)
-    batches = loader.train_batches(data, config, latest)
+    writer, stop = metrics.Writer(workdir, latest) if processes.first() else metrics.NoWriter(), _StopFlag(mesh)
+    bar = tqdm.tqdm(total=t.steps, initial=latest, unit="step", disable=None if processes.first() else True,
+                    dynamic_ncols=True)
+    batches = loader.train_batches(data, config, latest, meshes.local_rows(mesh, t.batch_size))
+    held = config.evaluation.batch_size
     step, pending, code = latest, None, FINISHED
     interval_start, interval_first = time.perf_counter(), latest
 
@@ -103,19 +106,19 @@ def train(config: Config, workdir: str) -> int:
             row = metrics.train_row(config, step, values, seconds, data.bytes_per_token("train"), peak)
             layers = metrics.routing_by_layer(values.statistics, config.widths, placement)
             writer.write(row, layers)
-            tqdm.tqdm.write(metrics.console_line(row, layers, t.steps))
+            say(metrics.console_line(row, layers, t.steps))
         bar.update()
         return diverged
 
     while step < t.steps:
-        batch = jax.device_put(next(batches), by_batch)
+        batch = meshes.place(mesh, next(batches), t.batch_size)
         state, values = train_step(state, batch)
         step += 1
 
         # Step n is read once step n + 1 is under way, so that reading never leaves the device idle.
         diverged = pending is not None and read(*pending)
         pending = (step, values)
-        last, stopping = step == t.steps, stop.asked    # asked once: a signal may come at any line
+        last, stopping = step == t.steps, stop.agreed()    # once: a signal may come at any line
         validate = last or (t.eval_every and step % t.eval_every == 0 and not stopping)
         save = last or stopping or step % t.checkpoint_every == 0
         if not diverged and (validate or save):
@@ -127,11 +130,13 @@ def train(config: Config, workdir: str) -> int:
 
         pause = time.perf_counter()
         if validate:
-            result, routing = validation.run(score, state.params, _placed(loader.validation_batches(
-                data, config.evaluation.batch_size, config.model.vocab_size), by_batch), data, whole=True)
+            batches_held = loader.validation_batches(data, held, config.model.vocab_size,
+                                                     rows=meshes.local_rows(mesh, held))
+            result, routing = validation.run(score, state.params, (meshes.place(mesh, b, held) for b in batches_held),
+                                             data, whole=True)
             writer.write({"step": step, "split": "validation", **result},
                          metrics.routing_by_layer(routing, config.widths, placement))
-            tqdm.tqdm.write(f"step {step}/{t.steps}  validation loss {result['loss']:.4f}  "
+            say(f"step {step}/{t.steps}  validation loss {result['loss']:.4f}  "
                             f"{result['bits_per_byte']:.4f} bits/byte")
         if save:
             checkpoints.save(state, meta)
@@ -145,7 +150,7 @@ def train(config: Config, workdir: str) -> int:
     checkpoints.close()
     writer.close()
     saved = max(_disk_steps(workdir), default=0)
-    print({FINISHED: f"finished step {step} in {metrics.duration(time.monotonic() - started)}: {workdir}",
+    say({FINISHED: f"finished step {step} in {metrics.duration(time.monotonic() - started)}: {workdir}",
            STOPPED: f"stopped at step {step}, saved step {saved}; run the same command to go on",
            DIVERGED: f"diverged: {t.max_nonfinite_steps} non-finite steps in a row up to step {step}; the last good "
                      f"checkpoint is step {saved}. Lower optimizer.learning_rate or look at the data"}[code],
@@ -153,13 +158,41 @@ def train(config: Config, workdir: str) -> int:
     return code
 
 
+def _checked(config, workdir):
+    """(mesh, placement, abstract state), after every check that can be made before data is read."""
+    mesh = meshes.build(config)
+    placement = meshes.placement(config, mesh)
+    _check_backend(config, placement, mesh)
+    _check_workdir(workdir, config)
+    loader.check_source(config, workdir)
+    abstract = jax.eval_shape(lambda: steps.initial_state(config, mesh))
+    _check_space(workdir, abstract, config)
+    return mesh, placement, abstract
+
+
+def _say(text, file=None):
+    tqdm.tqdm.write(text, file=file)    # above the bar, where there is one
+
+
+def _silent(text, file=None):
+    pass
+
+
 class _StopFlag:
     """Set by SIGTERM or Ctrl-C; the second one leaves at once, which the atomic commit of a checkpoint allows."""
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, mesh):
+        self.asked, self._mesh, self._sent = False, mesh, None
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._handle)
+
+    def agreed(self) -> bool:
+        """Whether any process has been asked to stop: the same answer on all. Where there are several, it is that of
+        the call before, so that no device waits for it."""
+        if not processes.several():
+            return self.asked
+        before, self._sent = self._sent, processes.any_of(self.asked, self._mesh)
+        return before is not None and bool(before)
 
     def _handle(self, number, frame):
         if self.asked:
@@ -184,20 +217,18 @@ def memory_line(compiled, abstract, seconds: float) -> str:
             f"compiled in {seconds:.0f} s")
 
 
-def _placed(batches, sharding):
-    for batch in batches:
-        yield jax.device_put(batch, sharding)
-
-
 def _disk_steps(workdir):
     return [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
 
 
 def _check_backend(config, placement, mesh):
+    backend, dim, chip = config.moe.backend, config.model.dim, meshes.chip(mesh)
     try:
-        expert_ffn.check_backend(config.moe.backend, placement, config.model.dim, meshes.chip(mesh))
+        expert_ffn.check_backend(backend, placement, dim, chip)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if expert_ffn.chosen(backend, placement, (0, dim), chip) == "pallas_tpu":
+        expert_ffn.check_kernels(placement, dim, chip)
 
 
 def _check_workdir(workdir, config):

@@ -1,12 +1,15 @@
 """Cross-entropy over a large vocabulary without holding all logits.
 
-Legend: B batch, L length, D model, V vocabulary.
+Legend: B batch, L length, C columns of L in a chunk, P devices, D model, V vocabulary.
 """
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from modse_jax import mesh as meshes
 
 
 def reference_cross_entropy(x_BLD, w_DV, targets_BL, weights_BL):
@@ -16,21 +19,24 @@ def reference_cross_entropy(x_BLD, w_DV, targets_BL, weights_BL):
     return -jnp.sum(weights_BL * jnp.take_along_axis(log_p_BLV, targets_BL[:, :, None], axis=-1)[:, :, 0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(x_BLD, w_DV, targets_BL, weights_BL, chunk):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(x_BLD, w_DV, targets_BL, weights_BL, chunk: int, mesh: Mesh | None = None):
     """Sum over positions of weight * -log softmax(x W)[target], nats, float32.
 
     Args: x_BLD: final hidden states. w_DV: output embedding, float32, used in x's type. weights_BL: float32, not
-      differentiated. chunk: positions whose logits are held at a time (rounded to whole columns of L).
-    With a gradient asked for, it is computed chunk by chunk in the same pass, so no logits are kept or recomputed.
+      differentiated. chunk: positions whose logits a device holds at a time (rounded to whole columns of L). mesh: over
+      which B is spread.
+    With a gradient asked for, it is computed chunk by chunk in the same pass, so no logits are kept or recomputed. On a
+    mesh, the weights are gathered once, and every device sums up a gradient of its own: what is sent does not grow with
+    the number of chunks.
     """
-    nll_BL = nll(x_BLD, w_DV, targets_BL, chunk)
+    nll_BL = nll(x_BLD, w_DV, targets_BL, chunk, mesh)
     return jnp.sum(jnp.where(weights_BL != 0, weights_BL * nll_BL, 0))
 
 
-def nll(x_BLD, w_DV, targets_BL, chunk):
+def nll(x_BLD, w_DV, targets_BL, chunk: int, mesh: Mesh | None = None):
     """-log softmax(x W)[target] of every position, [B, L], nats, float32. No gradient."""
-    w_DV = w_DV.astype(x_BLD.dtype)
+    w_DV = _constrained(w_DV.astype(x_BLD.dtype), mesh, ())
 
     def one(_, piece):
         x_BCD, targets_BC = piece
@@ -38,15 +44,15 @@ def nll(x_BLD, w_DV, targets_BL, chunk):
         return None, jax.nn.logsumexp(logits_BCV, axis=-1) - _at(logits_BCV, targets_BC)
 
     L = x_BLD.shape[1]
-    _, nll_nBC = lax.scan(one, None, _chunks((x_BLD, targets_BL), chunk))
+    _, nll_nBC = lax.scan(one, None, _chunks((x_BLD, targets_BL), chunk * _devices(mesh)))
     return _unchunk(nll_nBC, L)
 
 
-def _forward(x_BLD, w_DV, targets_BL, weights_BL, chunk):
-    w = w_DV.astype(x_BLD.dtype)
+def _forward(x_BLD, w_DV, targets_BL, weights_BL, chunk, mesh):
+    w, P = _constrained(w_DV.astype(x_BLD.dtype), mesh, ()), _devices(mesh)
 
     def one(carry, piece):
-        loss, dw_DV = carry
+        loss, dw_PDV = carry
         x_BCD, targets_BC, weights_BC = piece
         x_BCD = jnp.where(weights_BC[:, :, None] != 0, x_BCD, 0)
         logits_BCV = _logits(x_BCD, w)
@@ -56,20 +62,38 @@ def _forward(x_BLD, w_DV, targets_BL, weights_BL, chunk):
         dlogits_BCV = (jnp.exp(logits_BCV - lse_BC[:, :, None]) - hot_BCV) * weights_BC[:, :, None]
         dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
         dx_BCD = jnp.einsum("bcv,dv->bcd", dlogits_BCV, w)
-        dw_DV += jnp.einsum("bcd,bcv->dv", x_BCD, dlogits_BCV, preferred_element_type=jnp.float32)
-        return (loss + jnp.sum(weights_BC * nll_BC), dw_DV), dx_BCD
+        dw_PDV += jnp.einsum("pbcd,pbcv->pdv", *(a.reshape(P, -1, *a.shape[1:]) for a in (x_BCD, dlogits_BCV)),
+                             preferred_element_type=jnp.float32)
+        return (loss + jnp.sum(weights_BC * nll_BC), _constrained(dw_PDV, mesh, ("batch",))), dx_BCD
 
-    carry = (jnp.zeros((), jnp.float32), jnp.zeros(w_DV.shape, jnp.float32))
-    (loss, dw_DV), dx_nBCD = lax.scan(one, carry, _chunks((x_BLD, targets_BL, weights_BL), chunk))
-    return loss, (_unchunk(dx_nBCD, x_BLD.shape[1]), dw_DV.astype(w_DV.dtype))
+    carry = (jnp.zeros((), jnp.float32), _constrained(jnp.zeros((P, *w_DV.shape), jnp.float32), mesh, ("batch",)))
+    (loss, dw_PDV), dx_nBCD = lax.scan(one, carry, _chunks((x_BLD, targets_BL, weights_BL), chunk * P))
+    return loss, (_unchunk(dx_nBCD, x_BLD.shape[1]), _summed(dw_PDV, mesh).astype(w_DV.dtype))
 
 
-def _backward(chunk, saved, g):
+def _backward(chunk, mesh, saved, g):
     dx_BLD, dw_DV = saved
     return (g * dx_BLD).astype(dx_BLD.dtype), g * dw_DV, None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def _summed(dw_PDV, mesh):
+    """Over devices. First over those that share the weights, so that each gets its part; then the parts over copies."""
+    if mesh is None:
+        return dw_PDV[0]
+    parts = NamedSharding(mesh, PartitionSpec(meshes.DATA, *meshes.spec(meshes.PARAMETERS["head"])))
+    dw_PDV = dw_PDV.reshape(mesh.shape[meshes.DATA], -1, *dw_PDV.shape[1:])
+    return jnp.sum(lax.with_sharding_constraint(jnp.sum(dw_PDV, axis=1), parts), axis=0)
+
+
+def _devices(mesh):
+    return 1 if mesh is None else mesh.size
+
+
+def _constrained(array, mesh, meanings):
+    return array if mesh is None else lax.with_sharding_constraint(array, NamedSharding(mesh, meshes.spec(meanings)))
 
 
 def _logits(x_BCD, w_DV):

@@ -121,6 +121,16 @@ class Writer:
         self._board.close()
 
 
+class NoWriter:
+    """For the processes that do not write."""
+
+    def write(self, row: dict, layers: list[dict]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read(path: pathlib.Path) -> list[dict]:
     """The objects of a .jsonl log; a last line that a killed run left unfinished is passed over."""
     rows = []

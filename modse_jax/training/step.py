@@ -68,7 +68,7 @@ def make_train_step(config: Config, mesh=None) -> Callable:
         model = nnx.merge(graph, params)
         x_BLD, out = model.hidden(inputs, segments)
         loss = losses.cross_entropy(x_BLD, model.head_weight(), targets, weights / all_targets,
-                                    config.training.loss_chunk)
+                                    config.training.loss_chunk, mesh)
         balance, z = out.balance_loss / micro_batches, out.z_loss / micro_batches
         total = loss + config.moe.balance_loss_weight * balance + config.moe.z_loss_weight * z
         return total, (loss, balance, z, out.statistics)
@@ -116,7 +116,7 @@ def make_score_step(config: Config, mesh=None) -> Callable:
         inputs, segments, targets, weights = inputs_and_targets(batch["tokens"], batch["segments"])
         model = nnx.merge(graph, params)
         x_BLD, out = model.hidden(inputs, segments)
-        nll_BL = losses.nll(x_BLD, model.head_weight(), targets, config.training.loss_chunk)
+        nll_BL = losses.nll(x_BLD, model.head_weight(), targets, config.training.loss_chunk, mesh)
         return nll_BL, weights, out.statistics
 
     return score
