@@ -23,8 +23,8 @@ DTYPES = ("float32", "bfloat16")
 RESUMABLE = ("training.steps", "training.log_every", "training.eval_every", "training.checkpoint_every",
              "checkpoint.keep", "evaluation.batch_size", "evaluation.sample_tokens", "evaluation.prompts",
              "evaluation.temperature", "evaluation.top_k", "evaluation.top_p")
-# And this where nothing is dropped: it changes the order of sums, but a capacity holds for a group of devices.
-RESUMABLE_DROPLESS = ("mesh.data", "mesh.fsdp", "mesh.expert", "moe.placement")
+# And this, which changes the order of sums, unless a capacity or a balance loss holds for part of the devices.
+RESUMABLE_ANY_MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "moe.placement")
 
 
 class UserError(Exception):
@@ -67,6 +67,8 @@ class MoE:
                                         minimum=0)
     balance_loss_count: str = option("top_k", "what f_i counts: all K choices, or the first (paper, Eq. 10)",
                                      choices=("top_k", "argmax"))
+    balance_loss_scope: str = option("batch", "tokens that f_i and P_i are of: a whole micro-batch, or a device's (and "
+                                     "the loss the mean over devices, by tokens)", choices=("batch", "device"))
     z_loss_weight: float = option(0.0, "weight of mean(logsumexp(router logits)^2), summed over layers", minimum=0)
     capacity_factor: float = option(0.0, "an expert's rows over its even share, per group of devices that share "
                                     "experts; 0 = dropless", minimum=0)

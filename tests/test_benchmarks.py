@@ -1,7 +1,7 @@
 """The benchmarks run, and their rows hold what they promise. Nothing here asks how fast anything is."""
 import numpy as np
 
-from benchmarks import expert_ffn, timing, train_step
+from benchmarks import expert_ffn, scaling, timing, train_step
 from modse_jax.moe.expert_ffn import Blocks
 from tests.conftest import tiny_config
 
@@ -45,3 +45,9 @@ def test_training_step_rows():
 
 def test_ratios_are_within_a_repeat():
     assert timing.ratio([2, 20, 6], [1, 10, 2]) == 2
+
+
+def test_scaling_rows():
+    one, eight = scaling.on_cpu((1, 8), repeats=1)
+    assert one["over_one_device"] == 1 and eight["over_one_device"] > 0 and eight["mesh"]["expert"] == 4
+    assert not one["collective_bytes_by_kind"] and sum(eight["collective_bytes_by_kind"].values()) > 0

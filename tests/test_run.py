@@ -196,6 +196,10 @@ def test_a_run_goes_on_on_another_mesh(finished, tmp_path, capsys):
     (tmp_path / "capped" / "config.json").write_text(json.dumps(dataclasses.asdict(capped)))
     with pytest.raises(UserError, match="holds another config .mesh.data: -1 -> 8"):    # it would drop other tokens
         loop.train(dataclasses.replace(capped, mesh=Mesh(8)), str(tmp_path / "capped"))
+    local = dataclasses.replace(config, moe=dataclasses.replace(config.moe, balance_loss_scope="device"))
+    (tmp_path / "capped" / "config.json").write_text(json.dumps(dataclasses.asdict(local)))
+    with pytest.raises(UserError, match="holds another config .mesh.data: -1 -> 8"):    # another loss
+        loop.train(dataclasses.replace(local, mesh=Mesh(8)), str(tmp_path / "capped"))
     shutil.copytree(workdir, tmp_path / "run")
     moved = dataclasses.replace(config, mesh=Mesh(1, 2, 2), moe=dataclasses.replace(config.moe, placement="columns"),
                                 training=dataclasses.replace(config.training, steps=8))

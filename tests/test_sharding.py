@@ -142,6 +142,27 @@ def test_capacity_drops_are_counted_once(placement):
     np.testing.assert_allclose(y, whole_y, atol=1e-5)
 
 
+@pytest.mark.parametrize("scope", ["batch", "device"])
+def test_the_balance_loss_is_of_the_batch_or_the_mean_over_devices(scope):
+    """Devices with unequal numbers of tokens; with its gradient."""
+    config = config_on((4, 1, 1), backend="reference", balance_loss_scope=scope)
+    x, valid = jax.random.normal(jax.random.key(0), (8, 6, 16)), jnp.arange(48).reshape(8, 6) % 7 < 5
+    valid = valid.at[0].set(False)
+
+    def loss(x, valid, mesh):
+        return MoELayer(config, mesh, nnx.Rngs(0))(x, valid)[1]
+
+    def expected(x):
+        parts = [(x, valid)] if scope == "batch" else [(x[i:i + 2], valid[i:i + 2]) for i in range(0, 8, 2)]
+        return sum(loss(*part, None) * part[1].sum() for part in parts) / valid.sum()
+
+    got, want = (jax.jit(jax.value_and_grad(f))(x) for f in (
+        functools.partial(loss, valid=valid, mesh=meshes.build(config)), expected))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-6)
+    assert scope == "batch" or abs(float(got[0] - loss(x, valid, None))) > 1e-3
+
+
 def test_a_checkpoint_goes_on_on_any_mesh(tmp_path):
     """Saved with every expert's columns on 8 devices, continued on 4 shards of pairs and on one device."""
     source = config_on(*MESHES["8 expert, columns"])

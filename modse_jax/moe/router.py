@@ -88,7 +88,8 @@ def route(x_TD: jax.Array, valid_T: jax.Array, weights: RouterWeights, config: M
           reduce: Callable = lambda sums: sums) -> Routing:
     """Routes every token; those with valid_T False get gates too, but count for nothing in losses and statistics.
 
-    Args: reduce: sums its argument over the devices that share the batch, so that the losses are the global batch's.
+    Args: reduce: sums its argument over the devices that share the batch, so that the losses are the global batch's
+    (the balance loss: unless config.balance_loss_scope says otherwise).
     """
     x_TD = jnp.where(valid_T[:, None], x_TD, 0)    # NaN in padding would reach the weights' gradient as 0 * NaN
     logits_TE = gate_logits(x_TD, weights, eps)
@@ -108,10 +109,16 @@ def route(x_TD: jax.Array, valid_T: jax.Array, weights: RouterWeights, config: M
         entropy=jax.lax.stop_gradient(-jnp.sum(masked(p_TE * log_p_TE, valid_T[:, None]))),
         tokens=jnp.sum(valid_T, dtype=jnp.int32),
         dropped=jnp.zeros((), jnp.int32))
-    statistics, p_sum_E, z_sum = reduce(
-        (statistics, jnp.sum(masked(p_TE, valid_T[:, None]), axis=0), jnp.sum(masked(z_T * z_T, valid_T))))
+    p_sum_E = jnp.sum(masked(p_TE, valid_T[:, None]), axis=0)
+    mine = balance_loss(statistics.counts_KE, p_sum_E, statistics.tokens, config.balance_loss_count) * statistics.tokens
+    statistics, p_sum_E, z_sum, balance_sum = reduce(
+        (statistics, p_sum_E, jnp.sum(masked(z_T * z_T, valid_T)), mine))
+    if config.balance_loss_scope == "device":
+        balance = balance_sum / jnp.maximum(statistics.tokens, 1).astype(jnp.float32)
+    else:
+        balance = balance_loss(statistics.counts_KE, p_sum_E, statistics.tokens, config.balance_loss_count)
     return Routing(
         gates_TK, ids_TK,
-        balance_loss=balance_loss(statistics.counts_KE, p_sum_E, statistics.tokens, config.balance_loss_count),
+        balance_loss=balance,
         z_loss=z_sum / jnp.maximum(statistics.tokens, 1).astype(jnp.float32),
         statistics=statistics)

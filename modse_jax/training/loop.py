@@ -18,7 +18,7 @@ import tqdm
 
 from modse_jax import mesh as meshes
 from modse_jax import processes
-from modse_jax.config import RESUMABLE, RESUMABLE_DROPLESS, Config, UserError, differences, from_dict, to_flat_dict
+from modse_jax.config import RESUMABLE, RESUMABLE_ANY_MESH, Config, UserError, differences, from_dict, to_flat_dict
 from modse_jax.data import loader, prepare
 from modse_jax.model import accounting
 from modse_jax.moe import expert_ffn, sizing
@@ -239,7 +239,8 @@ def _check_workdir(workdir, config):
             old = from_dict(json.loads(saved.read_text()))
         except (ValueError, UserError) as error:
             raise UserError(f"{saved} is not a config of this version ({error}); use another --workdir") from None
-        free = RESUMABLE if config.moe.capacity_factor else RESUMABLE + RESUMABLE_DROPLESS
+        by_device = config.moe.capacity_factor or config.moe.balance_loss_scope == "device"
+        free = RESUMABLE if by_device else RESUMABLE + RESUMABLE_ANY_MESH
         changed = [line for line in differences(old, config) if line.split(":")[0] not in free]
         if changed:
             raise UserError(f"{workdir} holds another config ({'; '.join(changed)}); use another --workdir, or the "
