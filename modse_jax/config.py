@@ -24,7 +24,7 @@ RESUMABLE = ("training.steps", "training.log_every", "training.eval_every", "tra
              "checkpoint.keep", "evaluation.batch_size", "evaluation.sample_tokens", "evaluation.prompts",
              "evaluation.temperature", "evaluation.top_k", "evaluation.top_p")
 # And this, which changes the order of sums, unless a capacity or a balance loss holds for part of the devices.
-RESUMABLE_ANY_MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "moe.placement")
+RESUMABLE_ANY_MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "moe.placement", "moe.exchange")
 
 
 class UserError(Exception):
@@ -76,6 +76,9 @@ class MoE:
                           "allow, else blocked", choices=BACKENDS)
     placement: str = option("pairs", "a device of mesh.expert has whole experts of equal total width (the paper's "
                             "pairs), or a share of every expert's columns", choices=("pairs", "columns"))
+    exchange: str = option("auto", "how rows reach experts of other devices: all tokens gathered, or each row sent; "
+                           "auto = what sends less, of what runs there",
+                           choices=("auto", "gather", "all_to_all"))
     block_rows: int = option(1024, "blocked backend: rows of the largest block", minimum=1)
     tail_rows: int = option(64, "blocked backend: rows of the smallest block; halves of the largest lie between",
                             minimum=1)
@@ -277,6 +280,9 @@ def _check_moe(config):
             sizing.check_pairs(config.widths, moe.width)
     except ValueError as error:
         raise UserError(f"moe.widths: {error}") from None
+    if moe.exchange == "all_to_all" and (moe.placement != "pairs" or moe.capacity_factor):
+        raise UserError("moe.exchange=all_to_all sends every row to a whole expert: it needs moe.placement=pairs and "
+                        "moe.capacity_factor=0; or take moe.exchange=gather")
     if moe.tail_rows > moe.block_rows:
         raise UserError(f"moe.tail_rows={moe.tail_rows} is larger than moe.block_rows={moe.block_rows}")
 

@@ -21,14 +21,15 @@ from tests.test_step import assert_close, batch
 
 MESHES = {    # (data, fsdp, expert), placement
     "8 data": ((8, 1, 1), "pairs"), "8 fsdp": ((1, 8, 1), "pairs"), "2 data x 4 expert": ((2, 1, 4), "pairs"),
-    "2 x 2 x 2": ((2, 2, 2), "pairs"), "8 expert, columns": ((1, 1, 8), "columns")}
+    "2 x 2 x 2": ((2, 2, 2), "pairs"), "8 expert, columns": ((1, 1, 8), "columns"),
+    "2 data x 4 expert, rows sent": ((2, 1, 4), "pairs", "all_to_all")}
 WIDTHS = (16, 32, 8, 16, 16, 16, 8, 16)    # placed by search; not as many experts on every shard
 
 
-def config_on(sizes=(1, 1, 1), placement="pairs", **moe):
+def config_on(sizes=(1, 1, 1), placement="pairs", exchange="auto", **moe):
     config = tiny_config(training=dict(batch_size=16, loss_chunk=16), moe=dict(
         dict(num_experts=8, widths=WIDTHS, pairs=False, backend="blocked", gate_term="learned", z_loss_weight=0.01,
-             placement=placement, saved_activations=1.25 if sizes == (2, 1, 4) else 0.0), **moe))
+             placement=placement, exchange=exchange, saved_activations=1.25 if sizes == (2, 1, 4) else 0.0), **moe))
     model = dataclasses.replace(config.model, remat="full" if sizes == (2, 2, 2) else "none")
     return dataclasses.replace(config, mesh=Mesh(*sizes), model=model)
 
@@ -87,7 +88,7 @@ def test_first_gradients_equal_those_of_one_device(name):
 @pytest.mark.parametrize("name", MESHES)
 def test_weights_are_where_they_should_be(name):
     """Equal bytes of experts on every device, and no device of fsdp or expert holds the whole of a large array."""
-    sizes, _ = MESHES[name]
+    sizes = MESHES[name][0]
     config = config_on(*MESHES[name])
     state = trained(config, 1)[0]
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):

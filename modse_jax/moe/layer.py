@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from modse_jax import mesh as meshes
 from modse_jax.config import Config
-from modse_jax.moe import dispatch, expert_ffn, router, sizing
+from modse_jax.moe import dispatch, exchange, expert_ffn, router, sizing
 
 
 class MoELayer(nnx.Module):
@@ -57,8 +57,10 @@ class MoELayer(nnx.Module):
         experts = self._whole_width(expert_ffn.ExpertWeights(*(w.astype(x_BLD.dtype) for w in experts)))
         if len(self.placement.experts) == 1:
             y_TD, dropped = self._experts(x_TD, routing.gates_TK, routing.ids_TK, valid_T, experts, 0)
+        elif self._sends_rows():
+            y_TD, dropped = self._sent(x_TD, routing, valid_T, experts)
         else:
-            y_TD, dropped = self._exchanged(x_TD, routing, valid_T, experts)
+            y_TD, dropped = self._gathered(x_TD, routing, valid_T, experts)
         statistics = routing.statistics._replace(dropped=reduce(dropped))
         return y_TD.reshape(x_BLD.shape), routing.balance_loss, routing.z_loss, statistics
 
@@ -69,7 +71,28 @@ class MoELayer(nnx.Module):
         gather = functools.partial(jax.lax.all_gather, axis_name=meshes.FSDP, tiled=True)
         return expert_ffn.ExpertWeights(*(gather(w, axis=a) for w, a in zip(experts, (0, 0, 1))))
 
-    def _exchanged(self, x_TD, routing, valid_T, experts):
+    def _sends_rows(self):
+        """moe.exchange, decided: by token vectors sent, 2 K (n - 1) / n against 2 (n - 1)."""
+        c = self.config
+        able = c.placement == "pairs" and not c.capacity_factor and self._native()
+        return c.exchange == "all_to_all" or (c.exchange == "auto" and able and c.top_k < len(self.placement.experts))
+
+    def _native(self):
+        return self.mesh.devices.flat[0].platform in ("tpu", "gpu")
+
+    def _sent(self, x_TD, routing, valid_T, experts):
+        """Every routed row to its expert's shard, and back (exchange.py)."""
+        shards, slots = len(self.placement.experts), self.placement.slots
+        plan = dispatch.plan(_slots(self.placement)[routing.ids_TK], valid_T, shards * slots)
+        there, back, rows_S = exchange.moves(plan.rows_E.reshape(shards, slots), meshes.EXPERT)
+        x_RD = dispatch.dispatch(x_TD, plan)
+        room = shards * x_TD.shape[0] * min(self.config.top_k, slots)
+        x_ND = exchange.send(x_RD, there, back, room, meshes.EXPERT, self._native())
+        y_ND = self._products(x_ND, rows_S, experts, jax.lax.axis_index(meshes.EXPERT))
+        y_RD = exchange.send(y_ND, back, there, x_RD.shape[0], meshes.EXPERT, self._native())
+        return dispatch.combine(y_RD, routing.gates_TK, plan), plan.dropped
+
+    def _gathered(self, x_TD, routing, valid_T, experts):
         """Every shard sees the tokens of all (gather), runs its experts over those that chose them, and the parts of a
         token's sum are added up where it came from (reduce-scatter): 2 (n - 1) token vectors a token, any routing."""
         gather = functools.partial(jax.lax.all_gather, axis_name=meshes.EXPERT, tiled=True)
@@ -84,10 +107,21 @@ class MoELayer(nnx.Module):
         """(y_TD, dropped rows): the gated sum over the shard's experts. ids_TK are places on the shard."""
         limit = dispatch.capacity(x_TD.shape[0], len(self.widths), self.config.top_k, self.config.capacity_factor)
         plan = dispatch.plan(ids_TK, valid_T, self.placement.slots, limit)
-        blocks = expert_ffn.Blocks(self.config.block_rows, self.config.tail_rows, self.config.saved_activations)
-        y_ND = expert_ffn.expert_ffn(dispatch.dispatch(x_TD, plan), plan.rows_E, experts, self.placement,
-                                     self.config.backend, blocks, meshes.chip(self.mesh), shard)
+        y_ND = self._products(dispatch.dispatch(x_TD, plan), plan.rows_E, experts, shard)
         return dispatch.combine(y_ND, gates_TK, plan), plan.dropped
+
+    def _products(self, x_ND, rows_E, experts, shard):
+        blocks = expert_ffn.Blocks(self.config.block_rows, self.config.tail_rows, self.config.saved_activations)
+        return expert_ffn.expert_ffn(x_ND, rows_E, experts, self.placement, self.config.backend, blocks,
+                                     meshes.chip(self.mesh), shard)
+
+
+def _slots(placement):
+    """Slot of every expert over all shards, int32 [E]: shard * placement.slots + its place there."""
+    table = np.zeros(placement.num_experts, np.int32)
+    for shard, experts in enumerate(placement.experts):
+        table[list(experts)] = shard * placement.slots + np.arange(len(experts))
+    return jnp.asarray(table)
 
 
 def _places(placement):

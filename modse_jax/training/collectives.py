@@ -1,7 +1,8 @@
 """What a compiled step sends between devices, counted from its HLO text, loops included.
 
 Bytes are those that a device sends in a ring: of an all-gather or reduce-scatter over n devices (n - 1) / n of the
-whole array, of an all-reduce twice that, of an all-to-all (n - 1) / n of what it holds.
+whole array, of an all-reduce twice that, of an all-to-all (n - 1) / n of what it holds; of a ragged one too, as if
+every device were sent as many rows as the next.
 """
 import collections
 import math
@@ -33,7 +34,7 @@ def collectives(hlo: str) -> list[Collective]:
     out, chains = [], set()
     for name, lines in bodies.items():
         for line in lines:
-            found = _one(line, times[name])
+            found = _one(line, times[name], lines)
             if found is None or found.times == 0:
                 continue
             if name.startswith("all-reduce-scatter"):    # so a TPU writes a reduce-scatter, and sends half
@@ -114,7 +115,7 @@ def _turns(line, condition):
     return bounds[0] if len(bounds) == 1 else -1
 
 
-def _one(line, times):
+def _one(line, times, lines):
     match = re.match(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
     if not match:
         return None
@@ -126,6 +127,11 @@ def _one(line, times):
     # A start makes (operands, results, ...): the results alone, by their place.
     size = sum(sizes) if not match.group(3) or kind == "all-reduce" else \
         sizes[1] if kind != "collective-permute" else sizes[0]
+    if kind == "ragged-all-to-all":    # of one operand and the result, the one that is full: the other has spare room
+        operand = re.search(r"ragged-all-to-all(?:-start)?\(%?([\w.\-]+)", line).group(1)
+        made = next((x for x in lines if re.match(rf"\s*%?{re.escape(operand)} = ", x)), line)
+        size = min(size, *(BYTES[t] * math.prod(int(n) for n in dims.split(",") if n) for t, dims in re.findall(
+            r"= (\w+)\[([\d,]*)\]", made)))
     share = (group - 1) / group
     sent = {"all-gather": size * share, "all-reduce": 2 * size * share, "reduce-scatter": size * (group - 1),
             "all-to-all": size * share, "ragged-all-to-all": size * share, "collective-permute": size}[kind]
