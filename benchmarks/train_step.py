@@ -67,7 +67,7 @@ def parts(ours: Ours) -> dict:
         return jax.value_and_grad(lambda *a: jnp.sum(f(*a).astype(jnp.float32)), numbers)
 
     layer = jax.tree.map(lambda a: a[0], ours.state.params["blocks"])
-    graph, weights = nnx.split(attention.Attention(m, nnx.Rngs(0)))
+    graph, weights = nnx.split(attention.Attention(m, None, nnx.Rngs(0)))
     place = attention.packed_place(jnp.ones((B, L), jnp.int32), m)
     x, x_TD, dy_TD = random(B, L, m.dim), random(B * L, m.dim), random(B * L, m.dim)
     experts = expert_ffn.ExpertWeights(*(layer["moe"][n] for n in expert_ffn.ExpertWeights._fields))

@@ -48,6 +48,8 @@ class Model:
     norm_eps: float = option(1e-5, "epsilon of every RMSNorm", above=0)
     tie_embeddings: bool = option(False, "one matrix for input and output embedding")
     dtype: str = option("float32", "compute type; parameters, router, softmax and loss stay float32", choices=DTYPES)
+    attention: str = option("auto", "over packed rows: XLA, in blocks of queries; or JAX's splash kernels; auto = "
+                            "splash on TPU where it runs", choices=("auto", "blocks", "splash"))
     remat: str = option("none", "what the backward pass recomputes: nothing; every block but its routing; or that, but "
                         "for products", choices=("none", "full", "save_routing_and_dots"))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from modse_jax.config import UserError
 from modse_jax.model import attention, sampling, transformer
 from tests.conftest import tiny_config
 
@@ -227,3 +228,28 @@ def test_bfloat16_compute_keeps_float32_parameters():
     low, full = forward(params, t, s)[0], exact_forward(exact, t, s)[0]
     assert low.dtype == jnp.float32
     assert float(jnp.abs(low - full).mean()) < 0.1 * float(jnp.abs(full).mean())
+
+
+def test_splash_attention_equals_ours_with_gradients():
+    """In interpret mode: packed documents, padding, grouped heads."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((2, 256, 4, 128), (2, 256, 2, 128), (2, 256, 2, 128))
+    arrays = [jax.random.normal(k, s) for k, s in zip(keys, shapes)]
+    segments = jnp.asarray(np.array([[1] * 100 + [2] * 156, [1] * 30 + [2] * 150 + [0] * 76]), jnp.int32)
+    weight = jax.random.normal(keys[3], shapes[0])
+
+    def values(function):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(weight * function(*a)), argnums=(0, 1, 2)))(*arrays)
+
+    got = values(lambda q, k, v: attention.attend_splash(q, k, v, segments, interpret=True))
+    want = values(lambda q, k, v: attention.attend_packed(q, k, v, segments))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()))
+
+
+def test_splash_attention_is_taken_where_it_runs():
+    assert attention.chosen("auto", (1, 256, 2, 128), "v5e") == "splash"
+    for shape, chip in (((1, 250, 2, 128), "v5e"), ((1, 256, 2, 64), "v5e"), ((1, 256, 2, 128), "cpu")):
+        assert attention.chosen("auto", shape, chip) == attention.chosen("blocks", shape, "v5e") == "blocks"
+        with pytest.raises(UserError, match="model.attention=splash needs a TPU"):
+            attention.chosen("splash", shape, chip)

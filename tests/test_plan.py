@@ -43,6 +43,9 @@ HLO = """HloModule jit_step
 }
 
 %inner (t: (s32[])) -> (s32[]) {
+  %k = f32[4] custom-call(%y), custom_call_target="kernel", metadata="{
+}
+"
   %x = f32[10]{0} all-reduce(%y), replica_groups=mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'a'}, to_apply=%add
   %z = bf16[8,8] fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
 }
@@ -61,6 +64,8 @@ ENTRY %main (p: f32[4]) -> f32[4] {
   %w = (s32[]) while(%t), condition=%outer_condition, body=%outer, backend_config={"known_trip_count":{"n":"3"}}
   %s = (f32[2,6]{1,0}, f32[8,6]{1,0}) all-gather-start(%p), replica_groups={{0,1,2,3}}, dimensions={0}
   %d = f32[8,6]{1,0} all-gather-done(%s)
+  %rows = bf16[10,8]{1,0} fusion(%p), kind=kLoop, calls=%add
+  %r = bf16[40,8]{1,0} ragged-all-to-all(%rows, %room, %i, %j), channel_id=1, replica_groups={{0,1,2,3}}
   %c = (f32[9], f32[9], u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}
 }
 """
@@ -70,7 +75,8 @@ def test_loops_pieces_and_groups_are_counted():
     found = [(c.kind, c.bytes, c.times, c.group) for c in collectives.collectives(HLO)]
     assert sorted(found) == sorted([
         ("reduce-scatter", 2 * 32 * 8 * 3 / 4, 15, 4), ("all-gather", 64 * 3 / 4, 3, 4),
-        ("all-reduce", 2 * 40 * 3 / 4, 15, 4), ("all-gather", 192 * 3 / 4, 1, 4), ("collective-permute", 36, 1, 2)])
+        ("all-reduce", 2 * 40 * 3 / 4, 15, 4), ("all-gather", 192 * 3 / 4, 1, 4), ("collective-permute", 36, 1, 2),
+        ("ragged-all-to-all", 10 * 8 * 2 * 3 / 4, 1, 4)])    # ten rows of the sender; the receiver has room for forty
     assert collectives.bytes_by_kind(collectives.collectives(HLO))["all-gather"] == 3 * 48 + 144
 
 

@@ -8,8 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from modse_jax.config import Model
+from modse_jax import mesh as meshes
+from modse_jax.config import Model, UserError
+from modse_jax.moe.expert_ffn_tpu import TILINGS
 
 
 class Place(NamedTuple):
@@ -35,7 +38,8 @@ def cached_place(positions_BL: jax.Array, cache_length: int, config: Model) -> P
 class Attention(nnx.Module):
     """(x_BLD, place, cache) -> (y_BLD, cache). `cache` is None, or (keys_BSGC, values_BSGC)."""
 
-    def __init__(self, config: Model, rngs: nnx.Rngs):
+    def __init__(self, config: Model, mesh: Mesh | None, rngs: nnx.Rngs):
+        self.kind, self.mesh = config.attention, mesh
         D, A = config.dim, config.num_heads
         G, C = config.num_kv_heads or A, config.dim // A
         self.dtype = jnp.dtype(config.dtype)
@@ -53,7 +57,7 @@ class Attention(nnx.Module):
         query_BLAC, key_BSGC, value_BSGC = jnp.split(jnp.einsum("bld,dac->blac", x_BLD, w_in), (A, A + G), axis=2)
         query_BLAC, key_BSGC = (rotate(t, *place.rotary_BL1C) for t in (query_BLAC, key_BSGC))
         if cache is None:
-            out_BLAC = attend_packed(query_BLAC, key_BSGC, value_BSGC, place.segments_BL)
+            out_BLAC = self._packed(query_BLAC, key_BSGC, value_BSGC, place.segments_BL)
         else:
             rows_B1 = jnp.arange(x_BLD.shape[0])[:, None]
             key_BSGC = cache[0].at[rows_B1, place.positions_BL].set(key_BSGC, mode="drop")
@@ -62,8 +66,44 @@ class Attention(nnx.Module):
         y_BLD = jnp.einsum("blac,acd->bld", out_BLAC, self._weight("w_out"))
         return y_BLD, (key_BSGC, value_BSGC)
 
+    def _packed(self, query_BLAC, *rest):
+        if chosen(self.kind, query_BLAC.shape, meshes.chip(self.mesh)) == "blocks":
+            return attend_packed(query_BLAC, *rest)
+        if self.mesh is None or self.mesh.size == 1:
+            return attend_splash(query_BLAC, *rest)
+        rows = meshes.spec(("batch",))    # XLA cannot cut a kernel
+        return jax.shard_map(attend_splash, mesh=self.mesh, in_specs=(rows,) * 4, out_specs=rows,
+                             check_vma=False)(query_BLAC, *rest)
+
     def _weight(self, name):
         return getattr(self, name)[...].astype(self.dtype)
+
+
+def chosen(kind: str, shape: tuple[int, int, int, int], chip: str) -> str:
+    """model.attention for queries of a shape [B, L, A, C] on a chip: "auto" is splash where it runs. Raises UserError
+    where it is asked for and does not."""
+    able = chip in TILINGS and shape[1] % 128 == 0 and shape[3] % 128 == 0
+    if kind == "splash" and not able:
+        raise UserError(f"model.attention=splash needs a TPU ({', '.join(TILINGS)}), sequences and heads of a multiple "
+                        f"of 128; this is {chip}, {shape[1]} and {shape[3]}; take model.attention=auto")
+    return kind if kind != "auto" else "splash" if able else "blocks"
+
+
+def attend_splash(query_BLAC: jax.Array, key_BLGC: jax.Array, value_BLGC: jax.Array, segments_BL: jax.Array,
+                  interpret: bool = False) -> jax.Array:
+    """`attend_packed` by JAX's splash attention kernels for TPU. Differs in rounding: queries are scaled beforehand."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+    _, L, A, C = query_BLAC.shape
+    block = next(b for b in (512, 256, 128) if L % b == 0)
+    sizes = splash.BlockSizes(**dict.fromkeys((
+        "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq",
+        "block_kv_dq"), block))
+    kernel = splash.make_splash_mha(mask=splash.MultiHeadMask([splash.CausalMask((L, L))] * A), block_sizes=sizes,
+                                    head_shards=1, q_seq_shards=1, interpret=interpret)
+    scaled_BLAC = (query_BLAC.astype(jnp.float32) * C**-0.5).astype(query_BLAC.dtype)
+    heads_first = (a.transpose(0, 2, 1, 3) for a in (scaled_BLAC, key_BLGC, value_BLGC))
+    out_BALC = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(*heads_first, segments_BL)
+    return out_BALC.transpose(0, 2, 1, 3).astype(query_BLAC.dtype)
 
 
 def attend(query_BLAC: jax.Array, key_BSGC: jax.Array, value_BSGC: jax.Array, mask_BLS: jax.Array) -> jax.Array:

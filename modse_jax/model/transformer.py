@@ -39,7 +39,9 @@ def build_abstract(config: Config, mesh: Mesh | None = None):
 def for_evaluation(config: Config) -> Config:
     """The same model, dropless (with a capacity a token's score would depend on its batch mates), on any device."""
     backend = config.moe.backend if config.moe.backend in ANYWHERE else "auto"
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, capacity_factor=0.0, backend=backend))
+    kind = "auto" if config.model.attention == "splash" else config.model.attention
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kind),
+                               moe=dataclasses.replace(config.moe, capacity_factor=0.0, backend=backend))
 
 
 class RMSNorm(nnx.Module):
@@ -57,7 +59,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: Config, mesh: Mesh | None, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.model.dim, config.model.norm_eps)
-        self.attention = attention.Attention(config.model, rngs)
+        self.attention = attention.Attention(config.model, mesh, rngs)
         self.moe_norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.moe = MoELayer(config, mesh, rngs)
 

@@ -56,15 +56,14 @@ def bytes_by_kind(found: list[Collective]) -> dict[str, float]:
 
 
 def _computations(hlo):
-    """{name: its lines}; the entry's name is "ENTRY"."""
+    """{name: its lines}; the entry's name is "ENTRY". One ends where the next begins: a line of its own may be "}", in
+    what a kernel notes of itself."""
     out, current = {}, None
     for line in hlo.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if head and not line.startswith(" "):
             current = "ENTRY" if head.group(1) else head.group(2)
             out[current] = []
-        elif line.startswith("}"):
-            current = None
         elif current is not None:
             out[current].append(line)
     return out

@@ -20,7 +20,7 @@ from modse_jax import mesh as meshes
 from modse_jax import processes
 from modse_jax.config import RESUMABLE, RESUMABLE_ANY_MESH, Config, UserError, differences, from_dict, to_flat_dict
 from modse_jax.data import loader, prepare
-from modse_jax.model import accounting
+from modse_jax.model import accounting, attention
 from modse_jax.moe import expert_ffn, sizing
 from modse_jax.training import metrics, validation
 from modse_jax.training import step as steps
@@ -227,6 +227,8 @@ def _check_backend(config, placement, mesh):
         expert_ffn.check_backend(backend, placement, dim, chip)
     except ValueError as error:
         raise UserError(str(error)) from None
+    heads = config.model.num_heads
+    attention.chosen(config.model.attention, (1, config.data.sequence_length, heads, dim // heads), chip)
     if expert_ffn.chosen(backend, placement, (0, dim), chip) == "pallas_tpu":
         expert_ffn.check_kernels(placement, dim, chip)
 
