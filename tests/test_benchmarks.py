@@ -2,6 +2,7 @@
 import numpy as np
 
 from benchmarks import expert_ffn, scaling, timing, train_step
+from modse_jax.config import Mesh
 from modse_jax.moe.expert_ffn import Blocks
 from tests.conftest import tiny_config
 
@@ -47,7 +48,9 @@ def test_ratios_are_within_a_repeat():
     assert timing.ratio([2, 20, 6], [1, 10, 2]) == 2
 
 
-def test_scaling_rows():
-    one, eight = scaling.on_cpu((1, 8), repeats=1)
-    assert one["over_one_device"] == 1 and eight["over_one_device"] > 0 and eight["mesh"]["expert"] == 4
-    assert not one["collective_bytes_by_kind"] and sum(eight["collective_bytes_by_kind"].values()) > 0
+def test_scaling_rows(monkeypatch):
+    assert scaling.small(8).training.batch_size == 8 * scaling.SEQUENCES and scaling.small(8).mesh.expert == 4
+    monkeypatch.setattr(scaling, "small", lambda n: tiny_config(mesh=Mesh(*scaling.SHARDS[n])))
+    one, two = scaling.on_cpu((1, 2), repeats=1)
+    assert one["over_one_device"] == 1 and two["over_one_device"] > 0 and two["mesh"]["expert"] == 2
+    assert not one["collective_bytes_by_kind"] and sum(two["collective_bytes_by_kind"].values()) > 0

@@ -1,6 +1,7 @@
 """Plans: what a step sends, counted from its HLO, and the row of a topology."""
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def test_the_output_embedding_is_sent_once_whatever_the_chunks():
     """Not in every turn of the loss's loop, and no device gathers all activations for the input embedding."""
     config = config_on(*MESHES["2 data x 4 expert"])
     found = collectives.collectives(compiled(config)[1].as_text())
-    head = [c for c in found if "300" in c.shape.strip("f32[]").split(",")]
+    head = [c for c in found if re.search(r"\b300\b", c.shape)]
     assert head and all(c.times == 1 for c in head)
     assert sum(c.kind == "all-to-all" for c in found) == 2    # tokens looked up, and their gradient
 

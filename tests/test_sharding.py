@@ -16,6 +16,7 @@ from modse_jax.moe.layer import MoELayer
 from modse_jax.training import checkpoints
 from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints
+from modse_jax.training.collectives import collectives
 from tests.conftest import tiny_config
 from tests.test_step import assert_close, batch
 
@@ -97,23 +98,41 @@ def test_weights_are_where_they_should_be(name):
         assert shards == {leaf.size if small else leaf.size // (sizes[1] * sizes[2])}, path
 
 
-def collectives(config):
+def sent(config):
     """{kind: shapes of what it makes} in the compiled step."""
-    text, out = compiled(config)[1].as_text(), {}
-    for shape, kind in re.findall(r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-                                  r"(?:-start)?\(", text):
-        out.setdefault(kind, []).append(shape)
+    out = {}
+    for c in collectives(compiled(config)[1].as_text()):
+        out.setdefault(c.kind, []).append(c.shape)
     return out
 
 
 def test_expert_weights_are_never_gathered_over_the_expert_axis():
     config = config_on(*MESHES["2 data x 4 expert"])
     H, D = sum(WIDTHS), config.model.dim
-    made = " ".join(s for shapes in collectives(config).values() for s in shapes)
+    made = " ".join(s for shapes in sent(config).values() for s in shapes)
     assert f"[{D},{H // 4}]" in made or f"[2,{D},{H // 4}]" in made    # the gradient's sum over `data`: a quarter
     for shape in (f"[{D},{H}]", f"[{H},{D}]", f"[2,{D},{H}]", f"[2,{H},{D}]"):
         assert shape not in made
-    assert "reduce-scatter" in collectives(config)
+    assert "reduce-scatter" in sent(config)
+
+
+def test_a_layer_sends_tokens_twice_forward_and_twice_backward_and_nothing_else_of_their_size():
+    """Gathered along 4 shards, their sums scattered back; and each one's transpose."""
+    config = config_on(*MESHES["2 data x 4 expert"])
+    D, mine = config.model.dim, 16 * 32 // 8    # tokens of a device
+    tokens = [(c.kind, c.times, shape) for c in collectives(compiled(config)[1].as_text())
+              for shape in re.findall(rf"f32\[\d+,{D}\]", c.shape) if int(shape[4:].split(",")[0]) >= mine]
+    assert sorted(tokens) == 2 * [("all-gather", 2, f"f32[{4 * mine},{D}]")] + \
+        2 * [("reduce-scatter", 2, f"f32[{mine},{D}]")]
+
+
+def test_a_grouped_product_is_never_made_dense():
+    """No array of all rows by hidden columns, whichever way the rows came."""
+    for name in ("2 data x 4 expert", "2 data x 4 expert, rows sent"):
+        config = config_on(*MESHES[name])
+        rows = 2 * 4 * 16 * 32 // 8    # K choices of the tokens of four shards
+        wide = {int(n) for n in re.findall(rf"f32\[{rows},(\d+)\]", compiled(config)[1].as_text())}
+        assert config.model.dim in wide and max(wide) <= config.model.dim
 
 
 def test_whole_weights_are_not_kept_for_every_layer():
@@ -123,7 +142,7 @@ def test_whole_weights_are_not_kept_for_every_layer():
 
 
 def test_data_parallel_training_only_adds_up():
-    assert set(collectives(config_on(*MESHES["8 data"]))) == {"all-reduce"}
+    assert set(sent(config_on(*MESHES["8 data"]))) == {"all-reduce"}
 
 
 @pytest.mark.parametrize("placement", ["pairs", "columns"])

@@ -19,7 +19,7 @@ class Collective(NamedTuple):
     bytes: float        # sent by a device, each time
     times: int          # in a step
     group: int          # devices
-    shape: str
+    shape: str          # of what it makes; several, where XLA has joined several
     source: str         # op_name: where it comes from
 
 
@@ -135,7 +135,8 @@ def _one(line, times, lines):
     sent = {"all-gather": size * share, "all-reduce": 2 * size * share, "reduce-scatter": size * (group - 1),
             "all-to-all": size * share, "ragged-all-to-all": size * share, "collective-permute": size}[kind]
     source = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind, sent, times, group, f"{shapes[-1][0]}[{shapes[-1][1]}]", source.group(1) if source else "")
+    made = " ".join(f"{t}[{dims}]" for t, dims in shapes)
+    return Collective(kind, sent, times, group, made, source.group(1) if source else "")
 
 
 def _group(line):
