@@ -5,6 +5,8 @@
     python train.py --config=configs/modse_300m_x8.py --workdir=runs/modse_300m_x8 \
         --config.data.source=prepared:DIR --config.data.tokenizer=sentencepiece:FILE
 
+Before paying for hardware: --plan=v5e:4x4 --config.mesh.expert=4, in place of --workdir (README).
+
 The paper trains on 100 B tokens of its own English and Chinese text, on 16 A800: 2.4e20 FLOPs, about 7 days on one
 H200 at 40% of its peak. Expected: training and validation loss below configs/baseline_300m_x8.py (paper, Fig. 2; no
 numbers are printed). The paper does not state peak learning rate, context, batch or the balance weight: those here are
