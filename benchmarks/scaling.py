@@ -41,14 +41,10 @@ class Step:
 
     def __init__(self, config: configs.Config):
         mesh = meshes.build(config, jax.devices()[:np.prod([getattr(config.mesh, a) for a in meshes.AXES])])
-        abstract = jax.eval_shape(lambda: step.initial_state(config, mesh))
-        where = meshes.shardings(mesh, abstract)
         shape = (config.training.batch_size, config.data.sequence_length + 1)
         tokens = np.random.default_rng(0).integers(4, config.model.vocab_size, shape, dtype=np.int32)
         self.batch = meshes.place(mesh, {"tokens": tokens, "segments": np.ones(shape, np.int32)}, shape[0])
-        self.state = jax.jit(lambda: step.initial_state(config, mesh), out_shardings=where)()
-        self.compiled = jax.jit(step.make_train_step(config, mesh), donate_argnums=0, out_shardings=(
-            where, meshes.replicated(mesh))).lower(self.state, self.batch).compile()
+        self.state, self.compiled = step.first_state(config, mesh), step.lower(config, mesh).compile()
 
     def __call__(self):
         self.state, metrics = self.compiled(self.state, self.batch)

@@ -28,6 +28,9 @@ CHIPS = {
 }
 
 
+TPUS = tuple(name for name, chip in CHIPS.items() if chip.kinds[0].startswith("TPU"))
+
+
 def name(device: jax.Device) -> str:
     """The device's name in CHIPS; "cpu" and "gpu" for others of those platforms, else jax's device_kind."""
     for chip, facts in CHIPS.items():

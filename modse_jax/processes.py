@@ -24,7 +24,7 @@ from modse_jax.config import UserError
 # Seconds: to find each other, to be taken for dead, to end together.
 START_TIMEOUT, HEARTBEAT_TIMEOUT, END_TIMEOUT = 100, 60, 30
 PATIENCE = 3600          # seconds for which processes wait where one of them prepares data or compiles
-MESSAGE_BYTES = 4096
+MESSAGE_BYTES = 16384     # 67 options take 2.7 kB (agree)
 
 # Variables that count the processes of a launcher.
 COUNTS = {"SLURM_NTASKS": "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_SIZE"}

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -43,6 +44,15 @@ def tiny_config(**sections) -> Config:
     seed = sections.pop("seed", 0)
     return Config(seed=seed, **{name: dataclasses.replace(section, **sections.pop(name, {}))
                                 for name, section in base.items()}, **sections)
+
+
+@pytest.fixture(autouse=True)
+def signals_restored():
+    """loop.train installs its own handlers."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in before.items():
+        signal.signal(s, handler)
 
 
 @pytest.fixture

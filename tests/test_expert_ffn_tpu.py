@@ -154,6 +154,7 @@ def test_what_cannot_be_tiled_is_refused():
 def test_a_device_whose_kernels_are_wrong_is_found(monkeypatch):
     placement = sizing.place((128, 128, 256), 1, "pairs")
     ef.check_kernels(placement, 128, "v5e", interpret=True)
+    ef.check_kernels(sizing.place((128, 128), 2, "pairs"), 128, "v5e", interpret=True)    # an expert a device
     right = tpu.pallas_tpu
     monkeypatch.setattr(tpu, "pallas_tpu", lambda x, rows, w_gate, *rest: right(x, rows, w_gate.at[:, -64:].mul(2),
                                                                                       *rest))

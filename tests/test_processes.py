@@ -14,7 +14,7 @@ from modse_jax.config import Mesh, UserError, from_dict
 from modse_jax.data import loader
 from modse_jax.training import loop, metrics
 from tests.conftest import tiny_config
-from tests.test_run import command, config_for, signals_restored, train_args  # noqa: F401  (a fixture)
+from tests.test_run import command, config_for, train_args
 
 
 def start(*each):
@@ -99,7 +99,7 @@ def test_every_process_reads_its_rows(corpus, tmp_path):
     np.testing.assert_array_equal(meshes.place(mesh, every, 8)["tokens"], every["tokens"])
 
 
-def test_a_stop_is_agreed_a_step_later(monkeypatch, signals_restored):    # noqa: F811
+def test_a_stop_is_agreed_a_step_later(monkeypatch):
     flag = loop._StopFlag(meshes.build(tiny_config()))
     flag.asked = True
     assert flag.agreed()

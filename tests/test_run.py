@@ -33,15 +33,6 @@ OVERRIDES = dict(model=dict(dim=16, num_layers=2, num_heads=2, context_length=64
                  optimizer=dict(warmup_steps=2), evaluation=dict(batch_size=8, sample_tokens=4))
 
 
-@pytest.fixture(autouse=True)
-def signals_restored():
-    """loop.train installs its own handlers."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for s, handler in before.items():
-        signal.signal(s, handler)
-
-
 def config_for(corpus, **sections):
     sections.setdefault("data", {})["source"] = f"text:{corpus}"
     return tiny_config(**sections)

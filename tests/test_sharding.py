@@ -37,20 +37,14 @@ def config_on(sizes=(1, 1, 1), placement="pairs", exchange="auto", **moe):
 
 @functools.cache
 def compiled(config):
-    """(mesh, compiled step, its shardings, first state) of a config's own mesh."""
+    """(mesh, compiled step, first state on the host: a step donates its own) of a config's own mesh."""
     mesh = meshes.build(config)
-    abstract = jax.eval_shape(lambda: steps.initial_state(config, mesh))
-    where = meshes.shardings(mesh, abstract)
-    place = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, where)
-    data = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=meshes.batch(mesh)), batch(config))
-    step = jax.jit(steps.make_train_step(config, mesh), out_shardings=(where, meshes.replicated(mesh)))
-    state = jax.jit(lambda: steps.initial_state(config, mesh), out_shardings=where)()
-    return mesh, step.lower(place, data).compile(), where, state
+    return mesh, steps.lower(config, mesh).compile(), jax.device_get(steps.first_state(config, mesh))
 
 
 def trained(config, count):
-    mesh, step, _, state = compiled(config)
-    losses = []
+    mesh, step, first = compiled(config)
+    state, losses = jax.device_put(first, meshes.shardings(mesh, first)), []
     for i in range(count):
         state, metrics = step(state, jax.device_put(batch(config, i), meshes.batch(mesh)))
         losses.append(float(metrics.loss))
@@ -193,12 +187,10 @@ def test_a_checkpoint_goes_on_on_any_mesh(tmp_path):
     saved.close()
     want = canonical(source, state)
     for config in (config_on(*MESHES["2 data x 4 expert"]), config_on()):
-        mesh, step, where, _ = compiled(config)
+        mesh, step, _ = compiled(config)
         order = sizing.column_order(WIDTHS, meshes.placement(config, mesh))
-        abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                                jax.eval_shape(lambda c=config, m=mesh: steps.initial_state(c, m)), where)
         restored = Checkpoints(tmp_path / "c", 3, read_only=True, order=order)
-        got = restored.restore(2, abstract)
+        got = restored.restore(2, steps.abstract_state(config, mesh))
         restored.close()
         for a, b in zip(jax.tree.leaves(canonical(config, got)), jax.tree.leaves(want)):
             np.testing.assert_array_equal(a, b)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from modse_jax import chips
 from modse_jax import mesh as meshes
 from modse_jax.config import Model, UserError
-from modse_jax.moe.expert_ffn_tpu import TILINGS
 
 
 class Place(NamedTuple):
@@ -82,10 +82,10 @@ class Attention(nnx.Module):
 def chosen(kind: str, shape: tuple[int, int, int, int], chip: str) -> str:
     """model.attention for queries of a shape [B, L, A, C] on a chip: "auto" is splash where it runs. Raises UserError
     where it is asked for and does not."""
-    able = chip in TILINGS and shape[1] % 128 == 0 and shape[3] % 128 == 0
+    able = chip in chips.TPUS and shape[1] % 128 == 0 and shape[3] % 128 == 0
     if kind == "splash" and not able:
-        raise UserError(f"model.attention=splash needs a TPU ({', '.join(TILINGS)}), sequences and heads of a multiple "
-                        f"of 128; this is {chip}, {shape[1]} and {shape[3]}; take model.attention=auto")
+        raise UserError(f"model.attention=splash needs a TPU ({', '.join(chips.TPUS)}), sequences and heads of a "
+                        f"multiple of 128; this is {chip}, {shape[1]} and {shape[3]}; take model.attention=auto")
     return kind if kind != "auto" else "splash" if able else "blocks"
 
 

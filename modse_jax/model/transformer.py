@@ -126,10 +126,9 @@ class Transformer(nnx.Module):
         parts are exchanged axis by axis: else XLA gathers the embedding, and adds up all of its gradient everywhere."""
         if self.mesh is None:
             return self.embedding[...][tokens_BL]
-        data, fsdp, expert = meshes.AXES
-        x_BLD = self.embedding[...][self._constrained(tokens_BL, data)]
-        x_BLD = self._constrained(x_BLD, data, None, (fsdp, expert))
-        return self._constrained(x_BLD, (data, fsdp), None, expert)
+        x_BLD = self.embedding[...][self._constrained(tokens_BL, meshes.DATA)]
+        x_BLD = self._constrained(x_BLD, meshes.DATA, None, meshes.RULES["embed"])
+        return self._constrained(x_BLD, (meshes.DATA, meshes.FSDP), None, meshes.EXPERT)
 
     def _constrained(self, array, *axes):
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*axes)))

@@ -47,8 +47,10 @@ def check_kernels(placement: sizing.Placement, dim: int, chip: str, interpret: b
     gradients, rows that belong to nobody, an expert without rows. Raises RuntimeError where they differ by more than
     bfloat16 explains."""
     widths, tiles = placement.widths[0], expert_ffn_tpu.tiles_for(_all_widths(placement), dim, chip)
-    rows_E = np.random.default_rng(0).integers(0, 2 * tiles.rows // len(widths) + 2, placement.slots)
-    rows_E[0], rows_E[len(widths):] = 0, 0
+    rows_E = np.random.default_rng(0).integers(1, 2 * tiles.rows // len(widths) + 2, placement.slots)
+    rows_E[len(widths):] = 0
+    if len(widths) > 1:
+        rows_E[0] = 0
     N = -(-int(rows_E.sum()) // 8) * 8 + 8
     keys = jax.random.split(jax.random.key(0), 5)
     x_ND, dy_ND = (jax.random.normal(k, (N, dim), jnp.bfloat16) for k in keys[:2])

@@ -109,14 +109,13 @@ def route(x_TD: jax.Array, valid_T: jax.Array, weights: RouterWeights, config: M
         entropy=jax.lax.stop_gradient(-jnp.sum(masked(p_TE * log_p_TE, valid_T[:, None]))),
         tokens=jnp.sum(valid_T, dtype=jnp.int32),
         dropped=jnp.zeros((), jnp.int32))
-    p_sum_E = jnp.sum(masked(p_TE, valid_T[:, None]), axis=0)
-    mine = balance_loss(statistics.counts_KE, p_sum_E, statistics.tokens, config.balance_loss_count) * statistics.tokens
-    statistics, p_sum_E, z_sum, balance_sum = reduce(
-        (statistics, p_sum_E, jnp.sum(masked(z_T * z_T, valid_T)), mine))
-    if config.balance_loss_scope == "device":
-        balance = balance_sum / jnp.maximum(statistics.tokens, 1).astype(jnp.float32)
+    p_sum_E, mine = jnp.sum(masked(p_TE, valid_T[:, None]), axis=0), statistics
+    statistics, p_batch_E, z_sum = reduce((mine, p_sum_E, jnp.sum(masked(z_T * z_T, valid_T))))
+    if config.balance_loss_scope == "batch":
+        balance = balance_loss(statistics.counts_KE, p_batch_E, statistics.tokens, config.balance_loss_count)
     else:
-        balance = balance_loss(statistics.counts_KE, p_sum_E, statistics.tokens, config.balance_loss_count)
+        balance = balance_loss(mine.counts_KE, p_sum_E, mine.tokens, config.balance_loss_count)
+        balance = reduce(balance * mine.tokens) / jnp.maximum(statistics.tokens, 1).astype(jnp.float32)
     return Routing(
         gates_TK, ids_TK,
         balance_loss=balance,

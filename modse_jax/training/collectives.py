@@ -30,7 +30,7 @@ def collectives(hlo: str) -> list[Collective]:
     is counted once a turn, for one turn: such loops of ours hold no collective, else this raises ValueError.
     """
     bodies = _computations(hlo)
-    times = _times(bodies, hlo)
+    times = _times(bodies)
     out, chains = [], set()
     for name, lines in bodies.items():
         for line in lines:
@@ -40,9 +40,11 @@ def collectives(hlo: str) -> list[Collective]:
             if name.startswith("all-reduce-scatter"):    # so a TPU writes a reduce-scatter, and sends half
                 found = found._replace(kind="reduce-scatter", bytes=found.bytes / 2)
             chain = re.search(r'chain_id="(\d+)"', line)    # a TPU spreads one collective over pieces of its neighbours
-            if chain and (found.kind, chain.group(1)) in chains:
-                continue
-            chains.add((found.kind, chain.group(1)) if chain else None)
+            if chain:
+                piece = (found.kind, chain.group(1))
+                if piece in chains:
+                    continue
+                chains.add(piece)
             out.append(found)
     return out
 
@@ -69,7 +71,7 @@ def _computations(hlo):
     return out
 
 
-def _times(bodies, hlo):
+def _times(bodies):
     """{computation: how often it runs in a step}; -1 per turn of a loop whose end is data."""
     edges = collections.defaultdict(list)    # caller -> (callee, turns)
     for name, lines in bodies.items():
@@ -108,9 +110,9 @@ def _turns(line, condition):
     known = re.search(r'known_trip_count":\s*\{"n":\s*"(\d+)"', line)
     if known:
         return int(known.group(1))
-    root = next((x for x in condition if "ROOT" in x and "direction=LT" in x), "")
-    bounds = [int(n) for x in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", x)
-              if re.match(r"\s*%?([\w.\-]+) =", x).group(1) in root]
+    compared = next((re.findall(r"[\w.\-]+", x) for x in condition if "ROOT" in x and "direction=LT" in x), ())
+    constants = [re.match(r"\s*%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", x) for x in condition]
+    bounds = [int(c.group(2)) for c in constants if c and c.group(1) in compared]
     return bounds[0] if len(bounds) == 1 else -1
 
 

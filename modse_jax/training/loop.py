@@ -13,7 +13,6 @@ import sys
 import time
 
 import jax
-import numpy as np
 import tqdm
 
 from modse_jax import mesh as meshes
@@ -54,8 +53,6 @@ def train(config: Config, workdir: str) -> int:
     meta = {"config": dataclasses.asdict(config), "data": data.card, "tokenizer": data.card["tokenizer"]}
 
     # ---- state: a checkpoint's, or a fresh one ----------------------------------------------------------------------
-    everywhere, by_batch, by_name = meshes.replicated(mesh), meshes.batch(mesh), meshes.shardings(mesh, abstract)
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, by_name)
     latest = max(checkpoints.steps(), default=0)
     if latest:
         processes.together(lambda: checkpoints.check_meta(latest, meta))
@@ -71,15 +68,12 @@ def train(config: Config, workdir: str) -> int:
         state = checkpoints.restore(latest, abstract)
     else:
         say(f"starting at step 0 in {workdir}")
-        state = jax.jit(lambda: steps.initial_state(config, mesh), out_shardings=by_name)()
+        state = steps.first_state(config, mesh)
 
     # ---- compile ----------------------------------------------------------------------------------------------------
-    batch_shape = jax.ShapeDtypeStruct((t.batch_size, config.data.sequence_length + 1), np.int32, sharding=by_batch)
     compile_start = time.monotonic()
-    train_step = jax.jit(steps.make_train_step(config, mesh), donate_argnums=0,
-                         out_shardings=(by_name, everywhere)).lower(
-        abstract, {"tokens": batch_shape, "segments": batch_shape}).compile()
-    score = jax.jit(steps.make_score_step(config, mesh), out_shardings=everywhere)
+    train_step = steps.lower(config, mesh).compile()
+    score = jax.jit(steps.make_score_step(config, mesh), out_shardings=meshes.replicated(mesh))
     say(parameter_table(config))
     say(memory_line(train_step, abstract, time.monotonic() - compile_start))
     processes.wait()
@@ -137,7 +131,7 @@ def train(config: Config, workdir: str) -> int:
             writer.write({"step": step, "split": "validation", **result},
                          metrics.routing_by_layer(routing, config.widths, placement))
             say(f"step {step}/{t.steps}  validation loss {result['loss']:.4f}  "
-                            f"{result['bits_per_byte']:.4f} bits/byte")
+                f"{result['bits_per_byte']:.4f} bits/byte")
         if save:
             checkpoints.save(state, meta)
         if stopping and not last:
@@ -151,10 +145,10 @@ def train(config: Config, workdir: str) -> int:
     writer.close()
     saved = max(_disk_steps(workdir), default=0)
     say({FINISHED: f"finished step {step} in {metrics.duration(time.monotonic() - started)}: {workdir}",
-           STOPPED: f"stopped at step {step}, saved step {saved}; run the same command to go on",
-           DIVERGED: f"diverged: {t.max_nonfinite_steps} non-finite steps in a row up to step {step}; the last good "
-                     f"checkpoint is step {saved}. Lower optimizer.learning_rate or look at the data"}[code],
-          file=sys.stderr if code == DIVERGED else sys.stdout)
+         STOPPED: f"stopped at step {step}, saved step {saved}; run the same command to go on",
+         DIVERGED: f"diverged: {t.max_nonfinite_steps} non-finite steps in a row up to step {step}; the last good "
+                   f"checkpoint is step {saved}. Lower optimizer.learning_rate or look at the data"}[code],
+        file=sys.stderr if code == DIVERGED else sys.stdout)
     return code
 
 
@@ -165,7 +159,7 @@ def _checked(config, workdir):
     _check_backend(config, placement, mesh)
     _check_workdir(workdir, config)
     loader.check_source(config, workdir)
-    abstract = jax.eval_shape(lambda: steps.initial_state(config, mesh))
+    abstract = steps.abstract_state(config, mesh)
     _check_space(workdir, abstract, config)
     return mesh, placement, abstract
 

@@ -25,7 +25,7 @@ def cross_entropy(x_BLD, w_DV, targets_BL, weights_BL, chunk: int, mesh: Mesh | 
 
     Args: x_BLD: final hidden states. w_DV: output embedding, float32, used in x's type. weights_BL: float32, not
       differentiated. chunk: positions whose logits a device holds at a time (rounded to whole columns of L). mesh: over
-      which B is spread.
+      whose devices, P, B is spread: P divides it.
     With a gradient asked for, it is computed chunk by chunk in the same pass, so no logits are kept or recomputed. On a
     mesh, the weights are gathered once, and every device sums up a gradient of its own: what is sent does not grow with
     the number of chunks.

@@ -3,7 +3,8 @@
     python train.py --config=configs/modse_300m_x8.py --plan=v5e:4x4,v5p:2x2x4 [--plan_json=FILE] [--config....]
 
 `v5e:4x4` is compiled by libtpu for that many chips; `cpu:8` for as many virtual CPU devices; `gpu:h200x8` is an
-estimate: compiled for CPU devices, which hold bfloat16 products in float32, and priced with the GPU's rates.
+estimate: compiled for CPU devices, which hold bfloat16 products in float32 and gather tokens where a GPU would send
+rows (moe.exchange), and priced with the GPU's rates.
 """
 import json
 import os
@@ -68,15 +69,13 @@ def plan(config: Config, name: str) -> dict:
     chip, topology, count = parse(name)
     devices = _tpu_devices(topology) if topology else jax.devices()[:count]
     mesh = meshes.build(config, devices)
-    abstract = jax.eval_shape(lambda: steps.initial_state(config, mesh))
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract,
-                         meshes.shardings(mesh, abstract))
+    state = steps.abstract_state(config, mesh)
     row = dict.fromkeys(FIELDS)
     row.update(topology=name, devices=mesh.size, mesh={a: mesh.shape[a] for a in meshes.AXES},
                parameter_bytes_per_device=_bytes(state.params), optimizer_bytes_per_device=_bytes(state.opt_state),
                **_flops(config, mesh))
     start = time.monotonic()
-    compiled, text, needed = _compile(config, mesh, state)
+    compiled, text, needed = _compile(config, mesh)
     row["compile_seconds"] = round(time.monotonic() - start, 1)
     if compiled is None:
         row.update(fits=False, peak_bytes_per_device=needed)
@@ -123,8 +122,8 @@ def advice(row: dict) -> str:
     """What to change in a config whose step does not fit."""
     state = row["parameter_bytes_per_device"] + row["optimizer_bytes_per_device"]
     if row["peak_bytes_per_device"] and state < row["peak_bytes_per_device"] / 2:
-        return ("most of it is activations: raise training.gradient_accumulation, set model.remat=full, or lower "
-                "training.loss_chunk and moe.saved_activations")
+        return ("most of it is activations: raise training.gradient_accumulation; model.remat=full, and a smaller "
+                "training.loss_chunk and moe.saved_activations, help too where they are not set yet")
     return ("most of it is parameters and optimiser state: raise mesh.fsdp or mesh.expert, which share them, or take "
             "more devices")
 
@@ -158,15 +157,10 @@ def _flops(config, mesh):
     return {"flops_per_device": every, "flops_max_over_mean": 1 + experts * (busiest - 1) / every}
 
 
-def _compile(config, mesh, state):
+def _compile(config, mesh):
     """(compiled step, its HLO, None), or (None, "", bytes it would have needed) where the compiler finds too little
     memory."""
-    shape = (config.training.batch_size, config.data.sequence_length + 1)
-    tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=meshes.batch(mesh))
-    places = jax.tree.map(lambda a: a.sharding, state)
-    step = jax.jit(steps.make_train_step(config, mesh), donate_argnums=0,
-                   out_shardings=(places, meshes.replicated(mesh)))
-    lowered = step.lower(state, {"tokens": tokens, "segments": tokens})
+    lowered = steps.lower(config, mesh)
     try:
         if mesh.devices.flat[0].platform == "cpu":
             compiled = lowered.compile()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from modse_jax import mesh as meshes
 from modse_jax.config import Config
 from modse_jax.model import transformer
 from modse_jax.moe.router import RouterStatistics
@@ -43,6 +44,31 @@ def initial_state(config: Config, mesh=None) -> State:
     params = nnx.to_pure_dict(params)
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))    # three buffers: a state is donated
     return State(step, params, optimizer.build(config).init(params), skipped, in_a_row)
+
+
+def abstract_state(config: Config, mesh) -> State:
+    """Shapes, types and shardings of the state on a mesh; no memory."""
+    state = jax.eval_shape(lambda: initial_state(config, mesh))
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state,
+                        meshes.shardings(mesh, state))
+
+
+def first_state(config: Config, mesh) -> State:
+    """The initial state, made where it belongs."""
+    return jax.jit(lambda: initial_state(config, mesh), out_shardings=_places(config, mesh))()
+
+
+def lower(config: Config, mesh):
+    """The lowered training step of a config on a mesh, its state donated: what is compiled, run, planned and timed."""
+    shape = (config.training.batch_size, config.data.sequence_length + 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=meshes.batch(mesh))
+    step = jax.jit(make_train_step(config, mesh), donate_argnums=0,
+                   out_shardings=(_places(config, mesh), meshes.replicated(mesh)))
+    return step.lower(abstract_state(config, mesh), {"tokens": tokens, "segments": tokens})
+
+
+def _places(config, mesh):
+    return jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh))
 
 
 def inputs_and_targets(tokens_BL1, segments_BL1):
