@@ -4,15 +4,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 DEMO := runs/demo
 
-# On Linux CPUs: large pages for arrays, kept from step to step rather than returned and faulted in again; glibc alone
-# reads it. Steps were 7 to 12% faster (LOG.md).
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592
-
 # pip would compile every file of every package, one after the other, for longer than it downloads them.
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 COMPILE_IMPORTED := PYTHONDONTWRITEBYTECODE= $(PY) -c
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint faults audit clean
 .DELETE_ON_ERROR:
 
 $(VENV)/base: requirements.txt
@@ -38,6 +34,13 @@ test: $(VENV)/dev
 
 lint: $(VENV)/dev
 	$(PY) -m ruff check .
+
+faults: $(VENV)/dev
+	$(PY) -m benchmarks.faults --json=benchmarks/results/faults.json
+
+audit: $(VENV)/base
+	$(PIP) pip-audit
+	$(PY) -m pip_audit -r requirements.txt
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,4 +1,5 @@
-"""Evaluate a checkpoint: python eval.py --workdir=runs/tiny [--step=N] [--suite=loss,routing,sample] [--limit=N]"""
+"""Evaluate a checkpoint: python eval.py --workdir=runs/tiny [--step=N] [--suite=loss,routing,sample] [--limit=N]
+or check every checkpoint's hashes: python eval.py --workdir=runs/tiny --suite=verify"""
 from absl import flags
 
 from modse_jax import command_line
@@ -16,6 +17,10 @@ flags.mark_flag_as_required("workdir")
 def main() -> int:
     from modse_jax import processes
     from modse_jax.evaluation import report, scoring
+    if SUITE.value == ["verify"]:
+        text, sound = scoring.verify(WORKDIR.value)
+        print(text)
+        return 0 if sound else 1
     if not all(PROMPT.value):
         raise UserError("--prompt is empty; give some text")
     result = scoring.evaluate(WORKDIR.value, STEP.value, tuple(SUITE.value), LIMIT.value, BATCH.value,

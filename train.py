@@ -20,6 +20,7 @@ def main() -> int:
         return _plan(config)
     if not WORKDIR.value:
         raise UserError("--workdir is missing; name a directory for the run (or --plan=TOPOLOGY)")
+    command_line.leave_on_signals()
     from modse_jax import mesh, processes  # before the first use of a device: this may set XLA flags
     mesh.request_determinism(config)
     from modse_jax.evaluation import report

@@ -1,47 +1,86 @@
-"""The same shape in other people's code, on the same machine and batch. Needs requirements-peers.txt."""
-import importlib.util
-import sys
+"""The same shape in other people's code, on the same machine and tokens. Needs requirements-peers.txt.
 
-import numpy as np
+A peer lives in a process of its own: torch's threads spin for a while after every operation, and would take the cores
+from whoever runs next.
+"""
+import importlib.util
+import json
+import subprocess
+import sys
 
 from modse_jax.config import Config
 
+IMPLEMENTATIONS = ("grouped_mm", "eager", "compiled")    # of the experts; the last is grouped_mm under torch.compile
 
-def mixtral(config: Config, batch: dict) -> dict:
-    """{name: a training step} of Hugging Face's Mixtral with AdamW, fp32, under two implementations of its experts."""
+
+def mixtral(config: Config) -> dict:
+    """{name: a training step} of Hugging Face's Mixtral with AdamW, fp32."""
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             sys.exit(f"--peers needs {package}: pip install -r requirements-peers.txt")
-    return {f"mixtral {experts}": _step(config, batch, experts) for experts in ("grouped_mm", "eager")}
+    m, o = config.model, config.optimizer
+    shape = dict(vocab_size=m.vocab_size, hidden_size=m.dim, intermediate_size=config.moe.width,
+                 num_hidden_layers=m.num_layers, num_attention_heads=m.num_heads,
+                 num_key_value_heads=m.num_kv_heads or m.num_heads, num_local_experts=config.moe.num_experts,
+                 num_experts_per_tok=config.moe.top_k, router_aux_loss_coef=config.moe.balance_loss_weight)
+    rows = dict(batch=config.training.batch_size, length=config.data.sequence_length, learning_rate=o.learning_rate,
+                weight_decay=o.weight_decay, grad_clip=o.grad_clip)
+    return {f"mixtral {experts}": _Peer({**rows, "shape": shape, "experts": experts}) for experts in IMPLEMENTATIONS}
 
 
-def _step(config, batch, experts):
+class _Peer:
+    """A step in another process, which waits for a line between steps."""
+
+    def __init__(self, task):
+        self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.peers", json.dumps(task)], text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._answer()
+
+    def __call__(self):
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self):
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit("a peer's process has ended; its own output says why")
+        return float(line)
+
+
+def _serve(task):
+    step = _step(task)
+    print(step(), flush=True)
+    for _ in sys.stdin:
+        print(step(), flush=True)
+
+
+def _step(task):
     import torch
     import transformers
     torch.manual_seed(0)
-    m = config.model
-    shape = transformers.MixtralConfig(
-        vocab_size=m.vocab_size, hidden_size=m.dim, intermediate_size=config.moe.width, num_hidden_layers=m.num_layers,
-        num_attention_heads=m.num_heads, num_key_value_heads=m.num_kv_heads or m.num_heads,
-        num_local_experts=config.moe.num_experts, num_experts_per_tok=config.moe.top_k,
-        router_aux_loss_coef=config.moe.balance_loss_weight, output_router_logits=True, use_cache=False)
+    compiled = task["experts"] == "compiled"
+    shape = transformers.MixtralConfig(output_router_logits=True, use_cache=False, **task["shape"])
     model = transformers.MixtralForCausalLM(shape)
-    model.set_experts_implementation(experts)
+    model.set_experts_implementation("grouped_mm" if compiled else task["experts"])
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.learning_rate,
-                                  weight_decay=config.optimizer.weight_decay)
-    tokens = torch.tensor(np.asarray(batch["tokens"])[:, :-1], dtype=torch.long)
-    targets = torch.tensor(np.asarray(batch["tokens"])[:, 1:], dtype=torch.long)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=task["learning_rate"], weight_decay=task["weight_decay"])
+    all_tokens = torch.randint(4, shape.vocab_size, (task["batch"], task["length"] + 1))
+    tokens, targets = all_tokens[:, :-1].contiguous(), all_tokens[:, 1:].reshape(-1)
+    forward = torch.compile(model) if compiled else model
 
     def step():
-        out = model(input_ids=tokens)
-        logits = out.logits.reshape(-1, m.vocab_size)
-        loss = torch.nn.functional.cross_entropy(logits, targets.reshape(-1))
-        loss = loss + out.aux_loss * config.moe.balance_loss_weight
+        out = forward(input_ids=tokens)
+        loss = torch.nn.functional.cross_entropy(out.logits.reshape(-1, shape.vocab_size), targets)
+        loss = loss + out.aux_loss * shape.router_aux_loss_coef
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), task["grad_clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
     return step
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))

@@ -11,7 +11,7 @@ import json
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import timing
 from configs import modse_300m_x8
@@ -98,4 +98,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    timing.run(main)

@@ -6,10 +6,18 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from absl import flags
+from absl import app, flags
+
+from modse_jax import command_line
 
 JSON = flags.DEFINE_string("json", None, "write the results there")
 REPEATS = flags.DEFINE_integer("repeats", 9, "interleaved repeats")
+
+
+def run(main: Callable) -> None:
+    """main(arguments) under absl, with the memory settings of train.py."""
+    command_line.use_large_pages()
+    app.run(main)
 
 
 def compile_all(cases: dict[str, tuple[Callable, tuple]]) -> dict[str, dict]:
@@ -26,15 +34,21 @@ def compile_all(cases: dict[str, tuple[Callable, tuple]]) -> dict[str, dict]:
     return out
 
 
-def interleaved(cases: dict[str, dict], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every repeat of every compiled case, one after the other in turn, each waited for."""
+def interleaved(cases: dict[str, dict], repeats: int, warmup: int = 2, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds of every repeat of every compiled case, one after the other in turn, each waited for.
+
+    calls: calls of a case at a time. Of several the first is not timed: after another program the caches and the memory
+    that a process holds are cold, which in a training run they never are.
+    """
     seconds = {name: [] for name in cases}
     for repeat in range(warmup + repeats):
         for name, case in cases.items():
-            start = time.perf_counter()
-            jax.block_until_ready(case["compiled"](*case["arguments"]))
+            for call in range(calls):
+                if call in (0, 1):
+                    start = time.perf_counter()
+                jax.block_until_ready(case["compiled"](*case["arguments"]))
             if repeat >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / max(calls - 1, 1))
     return seconds
 
 

@@ -11,7 +11,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
@@ -108,9 +108,10 @@ def measure(name: str, config: configs.Config, repeats: int, with_peers: bool) -
     compiled = timing.compile_all(parts(ours))
     runs = {"ours": ours}
     if with_peers and len(set(config.widths)) == 1:
-        runs |= peers.mixtral(config, ours.batch)
+        runs |= peers.mixtral(config)
     alone = timing.interleaved(compiled, repeats)    # first: a whole step donates the state that parts read
-    seconds = timing.interleaved({k: dict(compiled=f, arguments=()) for k, f in runs.items()}, repeats)
+    seconds = timing.interleaved({k: dict(compiled=f, arguments=()) for k, f in runs.items()}, repeats, warmup=1,
+                                 calls=4)
     total = float(np.median(seconds["ours"]))
     layers = {k: config.model.num_layers if k in ("attention", "experts", "dispatch") else 1 for k in alone}
     tokens = config.training.batch_size * config.data.sequence_length
@@ -121,7 +122,7 @@ def measure(name: str, config: configs.Config, repeats: int, with_peers: bool) -
              "mfu_realised": _mfu(config, width, tokens / total, peak), "peak_tflops": peak / 1e12 if peak else None,
              "share": {k: float(np.median(v)) * layers[k] / total for k, v in alone.items()}}]
     return rows + [{"shape": name, "who": who, "tokens_per_second": tokens / float(np.median(s)),
-                    "step_seconds": float(np.median(s)), "ours_over_it": timing.ratio(s, seconds["ours"])}
+                    "step_seconds": float(np.median(s)), "ours_faster_by": timing.ratio(s, seconds["ours"])}
                    for who, s in seconds.items() if who != "ours"]
 
 
@@ -146,4 +147,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    timing.run(main)

@@ -21,14 +21,19 @@ DTYPES = ("float32", "bfloat16")
 
 # What a resumed run may change. Of these only training.steps touches training, by the length of the cosine.
 RESUMABLE = ("training.steps", "training.log_every", "training.eval_every", "training.checkpoint_every",
-             "checkpoint.keep", "evaluation.batch_size", "evaluation.sample_tokens", "evaluation.prompts",
-             "evaluation.temperature", "evaluation.top_k", "evaluation.top_p")
+             "training.max_nonfinite_steps", "training.rewind", "training.replay_check", "training.hang_minutes",
+             "checkpoint.keep", "checkpoint.keep_every", "evaluation.batch_size", "evaluation.sample_tokens",
+             "evaluation.prompts", "evaluation.temperature", "evaluation.top_k", "evaluation.top_p")
 # And this, which changes the order of sums, unless a capacity or a balance loss holds for part of the devices.
 RESUMABLE_ANY_MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "moe.placement", "moe.exchange")
 
 
 class UserError(Exception):
     """What the user can mend: shown as one line, exit code 2, nothing written."""
+
+
+class RunError(Exception):
+    """What stops a run that had begun: shown as one line, exit code 1. What was saved before is sound."""
 
 
 def option(default, help, *, minimum=None, above=None, below=None, choices=None):
@@ -115,13 +120,22 @@ class Training:
     seed: int = option(0, "order of the data", minimum=0)
     max_nonfinite_steps: int = option(10, "non-finite steps in a row before the run stops with exit code 3",
                                       minimum=1)
+    spike_factor: float = option(0.0, "a step whose gradient norm is this many times the running median changes "
+                                 "nothing; 0 = off", minimum=0)
+    spike_window: int = option(128, "steps of that median; a quarter of them must have passed", minimum=4)
+    rewind: tuple[int, ...] = option((), "(step, batches): go back to that checkpoint, once, and skip as many batches "
+                                     "of data")
+    replay_check: int = option(0, "every so many steps, run a step twice and compare bits; 0 = off", minimum=0)
+    hang_minutes: float = option(60.0, "without a step for so long, print every thread's stack and end with exit code "
+                                 "1; 0 = off", minimum=0)
     deterministic: bool = option(True, "on GPU, ask XLA for deterministic operations")
     loss_chunk: int = option(2048, "tokens whose logits a device holds at a time", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    keep: int = option(3, "newest steps kept", minimum=2)
+    keep: int = option(3, "newest steps kept, besides the best by validation loss", minimum=2)
+    keep_every: int = option(0, "every so many steps, a checkpoint is kept for good; 0 = none", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +308,10 @@ def _check_training(config):
     if t.batch_size % t.gradient_accumulation:
         raise UserError(f"training.batch_size={t.batch_size} does not divide by "
                         f"training.gradient_accumulation={t.gradient_accumulation}")
+    if t.rewind and (len(t.rewind) != 2 or min(t.rewind) < 1):
+        raise UserError(f"training.rewind={t.rewind} must be (a saved step, batches to skip), or () for none")
+    if 0 < t.spike_factor <= 1:
+        raise UserError(f"training.spike_factor={t.spike_factor} must be above 1, or 0 for none")
     o = config.optimizer
     for name in ("initial_learning_rate", "final_learning_rate"):
         if getattr(o, name) > o.learning_rate:

@@ -100,6 +100,12 @@ def together(function: Callable[[], Result], *, first_alone: bool = False) -> Re
     return result
 
 
+def from_first(function: Callable[[], Result]) -> Result:
+    """What function() returns on process 0, plain values, on every process: for what need be read only once."""
+    value = together(lambda: function() if first() else None)
+    return json.loads(gather(json.dumps(value))[0]) if several() else value
+
+
 def agree(facts: dict[str, str]) -> None:
     """Raises UserError on every process where one of them holds another value for a name than process 0."""
     digests = {name: hashlib.sha256(value.encode()).hexdigest()[:16] for name, value in facts.items()}

@@ -100,7 +100,8 @@ def test_every_process_reads_its_rows(corpus, tmp_path):
 
 
 def test_a_stop_is_agreed_a_step_later(monkeypatch):
-    flag = loop._StopFlag(meshes.build(tiny_config()))
+    flag = loop._Stop()
+    flag.in_loop(meshes.build(tiny_config()))
     flag.asked = True
     assert flag.agreed()
     monkeypatch.setattr(processes, "several", lambda: True)

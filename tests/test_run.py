@@ -39,10 +39,11 @@ def config_for(corpus, **sections):
 
 
 def state_of(workdir, config, step=0):
-    checkpoints = Checkpoints(workdir / "checkpoints", 3, read_only=True)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(
         jax.devices()[0])), jax.eval_shape(lambda: steps.initial_state(config)))
-    state = checkpoints.restore(step or checkpoints.steps()[-1], abstract)
+    state, reason = checkpoints.restore(step or checkpoints.steps()[-1], abstract)
+    assert not reason
     checkpoints.close()
     return jax.device_get(state)
 
@@ -163,7 +164,7 @@ def test_what_a_run_leaves(finished):
     environment = json.loads((workdir / "environment.json").read_text())
     assert {"versions", "devices", "git_commit", "command"} <= set(environment)
     assert list((workdir / "tensorboard").glob("events*"))
-    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"00000003", "00000006"}
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"00000003", "00000006", ".lock"}
 
 
 def test_a_checkpoint_holds_its_own_step_though_training_went_on(finished):
@@ -248,10 +249,10 @@ def test_evaluation_refuses_what_it_cannot_do(finished, tmp_path):
 
 def test_checkpoints_of_another_shape_or_type_are_refused(finished):
     config, workdir = finished
-    checkpoints = Checkpoints(workdir / "checkpoints", 3, read_only=True)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     abstract = jax.eval_shape(lambda: steps.initial_state(config))
     wrong = abstract._replace(step=jax.ShapeDtypeStruct((), np.float32))
-    with pytest.raises(UserError, match=r"checkpoint 6 does not fit the model: step is \(\(\), 'int32'\) there"):
+    with pytest.raises(UserError, match=r"checkpoint 6 does not fit the model: step is \[\[\], 'int32'\] there"):
         checkpoints.restore(6, wrong)
     wider = jax.eval_shape(lambda: steps.initial_state(
         dataclasses.replace(config, moe=dataclasses.replace(config.moe, gate_term="learned"))))

@@ -67,11 +67,11 @@ def test_a_non_finite_step_changes_nothing_but_its_counters():
     state, step = initial_state(config), train_step(config)
     bad = state._replace(params={**state.params, "head": state.params["head"].at[0, 0].set(jnp.inf)})
     after, metrics = jax.device_get(step(bad, batch(config)))
-    assert int(metrics.skipped) == int(metrics.skipped_in_a_row) == 1 and int(after.step) == 1
+    assert int(metrics.skipped) == int(metrics.nonfinite_in_a_row) == 1 and int(after.step) == 1
     for a, b in zip(jax.tree.leaves((after.params, after.opt_state)), jax.tree.leaves((bad.params, bad.opt_state))):
         np.testing.assert_array_equal(a, b)
     good, metrics = jax.device_get(step(after._replace(params=state.params), batch(config)))
-    assert int(metrics.skipped) == 1 and int(metrics.skipped_in_a_row) == 0
+    assert int(metrics.skipped) == 1 and int(metrics.nonfinite_in_a_row) == 0
     assert not np.array_equal(good.params["head"], state.params["head"])
 
 

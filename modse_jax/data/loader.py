@@ -2,7 +2,6 @@
 
 Legend: B batch, L predicted tokens per record.
 """
-import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,9 +11,11 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from modse_jax import integrity
 from modse_jax.config import Config, UserError
 from modse_jax.data import prepare, sources, tokenizers
 
+HASHED_BYTES = 2**30    # larger data is compared by size when opened; its reader checks a hash of every chunk it reads
 ON_THE_FLY_BYTES = 256 * 2**20    # larger sources are prepared once, on their own
 
 
@@ -76,7 +77,9 @@ def _open_checked(config, directory):
 
 
 def open_prepared(directory: pathlib.Path) -> Data:
+    """Prepared data whose files are those that its card names. Raises UserError where one is not."""
     card = _read_card(directory)
+    _check_files(directory, card)
     tokenizer = tokenizers.from_serialized(card["tokenizer"].partition(":")[0],
                                            (directory / "tokenizer.model").read_bytes(), f"{directory}/tokenizer.model")
     if tokenizers.fingerprint(tokenizer) != card["tokenizer"]:
@@ -85,29 +88,73 @@ def open_prepared(directory: pathlib.Path) -> Data:
     return Data(directory, card, tokenizer, {s: builder.as_data_source(split=s) for s in prepare.SPLITS})
 
 
-def train_batches(data: Data, config: Config, start_step: int,
+def train_batches(data: Data, config: Config, first_batch: int,
                   rows: Sequence[int] = ()) -> Iterator[dict[str, np.ndarray]]:
-    """Batches {"tokens", "segments"} [B, L + 1] of steps start_step, start_step + 1, ...; a new order every epoch.
-    rows: which rows of every batch to read, (): all."""
-    order = grain.MapDataset.source(data.splits["train"]).seed(config.training.seed).shuffle().repeat()
-    steps = grain.MapDataset.source(_Steps(order, config.training.batch_size, rows))
+    """Batches {"tokens", "segments"} [B, L + 1], from the one of that number on; a new order every epoch. What a batch
+    holds is a function of (training.seed, its number). rows: which rows of every batch to read, (): all."""
+    steps = grain.MapDataset.source(_Batches(data, config, rows))
     batches = iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
-    grain.experimental.set_next_index(batches, start_step)
-    for batch in batches:
-        yield check_tokens(batch, config.model.vocab_size, data.directory)
+    grain.experimental.set_next_index(batches, first_batch)
+    while True:
+        try:
+            yield next(batches)
+        except UserError as error:    # Grain adds lines on tracebacks to it
+            raise UserError(str(error).splitlines()[0]) from None
 
 
-class _Steps:
+def record_ids(data: Data, config: Config, batch: int) -> list[int]:
+    """Which training records make up the batch of that number: for the log of a step that went wrong."""
+    return _Batches(data, config, ()).ids(batch)
+
+
+class _Batches:
     """Random access to the batches of an endless order of records: the given rows of each."""
 
-    def __init__(self, order, batch_size, rows):
-        self._order, self._size, self._rows = order, batch_size, rows or range(batch_size)
+    def __init__(self, data, config, rows):
+        numbers = grain.MapDataset.source(range(len(data.splits["train"])))
+        self._order = numbers.seed(config.training.seed).shuffle().repeat()
+        self._data, self._config, self._rows = data, config, rows or range(config.training.batch_size)
 
     def __len__(self):
-        return len(self._order) // self._size
+        return len(self._order) // self._config.training.batch_size
 
-    def __getitem__(self, step):
-        return _stacked([self._order[step * self._size + row] for row in self._rows])
+    def ids(self, batch):
+        return [int(self._order[batch * self._config.training.batch_size + row]) for row in self._rows]
+
+    def __getitem__(self, batch):
+        return read_records(self._data, "train", self.ids(batch), self._config.model.vocab_size)
+
+
+def read_records(data: Data, split: str, ids: Sequence[int], vocab_size: int) -> dict[str, np.ndarray]:
+    """Records of a split, stacked and checked. Raises UserError, naming the record, where its file is damaged or it
+    does not hold what was prepared."""
+    records = []
+    for number in ids:
+        try:
+            records.append(data.splits[split][number])
+        except Exception as error:    # whatever the reader raises, it is the file
+            raise UserError(f"record {number} of {split} in {data.directory} cannot be read "
+                            f"({str(error)[:200] or type(error).__name__}); its file is damaged: prepare the data "
+                            "again, or restore it from a copy") from None
+        reason = _trouble(records[-1], data.card["sequence_length"], vocab_size)
+        if reason:
+            raise UserError(f"record {number} of {split} in {data.directory} {reason}")
+    return {name: np.stack([record[name] for record in records]) for name in ("tokens", "segments")}
+
+
+def _trouble(record, length, vocab_size):
+    """What a record of the data's length may not be; inside jit a wrong id would be clamped without a word."""
+    tokens, segments = record["tokens"], record["segments"]
+    if tokens.shape != (length + 1,) or segments.shape != (length + 1,):
+        return f"has shapes {tokens.shape} and {segments.shape}, not ({length + 1},)"
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        return (f"holds token id {low if low < 0 else high}, outside the vocabulary 0..{vocab_size - 1} "
+                f"(model.vocab_size={vocab_size})")
+    real = segments[:np.argmin(segments)] if (segments == 0).any() else segments
+    if segments[len(real):].any() or not len(real) or real[0] != 1 or not np.isin(np.diff(real), (0, 1)).all():
+        return "has segment ids that do not count documents from 1, with 0 only as padding at its end"
+    return ""
 
 
 def validation_batches(data: Data, batch_size: int, vocab_size: int, limit: int = 0,
@@ -116,14 +163,13 @@ def validation_batches(data: Data, batch_size: int, vocab_size: int, limit: int 
     rows: which rows of every batch to read, (): all."""
     records, rows = data.splits["validation"], rows or range(batch_size)
     count = min(limit or len(records), len(records))
-    padding = {name: np.zeros_like(array) for name, array in records[0].items()}
     for start in range(0, count, batch_size):
-        batch = _stacked([records[start + row] if start + row < count else padding for row in rows])
-        yield check_tokens(batch, vocab_size, data.directory)
-
-
-def _stacked(records):
-    return {name: np.stack([record[name] for record in records]) for name in ("tokens", "segments")}
+        mine = [start + row for row in rows]
+        real = [number for number in mine if number < count]
+        batch = read_records(data, "validation", real or [0], vocab_size)
+        places = [real.index(number) if number < count else -1 for number in mine]
+        yield {name: np.stack([array[place] if place >= 0 else np.zeros_like(array[0]) for place in places])
+               for name, array in batch.items()}
 
 
 def documents(data: Data, split: str) -> Iterator[bytes]:
@@ -141,27 +187,36 @@ def documents(data: Data, split: str) -> Iterator[bytes]:
         yield data.tokenizer.decode(tokens)
 
 
-def check_tokens(batch: dict[str, np.ndarray], vocab_size: int, where) -> dict[str, np.ndarray]:
-    """The batch, if every id is inside the vocabulary; inside jit a wrong one would be clamped without a word."""
-    low, high = int(batch["tokens"].min()), int(batch["tokens"].max())
-    if low < 0 or high >= vocab_size:
-        raise UserError(f"token id {low if low < 0 else high} in {where} is outside the vocabulary "
-                        f"0..{vocab_size - 1} (model.vocab_size={vocab_size})")
-    return batch
+def _check_files(directory, card):
+    total = sum(size for size, _ in card["files"].values())
+    try:
+        here = integrity.files(directory)
+        odd = sorted(set(here) ^ {"card.json", *card["files"]})
+        bad = [f"{name} is {'missing' if name in card['files'] else 'not part of it'}" for name in odd]
+        bad += [reason for name, fact in card["files"].items() if name in here
+                and (reason := integrity.differs(here[name], name, fact, hashes=total <= HASHED_BYTES))]
+    except (OSError, ValueError) as error:
+        bad = [str(error)]
+    if bad:
+        raise UserError(f"the data in {directory} is damaged: {bad[0]}; prepare it again, or restore it from a copy")
 
 
 def _read_card(directory):
     path = directory.expanduser() / "card.json"
     try:
-        card = json.loads(path.read_text())
+        card = integrity.read_json(path)
     except FileNotFoundError:
         raise UserError(f"{directory} is not prepared data (no card.json); make it with "
                         f"python -m modse_jax.data.prepare --source=... --tokenizer=... --out={directory}") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged (not JSON); prepare the data again") from None
-    if card.get("format") != prepare.FORMAT:
-        raise UserError(f"{directory} has data format {card.get('format')}, this code reads {prepare.FORMAT}; "
-                        f"prepare the data again")
+    except ValueError as error:
+        raise UserError(f"{directory}: {error}; prepare the data again") from None
+    if not isinstance(card, dict) or card.get("format") != prepare.FORMAT:
+        found = card.get("format") if isinstance(card, dict) else None
+        raise UserError(f"{directory} has data format {found}, this code reads {prepare.FORMAT}; prepare the data "
+                        "again")
+    if card.get("fingerprint") != prepare.fingerprint(card):
+        raise UserError(f"{path} is damaged (its own hash is another); prepare the data again, or restore it from a "
+                        "copy")
     return card
 
 

@@ -23,10 +23,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
+from modse_jax import integrity
 from modse_jax.config import UserError
 from modse_jax.data import sources, tokenizers
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
 
 
@@ -85,7 +86,9 @@ def prepare(source: str, tokenizer: str, out: str, sequence_length: int, validat
                 "vocab_size": encoder.vocab_size, "sequence_length": sequence_length,
                 "validation_fraction": validation_fraction, **counts, "splits": splits}
         (partial / "tokenizer.model").write_bytes(encoder.serialized())
-        (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        card["files"] = integrity.facts(partial)
+        card["fingerprint"] = fingerprint(card)
+        integrity.write(partial / "card.json", json.dumps(card, indent=2) + "\n")
         with contextlib.suppress(FileNotFoundError):
             out.rmdir()
         partial.rename(out)
@@ -95,6 +98,13 @@ def prepare(source: str, tokenizer: str, out: str, sequence_length: int, validat
             parent.rmdir()
         raise
     return card
+
+
+def fingerprint(card: dict) -> str:
+    """A hash of everything else that the card says, the hash of every file included: what a checkpoint remembers of its
+    data."""
+    rest = {name: value for name, value in card.items() if name != "fingerprint"}
+    return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _usable(source):

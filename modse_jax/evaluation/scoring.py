@@ -1,12 +1,13 @@
 """Evaluate a checkpoint of a workdir: held-out loss, routing, samples; into eval/STEP.json and the console."""
 import json
 import pathlib
+import sys
 from typing import NamedTuple
 
 import jax
 
+from modse_jax import integrity, processes
 from modse_jax import mesh as meshes
-from modse_jax import processes
 from modse_jax.config import Config, UserError, from_dict
 from modse_jax.data import loader
 from modse_jax.model import sampling, transformer
@@ -32,30 +33,68 @@ def read_config(workdir: pathlib.Path) -> Config:
     if not path.is_file():
         raise UserError(f"--workdir={workdir} holds no run (no config.json); train one with train.py")
     try:
-        return from_dict(json.loads(path.read_text()))
-    except ValueError:
-        raise UserError(f"{path} is damaged (not JSON)") from None
+        return from_dict(integrity.read_json(path))
+    except ValueError as error:
+        raise UserError(f"{path.parent}: {error}") from None
 
 
 def open_run(workdir: pathlib.Path, step: int, batch_size: int) -> Run:
     """A checkpoint's parameters. Args: step: 0 for the newest. batch_size: sequences, spread over all devices."""
     config = read_config(workdir)
     mesh = meshes.for_batch(batch_size)
-    directory = workdir / "checkpoints"
-    checkpoints = Checkpoints(directory, config.checkpoint.keep, read_only=True) if directory.is_dir() else None
-    have = checkpoints.steps() if checkpoints else []
-    if not have:
-        raise UserError(f"{workdir} holds no checkpoint yet")
-    if step and step not in have:
-        raise UserError(f"--step={step} is not saved in {workdir}; saved: {', '.join(map(str, have))}")
-    step = step or have[-1]
+    checkpoints = open_checkpoints(workdir)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=meshes.replicated(mesh)),
                             jax.eval_shape(lambda: steps.initial_state(config)))
     data = processes.together(lambda: loader.load(config, workdir), first_alone=True)
-    checkpoints.check_meta(step, {"data": data.card, "tokenizer": data.card["tokenizer"]})
-    params = checkpoints.restore(step, abstract).params
+    step = _sound(checkpoints, workdir, step,
+                        {"data": data.card["fingerprint"], "tokenizer": data.card["tokenizer"]})
+    state, reason = checkpoints.restore(step, abstract)
     checkpoints.close()
+    if reason:
+        raise UserError(f"checkpoint {step} is damaged: {reason}; name another with --step")
+    params = state.params
     return Run(config, data, mesh, step, params)
+
+
+def open_checkpoints(workdir: pathlib.Path) -> Checkpoints:
+    """To read only. Raises UserError where there is no step."""
+    directory = workdir / "checkpoints"
+    checkpoints = Checkpoints(directory, read_only=True) if directory.is_dir() else None
+    if checkpoints is None or not checkpoints.steps():
+        raise UserError(f"{workdir} holds no checkpoint yet")
+    return checkpoints
+
+
+def _sound(checkpoints, workdir, step, facts):
+    """That step, or the newest sound one (0). Raises UserError where it is damaged, or of other data."""
+    def check(step, meta):
+        for name, value in facts.items():
+            if meta[name] != value:
+                raise UserError(f"checkpoint {step} was trained with other data ({name} {meta[name]!r}), now "
+                                f"{value!r}; restore the data it was trained on")
+
+    if not step:
+        found = checkpoints.newest(check)
+        for number, reason in found.damaged:
+            print(f"checkpoint {number} is damaged ({reason}); evaluating step {found.step}", file=sys.stderr)
+        return found.step
+    have = checkpoints.steps()
+    if step not in have:
+        raise UserError(f"--step={step} is not saved in {workdir}; saved: {', '.join(map(str, have))}")
+    reason = processes.from_first(lambda: checkpoints.verify(step))
+    if reason:
+        raise UserError(f"checkpoint {step} is damaged: {reason}; name another with --step")
+    check(step, checkpoints.meta(step))
+    return step
+
+
+def verify(workdir: str) -> tuple[str, bool]:
+    """(a line per checkpoint, whether all are sound): every file against its hash."""
+    workdir = pathlib.Path(workdir).expanduser().absolute()
+    checkpoints = open_checkpoints(workdir)
+    reasons = {step: checkpoints.verify(step) for step in checkpoints.steps()}
+    lines = [f"step {step:8}  {'damaged: ' + reason if reason else 'good'}" for step, reason in reasons.items()]
+    return "\n".join(lines), not any(reasons.values())
 
 
 def evaluate(workdir: str, step: int, suites: tuple[str, ...], limit: int, batch_size: int,

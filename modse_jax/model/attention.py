@@ -165,9 +165,15 @@ def _block_backward(saved, dout_BGQC):
     dweights_BGQS = jnp.einsum("bgqc,bgsc->bgqs", dout_BGQC, value_BGSC, preferred_element_type=jnp.float32)
     dscores_BGQS = weights_BGQS * (dweights_BGQS - inner_BGQ1) * query_BGQC.shape[-1] ** -0.5
     dscores_BGQS, weights_BGQS = dscores_BGQS.astype(dtype), weights_BGQS.astype(dtype)
-    return (jnp.einsum("bgqs,bgsc->bgqc", dscores_BGQS, key_BGSC),
-            jnp.einsum("bgqs,bgqc->bgsc", dscores_BGQS, query_BGQC),
-            jnp.einsum("bgqs,bgqc->bgsc", weights_BGQS, dout_BGQC), None)
+    return (jnp.einsum("bgqs,bgsc->bgqc", dscores_BGQS, key_BGSC), _sum_over_queries(query_BGQC, dscores_BGQS),
+            _sum_over_queries(dout_BGQC, weights_BGQS), None)
+
+
+def _sum_over_queries(a_BGQC, b_BGQS):
+    """sum_q b a, [B, G, S, C], as its transpose: on CPU the product that transposes the large operand takes twice as
+    long (LOG.md, 2026-11-25). The barrier keeps XLA from turning it back."""
+    out_BGCS = jnp.einsum("bgqc,bgqs->bgcs", a_BGQC, b_BGQS)
+    return jax.lax.optimization_barrier(out_BGCS).swapaxes(2, 3)
 
 
 _block.defvjp(_block_forward, _block_backward)

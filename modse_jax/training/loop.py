@@ -1,5 +1,8 @@
 """The training run, read top to bottom."""
+import contextlib
 import dataclasses
+import faulthandler
+import functools
 import importlib.metadata
 import json
 import math
@@ -15,24 +18,49 @@ import time
 import jax
 import tqdm
 
+from modse_jax import integrity, processes
 from modse_jax import mesh as meshes
-from modse_jax import processes
-from modse_jax.config import RESUMABLE, RESUMABLE_ANY_MESH, Config, UserError, differences, from_dict, to_flat_dict
+from modse_jax.config import (
+    RESUMABLE,
+    RESUMABLE_ANY_MESH,
+    Config,
+    RunError,
+    UserError,
+    differences,
+    from_dict,
+    to_flat_dict,
+)
 from modse_jax.data import loader, prepare
 from modse_jax.model import accounting, attention
 from modse_jax.moe import expert_ffn, sizing
 from modse_jax.training import metrics, validation
 from modse_jax.training import step as steps
-from modse_jax.training.checkpoints import Checkpoints
+from modse_jax.training.checkpoints import Checkpoints, Found
+from modse_jax.training.lock import Lock
 
 # What a run that was killed early may leave before it writes config.json, which says that the workdir holds a run.
-BEFORE_CONFIG = {"data", "data.partial", "checkpoints", "environment.json", "environment.tmp", "config.tmp"}
+BEFORE_CONFIG = {"data", "data.partial", "checkpoints", "environment.json",
+                 "environment.json.tmp", "config.json.tmp"}
 FINISHED, DIVERGED, STOPPED, KILLED = 0, 3, 75, 130    # exit codes
 
 
 def train(config: Config, workdir: str) -> int:
-    """Trains until training.steps, or resumes; returns the exit code. Raises UserError before anything is written."""
+    """Trains until training.steps, or resumes; returns the exit code. Raises UserError before anything is written, and
+    RunError where a run that had begun cannot go on."""
     workdir = pathlib.Path(workdir).expanduser().absolute()
+    stop, locks = _Stop(), contextlib.ExitStack()
+    try:
+        with locks:
+            return _train(config, workdir, stop, locks)
+    except Stopped:
+        print("stopped before the first step; nothing is lost: run the same command to go on", file=sys.stderr)
+        processes.leave(STOPPED)
+        return STOPPED
+    finally:
+        _rearm(0)
+
+
+def _train(config, workdir, stop, locks):
     t, started = config.training, time.monotonic()
 
     # ---- checks: nothing is written before all of them pass, on every process ----------------------------------------
@@ -40,23 +68,37 @@ def train(config: Config, workdir: str) -> int:
     processes.agree({**{name: repr(value) for name, value in to_flat_dict(config).items()}, "--workdir": str(workdir),
                      "the code of modse_jax": processes.source_digest()})
     say = _say if processes.first() else _silent
+    processes.together(lambda: _lock(workdir, locks) if processes.first() else None)
 
     # ---- data -------------------------------------------------------------------------------------------------------
     data = processes.together(lambda: loader.load(config, workdir), first_alone=True)
     processes.agree({"the data": json.dumps(data.card)})
     say(prepare.summary(data.card))
 
-    # ---- workdir ----------------------------------------------------------------------------------------------------
-    (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep,
+    # ---- state: of the newest sound checkpoint, or a fresh one -------------------------------------------------------
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every,
                               order=sizing.column_order(config.widths, placement))
-    meta = {"config": dataclasses.asdict(config), "data": data.card, "tokenizer": data.card["tokenizer"]}
+    meta = {"config": dataclasses.asdict(config), "data": data.card["fingerprint"], "card": data.card,
+            "tokenizer": data.card["tokenizer"], "code": processes.source_digest(), "devices": mesh.size,
+            "skipped_data": [], "validation_loss": None}
+    latest, state, damaged, rewind_to = _restored(checkpoints, abstract, meta, t.rewind)
+    finished = latest >= t.steps
 
-    # ---- state: a checkpoint's, or a fresh one ----------------------------------------------------------------------
-    latest = max(checkpoints.steps(), default=0)
-    if latest:
-        processes.together(lambda: checkpoints.check_meta(latest, meta))
-    if latest >= t.steps:
+    # ---- compile ----------------------------------------------------------------------------------------------------
+    if not finished:
+        compile_start = time.monotonic()
+        train_step = steps.lower(config, mesh).compile()
+        seconds = time.monotonic() - compile_start
+        processes.together(lambda: _check_memory(train_step, mesh))
+    score = jax.jit(steps.make_score_step(config, mesh), out_shardings=meshes.replicated(mesh))
+    peak = accounting.peak_flops(mesh.devices.flat[0])
+    peak = peak and peak * mesh.size
+
+    # ---- workdir: from here on the run writes ------------------------------------------------------------------------
+    for line in checkpoints.start_writing(damaged, rewind_to):
+        say(line)
+    validated = _validated(workdir, latest, t)
+    if finished and validated:
         say(f"finished: {workdir} holds step {latest} of {t.steps}; nothing to do")
         checkpoints.close()
         return FINISHED
@@ -65,34 +107,34 @@ def train(config: Config, workdir: str) -> int:
         _write_json(workdir / "config.json", dataclasses.asdict(config))
     if latest:
         say(f"resuming step {latest} of {t.steps} from {workdir / 'checkpoints'}")
-        state = checkpoints.restore(latest, abstract)
     else:
-        say(f"starting at step 0 in {workdir}")
+        say(f"starting at step 0 in an empty workdir, {workdir}")
         state = steps.first_state(config, mesh)
-
-    # ---- compile ----------------------------------------------------------------------------------------------------
-    compile_start = time.monotonic()
-    train_step = steps.lower(config, mesh).compile()
-    score = jax.jit(steps.make_score_step(config, mesh), out_shardings=meshes.replicated(mesh))
-    say(parameter_table(config))
-    say(memory_line(train_step, abstract, time.monotonic() - compile_start))
+    if not finished:
+        say(parameter_table(config))
+        say(memory_line(train_step, abstract, seconds))
     processes.wait()
-    peak = accounting.peak_flops(mesh.devices.flat[0])
-    peak = peak and peak * mesh.size
 
     # ---- loop -------------------------------------------------------------------------------------------------------
-    writer, stop = metrics.Writer(workdir, latest) if processes.first() else metrics.NoWriter(), _StopFlag(mesh)
+    writer = metrics.Writer(workdir, latest) if processes.first() else metrics.NoWriter()
     bar = tqdm.tqdm(total=t.steps, initial=latest, unit="step", disable=None if processes.first() else True,
                     dynamic_ncols=True)
-    batches = loader.train_batches(data, config, latest, meshes.local_rows(mesh, t.batch_size))
-    held = config.evaluation.batch_size
+    batches = loader.train_batches(data, config, _batch_number(latest, meta),
+                                   meshes.local_rows(mesh, t.batch_size))
     step, pending, code = latest, None, FINISHED
     interval_start, interval_first = time.perf_counter(), latest
 
     def read(step, values):
         """Waits for a step; logs it where due; True where the run has diverged."""
         nonlocal interval_start, interval_first
-        diverged = int(values.skipped_in_a_row) >= t.max_nonfinite_steps
+        if values.fault:
+            event = {"step": step, "fault": steps.FAULTS[int(values.fault)], "loss": str(values.loss),
+                     "grad_norm": str(values.grad_norm),
+                     "records": loader.record_ids(data, config, _batch_number(step - 1, meta))}
+            writer.event(event)
+            say(f"step {step} changed nothing: {event['fault']}, loss {event['loss']}, grad {event['grad_norm']}, "
+                f"records {event['records']}")
+        diverged = int(values.nonfinite_in_a_row) >= t.max_nonfinite_steps
         if step % t.log_every == 0 or step == t.steps or diverged:
             values = jax.device_get(values)
             seconds = (time.perf_counter() - interval_start) / (step - interval_first)
@@ -104,18 +146,43 @@ def train(config: Config, workdir: str) -> int:
         bar.update()
         return diverged
 
-    while step < t.steps:
+    def validate():
+        """Held-out loss, logged; None where a signal came meanwhile: the next start makes up for it."""
+        batches_held = _until_asked(stop, t.hang_minutes, loader.validation_batches(
+            data, config.evaluation.batch_size, config.model.vocab_size,
+            rows=meshes.local_rows(mesh, config.evaluation.batch_size)))
+        placed = (meshes.place(mesh, b, config.evaluation.batch_size) for b in batches_held)
+        try:
+            result, routing = validation.run(score, state.params, placed, data, whole=True)
+        except Stopped:
+            return None
+        writer.write({"step": step, "split": "validation", **result},
+                     metrics.routing_by_layer(routing, config.widths, placement))
+        say(f"step {step}/{t.steps}  validation loss {result['loss']:.4f}  {result['bits_per_byte']:.4f} bits/byte")
+        return result["loss"]
+
+    stop.in_loop(mesh)
+    if not validated and validate() is None:
+        code = STOPPED
+    while step < t.steps and code == FINISHED:
+        _rearm(t.hang_minutes)
         batch = meshes.place(mesh, next(batches), t.batch_size)
-        state, values = train_step(state, batch)
+        if t.replay_check and (step + 1) % t.replay_check == 0:
+            state, values, same = steps.run_twice(train_step, state, batch)
+            if not same:
+                raise RunError(f"step {step + 1} gave other bits when run again: faulty hardware, or an operation that "
+                               "is not deterministic; checkpoints hold earlier steps. Try other devices")
+        else:
+            state, values = train_step(state, batch)
         step += 1
 
         # Step n is read once step n + 1 is under way, so that reading never leaves the device idle.
         diverged = pending is not None and read(*pending)
         pending = (step, values)
+        checkpoints.poll()
         last, stopping = step == t.steps, stop.agreed()    # once: a signal may come at any line
-        validate = last or (t.eval_every and step % t.eval_every == 0 and not stopping)
         save = last or stopping or step % t.checkpoint_every == 0
-        if not diverged and (validate or save):
+        if not diverged and (_due(step, t) or save):
             diverged = read(*pending)
             pending = None
         if diverged:
@@ -123,18 +190,11 @@ def train(config: Config, workdir: str) -> int:
             break
 
         pause = time.perf_counter()
-        if validate:
-            batches_held = loader.validation_batches(data, held, config.model.vocab_size,
-                                                     rows=meshes.local_rows(mesh, held))
-            result, routing = validation.run(score, state.params, (meshes.place(mesh, b, held) for b in batches_held),
-                                             data, whole=True)
-            writer.write({"step": step, "split": "validation", **result},
-                         metrics.routing_by_layer(routing, config.widths, placement))
-            say(f"step {step}/{t.steps}  validation loss {result['loss']:.4f}  "
-                f"{result['bits_per_byte']:.4f} bits/byte")
-        if save:
-            checkpoints.save(state, meta)
-        if stopping and not last:
+        validation_loss = validate() if _due(step, t) and not stopping else None
+        stopping = stopping or (_due(step, t) and validation_loss is None)
+        if save or stopping:
+            checkpoints.save(state, {**meta, "validation_loss": validation_loss})
+        if stopping:
             code = STOPPED
             break
         interval_start += time.perf_counter() - pause
@@ -143,13 +203,102 @@ def train(config: Config, workdir: str) -> int:
     bar.close()
     checkpoints.close()
     writer.close()
-    saved = max(_disk_steps(workdir), default=0)
+    saved = max(checkpoints.steps(), default=0)
     say({FINISHED: f"finished step {step} in {metrics.duration(time.monotonic() - started)}: {workdir}",
          STOPPED: f"stopped at step {step}, saved step {saved}; run the same command to go on",
-         DIVERGED: f"diverged: {t.max_nonfinite_steps} non-finite steps in a row up to step {step}; the last good "
-                   f"checkpoint is step {saved}. Lower optimizer.learning_rate or look at the data"}[code],
+         DIVERGED: f"diverged: {t.max_nonfinite_steps} steps in a row were not finite, up to step {step}; the last "
+                   f"good checkpoint is step {saved}. Lower optimizer.learning_rate, or look at the records in "
+                   "events.jsonl and skip them with training.rewind"}[code],
         file=sys.stderr if code == DIVERGED else sys.stdout)
     return code
+
+
+def _lock(workdir, locks):
+    """This process as the only writer of the workdir, until `locks` closes; without a trace where it closes on bad
+    input."""
+    lock = Lock(workdir / "checkpoints")
+    locks.push(lambda kind, *_: lock.release(leave_no_trace=kind is not None and issubclass(kind, UserError)))
+
+
+def _restored(checkpoints, abstract, meta, rewind):
+    """(step, state, damaged steps, step rewound to or 0) of the newest sound checkpoint, or of the one that
+    training.rewind names; step 0 and no state where there is none. meta: gets the ranges of data to skip."""
+    found = checkpoints.newest(functools.partial(_check_meta, meta))
+    damaged, rewind_to = found.damaged, 0
+    if rewind and list(rewind) not in found.meta.get("skipped_data", []):
+        rewind_to = rewind[0]
+        if rewind_to not in checkpoints.steps():
+            raise UserError(f"training.rewind={rewind}: step {rewind_to} is not saved; saved: "
+                            f"{', '.join(map(str, checkpoints.steps())) or 'none'}")
+        if reason := processes.from_first(lambda: checkpoints.verify(rewind_to)):
+            raise UserError(f"training.rewind={rewind}: checkpoint {rewind_to} is damaged: {reason}")
+        found = Found(rewind_to, checkpoints.meta(rewind_to), [])
+        damaged = [d for d in damaged if d[0] < rewind_to]
+    while found.step:
+        state, reason = checkpoints.restore(found.step, abstract)
+        if not reason:
+            meta["skipped_data"] = found.meta["skipped_data"] + ([list(rewind)] if rewind_to else [])
+            return found.step, state, damaged, rewind_to
+        damaged.append([found.step, reason])
+        found = checkpoints.newest(functools.partial(_check_meta, meta), before=found.step)
+        damaged += found.damaged
+    return 0, None, damaged, 0
+
+
+def _check_meta(meta, step, saved):
+    """Raises UserError where a step was trained on other data, or with another tokenizer, than `meta` says."""
+    for name in ("tokenizer", "data"):
+        if saved[name] != meta[name]:
+            raise UserError(f"checkpoint {step} was trained with other data ({name} {saved[name]!r}), now "
+                            f"{meta[name]!r}; restore the data it was trained on, or use another --workdir")
+
+
+def _batch_number(step, meta):
+    """Which batch of data the step after `step` takes: ranges that a rewind skipped lie between."""
+    return step + sum(count for first, count in meta["skipped_data"] if step >= first)
+
+
+def _due(step, t):
+    return step == t.steps or bool(t.eval_every and step % t.eval_every == 0)
+
+
+def _validated(workdir, step, t):
+    """Whether no validation of that step is due and missing: a signal may have come in the middle of it."""
+    path = workdir / "metrics.jsonl"
+    rows = metrics.read(path) if path.exists() else []
+    return not step or not _due(step, t) or any(r["step"] == step and r["split"] == "validation" for r in rows)
+
+
+def _until_asked(stop, hang_minutes, batches):
+    for batch in batches:
+        _rearm(hang_minutes)
+        if stop.asked and not processes.several():    # several must end after the same batch
+            raise Stopped
+        yield batch
+
+
+def _rearm(minutes):
+    """Counts the minutes from now until every thread's stack is printed and the process ends with 1; 0: no longer."""
+    if minutes:
+        faulthandler.dump_traceback_later(60 * minutes, exit=True, file=sys.__stderr__)
+    else:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _check_memory(compiled, mesh):
+    analysis, device = compiled.memory_analysis(), mesh.devices.flat[0]
+    if analysis is None:
+        return
+    needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    if device.platform == "cpu":    # the devices of a process share one memory
+        needed *= len(mesh.local_devices)
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        room = (device.memory_stats() or {}).get("bytes_limit", needed)
+    if needed > room:
+        raise UserError(f"a step needs about {needed / 2**30:.1f} GiB on {device.device_kind}, which has "
+                        f"{room / 2**30:.1f}; lower training.batch_size or raise training.gradient_accumulation, set "
+                        "model.remat=full, or share parameters with mesh.fsdp")
 
 
 def _checked(config, workdir):
@@ -172,13 +321,21 @@ def _silent(text, file=None):
     pass
 
 
-class _StopFlag:
-    """Set by SIGTERM or Ctrl-C; the second one leaves at once, which the atomic commit of a checkpoint allows."""
+class Stopped(BaseException):
+    """A signal asked to stop where there is no step to finish."""
 
-    def __init__(self, mesh):
-        self.asked, self._mesh, self._sent = False, mesh, None
+
+class _Stop:
+    """SIGTERM or Ctrl-C: in the loop a flag, before it Stopped. The second one leaves at once, which the atomic commit
+    of a checkpoint allows."""
+
+    def __init__(self):
+        self.asked, self._mesh, self._sent = False, None, None
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._handle)
+
+    def in_loop(self, mesh) -> None:
+        self._mesh = mesh
 
     def agreed(self) -> bool:
         """Whether any process has been asked to stop: the same answer on all. Where there are several, it is that of
@@ -192,6 +349,8 @@ class _StopFlag:
         if self.asked:
             os._exit(KILLED)
         self.asked = True
+        if self._mesh is None:
+            raise Stopped
         os.write(2, b"\nstopping after this step; once more to leave at once\n")    # print may be half-way itself
 
 
@@ -209,10 +368,6 @@ def memory_line(compiled, abstract, seconds: float) -> str:
     peak = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes if analysis else state
     return (f"memory per device: state {state / 2**20:,.0f} MiB, at most about {peak / 2**20:,.0f} MiB in a step; "
             f"compiled in {seconds:.0f} s")
-
-
-def _disk_steps(workdir):
-    return [int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
 
 
 def _check_backend(config, placement, mesh):
@@ -243,7 +398,7 @@ def _check_workdir(workdir, config):
                             f"config it was started with")
     elif workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; name a directory")
-    elif any((workdir / "checkpoints").glob("[0-9]*")):
+    elif any((workdir / "checkpoints").glob("[0-9]*")) or any((workdir / "checkpoints" / "quarantine").glob("*")):
         raise UserError(f"{workdir} holds checkpoints but no config.json to compare with; each step's meta holds its "
                         f"config: restore the file, or use another --workdir")
     elif workdir.exists() and any(p.name not in BEFORE_CONFIG for p in workdir.iterdir()):
@@ -266,9 +421,7 @@ def _check_space(workdir, abstract, config):
 
 
 def _write_json(path, value):
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    integrity.write(path, json.dumps(value, indent=2) + "\n")
 
 
 def _environment():

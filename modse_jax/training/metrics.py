@@ -5,13 +5,16 @@ Legend: E experts, K top-k.
 import json
 import math
 import pathlib
+import shutil
 
 import numpy as np
 
-from modse_jax.config import Config
+from modse_jax.config import Config, RunError
 from modse_jax.model import accounting
 from modse_jax.moe import sizing
 from modse_jax.moe.router import RouterStatistics
+
+BOARD_ROOM = 512 * 1024    # bytes
 
 
 def routing_by_layer(statistics: RouterStatistics, widths: tuple[int, ...],
@@ -94,8 +97,8 @@ class Writer:
     *.discarded.jsonl, so that a log is one straight history."""
 
     def __init__(self, workdir: pathlib.Path, step: int):
-        self._files = {}
-        for name in ("metrics", "routing"):
+        self._files, self._workdir = {}, workdir
+        for name in ("metrics", "routing", "events"):
             _discard_after(workdir / f"{name}.jsonl", step)
             self._files[name] = (workdir / f"{name}.jsonl").open("a", buffering=1)
         import tensorboardX  # here: where torch is installed it imports all of it, 5 s that a mistyped option waits
@@ -103,10 +106,10 @@ class Writer:
 
     def write(self, row: dict, layers: list[dict]) -> None:
         """A row for metrics.jsonl, and its routing by layer."""
-        self._files["metrics"].write(json.dumps(row) + "\n")
         step, split = row["step"], row["split"]
+        self._line("metrics", row)
         for layer in layers:
-            self._files["routing"].write(json.dumps({"step": step, "split": split, **layer}) + "\n")
+            self._line("routing", {"step": step, "split": split, **layer})
             for name in ("max_over_mean", "entropy", "count_weighted_width"):
                 self._board.add_scalar(f"{split}/router/{name}/layer_{layer['layer']}", layer[name], step)
             for name, factor in layer["straggler"].items():
@@ -114,6 +117,21 @@ class Writer:
         for name, value in row.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def event(self, event: dict) -> None:
+        """Something out of the ordinary in a step, for events.jsonl."""
+        self._line("events", event)
+
+    def _line(self, name, values):
+        try:
+            self._files[name].write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self._files[name].name}: {error.strerror}; checkpoints are untouched: make "
+                           "room and run the same command again") from None
+        # TensorBoard's writer works in a thread that dies without a word on a full disk; whoever waits for it hangs.
+        if shutil.disk_usage(self._workdir).free < BOARD_ROOM:
+            raise RunError(f"{self._workdir} has less than {BOARD_ROOM >> 10} KiB free; checkpoints are untouched: "
+                           "make room and run the same command again")
 
     def close(self) -> None:
         for file in self._files.values():
@@ -125,6 +143,9 @@ class NoWriter:
     """For the processes that do not write."""
 
     def write(self, row: dict, layers: list[dict]) -> None:
+        pass
+
+    def event(self, event: dict) -> None:
         pass
 
     def close(self) -> None:

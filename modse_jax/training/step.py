@@ -22,8 +22,9 @@ class State(NamedTuple):
     step: jax.Array               # int32: steps done, and so the position in the data
     params: dict
     opt_state: optax.OptState
-    skipped: jax.Array            # int32: steps whose update was not finite, and so was not made
-    skipped_in_a_row: jax.Array   # int32
+    skipped: jax.Array            # int32: steps whose update was not made, not being finite or being a spike
+    nonfinite_in_a_row: jax.Array   # int32
+    norms: jax.Array              # float32: finite gradient norms of the last training.spike_window steps, else NaN
 
 
 class Metrics(NamedTuple):
@@ -35,15 +36,20 @@ class Metrics(NamedTuple):
     learning_rate: jax.Array
     targets: jax.Array
     skipped: jax.Array
-    skipped_in_a_row: jax.Array
+    nonfinite_in_a_row: jax.Array
+    fault: jax.Array              # of this step: an index into FAULTS
     statistics: RouterStatistics
+
+
+FAULTS = ("none", "not finite", "spike")
 
 
 def initial_state(config: Config, mesh=None) -> State:
     _, params = nnx.split(transformer.build(config, mesh))
     params = nnx.to_pure_dict(params)
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))    # three buffers: a state is donated
-    return State(step, params, optimizer.build(config).init(params), skipped, in_a_row)
+    norms = jnp.full((config.training.spike_window,), jnp.nan, jnp.float32)
+    return State(step, params, optimizer.build(config).init(params), skipped, in_a_row, norms)
 
 
 def abstract_state(config: Config, mesh) -> State:
@@ -121,17 +127,46 @@ def make_train_step(config: Config, mesh=None) -> Callable:
         grad_norm = optax.global_norm(grads)
         updates, opt_state = update_rule.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        spike = finite & _is_spike(grad_norm, state.norms, config.training.spike_factor)
         # One NaN in Adam's moments never leaves them: a bad step changes nothing but its counters.
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old),
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite & ~spike, new, old),
                                          (optax.apply_updates(state.params, updates), opt_state),
                                          (state.params, state.opt_state))
-        skipped = state.skipped + ~finite
-        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
-        new = State(state.step + 1, params, opt_state, skipped, in_a_row)
+        skipped = state.skipped + (~finite | spike)
+        in_a_row = jnp.where(finite, 0, state.nonfinite_in_a_row + 1)
+        # A spike is remembered, so that a norm that stays high becomes the usual one; what is not finite never is.
+        norms = state.norms.at[state.step % state.norms.size].set(jnp.where(finite, grad_norm, jnp.nan))
+        new = State(state.step + 1, params, opt_state, skipped, in_a_row, norms)
         rate = schedule(state.step - state.skipped)    # Adam's count stands still in a skipped step
-        return new, Metrics(loss, balance, z, grad_norm, rate, targets, skipped, in_a_row, statistics)
+        fault = jnp.where(finite, spike.astype(jnp.int32) * 2, 1)
+        return new, Metrics(loss, balance, z, grad_norm, rate, targets, skipped, in_a_row, fault, statistics)
 
     return step
+
+
+def _is_spike(norm, norms, factor):
+    """Whether a gradient norm is `factor` times the median of those before it, once a quarter of the window is known.
+    Differs from OLMo-core and MaxText (mean and deviation): a median is not moved by the spikes it is to find."""
+    if not factor:
+        return jnp.zeros((), bool)
+    known = jnp.sum(~jnp.isnan(norms)) >= max(1, norms.size // 4)
+    return known & (norm > factor * jnp.nanmedian(norms))
+
+
+def run_twice(train_step: Callable, state: State, batch) -> tuple[State, Metrics, bool]:
+    """(state, metrics, whether a second run of the same step gave the same bits). Needs room for a second state."""
+    twin = jax.tree.map(jnp.copy, state)
+    state, metrics = train_step(state, batch)
+    again = train_step(twin, batch)[0]
+    return state, metrics, bool(_same_bits(state, again))
+
+
+@jax.jit
+def _same_bits(a, b):
+    def same(x, y):
+        x, y = (jax.lax.bitcast_convert_type(v, jnp.uint32) for v in (x, y))
+        return jnp.all(x == y)
+    return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(same, a, b))))
 
 
 def make_score_step(config: Config, mesh=None) -> Callable:
