@@ -235,7 +235,8 @@ def disk_full(root: pathlib.Path) -> dict:
         for what, spare in (("during a save", 300_000), ("during logging", 4096)):
             process = start(mount, "run", training__steps=4000, training__log_every=1)
             folder = mount / "run" / "checkpoints"
-            while process.poll() is None and len(list(folder.glob("0*[0-9]"))) < 2:
+            before = {p.name for p in folder.glob("0*[0-9]")}
+            while process.poll() is None and len({p.name for p in folder.glob("0*[0-9]")} - before) < 2:
                 time.sleep(0.01)
             filler = mount / "filler"
             with open(filler, "wb") as file:
@@ -249,6 +250,7 @@ def disk_full(root: pathlib.Path) -> dict:
                             pass
                     time.sleep(0.005)
             code, _, err = finish(process)
+            err = "\n".join(line for line in err.splitlines() if line.startswith("error: ")) or err
             filler.unlink()
             good = [p.name for p in folder.glob("0*[0-9]") if not integrity.verify(p, REWRITTEN)]
             after = start(mount, "run", training__steps=4000, training__log_every=1)

@@ -18,6 +18,8 @@ ANYWHERE = ("auto", "reference", "blocked")    # backends that need no particula
 GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalised")
 GATE_TERMS = ("none", "learned")
 DTYPES = ("float32", "bfloat16")
+PACKINGS = ("concat", "best_fit")
+UNDECODABLE = ("skip", "replace", "fail")
 
 # What a resumed run may change. Of these only training.steps touches training, by the length of the cosine.
 RESUMABLE = ("training.steps", "training.log_every", "training.eval_every", "training.checkpoint_every",
@@ -102,11 +104,20 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    source: str = option("python_stdlib", "python_stdlib, text:PATH, or prepared:DIR")
-    tokenizer: str = option("bytes", "bytes, sentencepiece:FILE, or sentencepiece (trained on the source)")
+    source: str = option("python_stdlib", "text:PATH, jsonl:PATH, parquet:PATH, tfds:NAME, python_stdlib, or "
+                         "prepared:DIR")
+    validation_source: str = option("", "held-out documents; \"\": a part of the source's")
+    mixture: tuple[tuple[str, float], ...] = option((), "instead of a source: ((\"DIR\", weight), ...) of prepared "
+                                                    "data")
+    field: str = option("text", "jsonl field, parquet column or tfds feature that holds the text")
+    tokenizer: str = option("bytes", "bytes, sentencepiece:FILE, hf:FILE, or sentencepiece (trained on the source)")
     sequence_length: int = option(512, "predicted tokens per record", minimum=2)
-    validation_fraction: float = option(0.02, "share of documents held out, by a hash of their names", above=0,
-                                        below=1)
+    validation_fraction: float = option(0.02, "share of documents held out, by a hash of their path, or of their text "
+                                        "where many share a file", above=0, below=1)
+    packing: str = option("concat", "documents end to end and cut, or whole where they fit and padded",
+                          choices=PACKINGS)
+    drop_duplicates: bool = option(False, "of documents that are exact copies, use the first alone")
+    undecodable: str = option("skip", "documents that are not UTF-8", choices=UNDECODABLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +185,7 @@ class Config:
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self):
-        for check in (_check_fields, _check_model, _check_moe, _check_training):
+        for check in (_check_fields, _check_model, _check_moe, _check_data, _check_training):
             check(self)
 
     @property
@@ -241,6 +252,11 @@ def _cast(field, value, path):
         return _build(field.type, value, path + ".")
     if typing.get_origin(field.type) is tuple:
         item = typing.get_args(field.type)[0]
+        if typing.get_origin(item) is tuple:    # data.mixture
+            if not isinstance(value, (tuple, list)) or not all(isinstance(v, (tuple, list)) and len(v) == 2 and _is(
+                    v[0], str) and (_is(v[1], float) or _is(v[1], int)) for v in value):
+                raise UserError(f'{path}={value!r} must be (("DIR", weight), ...)')
+            return tuple((name, float(weight)) for name, weight in value)
         if not isinstance(value, (tuple, list)) or not all(_is(v, item) for v in value):
             raise UserError(f"{path}={value!r} must be a tuple of {item.__name__}")
         return tuple(value)
@@ -301,6 +317,17 @@ def _check_moe(config):
                         "moe.capacity_factor=0; or take moe.exchange=gather")
     if moe.tail_rows > moe.block_rows:
         raise UserError(f"moe.tail_rows={moe.tail_rows} is larger than moe.block_rows={moe.block_rows}")
+
+
+def _check_data(config):
+    mixture = config.data.mixture
+    total = sum(weight for _, weight in mixture)
+    for name, weight in mixture:
+        if not math.isfinite(weight) or weight <= 0 or weight < total / 1000:
+            raise UserError(f"data.mixture: the weight of {name!r} is {weight}; weights must be positive, and none "
+                            "below a thousandth of their sum")
+    if len({name for name, _ in mixture}) < len(mixture):
+        raise UserError(f"data.mixture={mixture} names a directory twice; add up its weights")
 
 
 def _check_training(config):

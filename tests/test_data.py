@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from modse_jax.config import UserError
-from modse_jax.data import loader, prepare, sources, tokenizers
+from modse_jax.config import Data, UserError
+from modse_jax.data import loader, packing, prepare, sources, tokenizers
 from tests.conftest import tiny_config
 
 SCRIPTS = ("plain, caf\u00e9 \u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 \U0001f600\tx\r\n\n"
@@ -18,14 +18,23 @@ SCRIPTS = ("plain, caf\u00e9 \u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 \
 
 @pytest.fixture(params=["bytes", "sentencepiece"])
 def prepared(request, corpus, tmp_path):
-    out = tmp_path / "data"
-    prepare.prepare(f"text:{corpus}", request.param, str(out), 32, 0.1, 400)
-    return loader.open_prepared(out)
+    make(f"text:{corpus}", request.param, tmp_path / "data")
+    return loader.open_prepared(tmp_path / "data")
+
+
+def make(source, tokenizer, out, length=32, fraction=0.1, vocab_size=400, workers=1, **options):
+    data = Data(source=source, tokenizer=tokenizer, sequence_length=length, validation_fraction=fraction, **options)
+    return prepare.prepare(data, str(out), vocab_size, workers)
+
+
+def alone(dataset):
+    return loader.Data((dataset,), (1.0,))
 
 
 def test_tokenizers_give_back_the_same_bytes(corpus):
     texts = [d.text for d in sources.documents(f"text:{corpus}") if d.name != "latin.py"]
-    for tokenizer in (tokenizers.Bytes(), tokenizers.train_sentencepiece(texts, 400)):
+    for tokenizer in (tokenizers.Bytes(), tokenizers.train_sentencepiece(texts, 400),
+                      tokenizers.train_hf(texts, 400)):
         for text in (*texts, SCRIPTS, b""):
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
@@ -49,35 +58,62 @@ def test_records_decode_to_the_documents_and_counts_are_right(prepared, corpus):
     card = prepared.card
     assert (card["empty_documents"], card["undecodable_documents"]) == (1, 1)
     everything = {d.name: d.text for d in sources.documents(f"text:{corpus}") if d.name[:2].isdigit()}
-    held = sources.held_out(list(everything), 0.1)
     for split in prepare.SPLITS:
-        want = [text for name, text in everything.items() if (name in held) == (split == "validation")]
+        want = [text for name, text in everything.items() if (sources.place(name) < 0.1) == (split == "validation")]
         assert list(loader.documents(prepared, split)) == want
         c, records = card["splits"][split], list(prepared.splits[split])
         assert c["documents"] == len(want) and c["bytes"] == sum(map(len, want)) and c["records"] == len(records)
-        assert c["sha256"] == hashlib.sha256(b"".join(want)).hexdigest()
+        whole = hashlib.sha256(b"".join(want)).hexdigest()    # of one part
+        assert c["sha256"] == hashlib.sha256(whole.encode()).hexdigest()
         assert c["padding"] == sum(int((r["segments"] == 0).sum()) for r in records)
         predicted = sum(int(((r["segments"][1:] == r["segments"][:-1]) & (r["segments"][1:] > 0)).sum())
                         for r in records)
         assert c["tokens"] == predicted == sum(len(prepared.tokenizer.encode(t)) + 1 for t in want)
 
 
-def test_cut_overlaps_by_one_and_numbers_segments_from_one():
+def packed(kind, documents, length):
+    packer = packing.Packer(kind, length, 0)
+    blocks = [block for ids in documents for block in packer.add(ids)] + packer.rest()
+    return tuple(np.concatenate(a).tolist() for a in zip(*blocks))
+
+
+def test_concat_overlaps_by_one_and_numbers_segments_from_one():
     documents = [np.arange(10, 17), np.arange(20, 23), np.arange(30, 36)]
-    records = list(prepare.cut(iter(documents), 4, 0))
+    tokens, segments = packed("concat", documents, 4)
     stream = np.concatenate(documents)
-    assert [r["tokens"].tolist() for r in records] == [
-        stream[i:i + 5].tolist() + [0] * max(0, i + 5 - len(stream)) for i in range(0, len(stream) - 1, 4)]
-    assert records[1]["segments"].tolist() == [1, 1, 1, 2, 2]
-    assert records[-1]["segments"].tolist() == [1, 1, 1, 1, 0][:len(stream) - 12] + [0] * (5 - len(stream) + 12)
+    assert tokens == [stream[i:i + 5].tolist() + [0] * max(0, i + 5 - len(stream))
+                      for i in range(0, len(stream) - 1, 4)]
+    assert segments[1] == [1, 1, 1, 2, 2] and segments[-1] == [1, 1, 1, 1, 0]
+    many = [np.arange(1, 100 + i) for i in range(40)]    # more than the packer holds
+    stream, (tokens, segments) = np.concatenate(many), packed("concat", many, 4)
+    assert [t[0] for t in tokens] == stream[:-1:4].tolist() and len(tokens) > 512
+    assert sum(s.count(0) for s in segments) == -(len(stream) - 1) % 4
+
+
+def test_best_fit_cuts_no_document_that_fits_and_predicts_every_token_once():
+    documents = [np.arange(1, 1 + n) for n in (9, 3, 5, 2, 12, 4)]
+    tokens, segments = packed("best_fit", documents, 8)
+    pieces = [[t for t, s in zip(row, ids) if s == number] for row, ids in zip(tokens, segments)
+              for number in range(1, max(ids) + 1)]
+    assert sorted(map(len, pieces)) == sorted([9, 3, 5, 2, 9, 4, 4])    # 12 = 9 + 4 - 1, shared
+    assert sum(len(p) - 1 for p in pieces) == sum(len(d) - 1 for d in documents)
+    assert packing.best_fit([5, 4, 3, 6], 9) == [[0, 1], [2, 3]]
+    waste = packing.waste([9, 3, 5, 2, 12, 4], 8)
+    assert waste["best_fit"]["cut"] == 0 < waste["concat"]["cut"] < 1
+    assert waste["concat"]["padding"] == pytest.approx(1 - 34 / 40) and waste["best_fit"]["padding"] == 0
+    assert packing.waste([6, 6, 6], 8)["best_fit"]["padding"] == pytest.approx(1 / 3)
 
 
 def test_held_out_is_stable_and_never_empty_nor_all():
     names = [f"n{i}" for i in range(200)]
-    held = sources.held_out(names, 0.1)
-    assert 5 < len(held) < 40 and held - {"n7"} == sources.held_out([n for n in names if n != "n7"], 0.1) - {"n7"}
-    assert len(sources.held_out(["a", "b"], 0.01)) == 1 and len(sources.held_out(["a", "b"], 0.99)) == 1
-    assert not sources.held_out(["a"], 0.5)
+    places = sorted(map(sources.place, names))
+
+    def held(fraction, places):
+        limit = sources.limit(sum(p < fraction for p in places), min(places), max(places), fraction)
+        return sum(p < limit for p in places)
+    assert 5 < held(0.1, places) < 40 and held(0.1, places) == sum(p < 0.1 for p in places)
+    a, b = sources.place("a"), sources.place("b")
+    assert held(min(a, b) / 2, [a, b]) == 1 and held(0.9999, [a, b]) == 1
 
 
 def test_a_lone_file_is_cut_at_blank_lines(tmp_path):
@@ -93,7 +129,7 @@ def test_batches_are_a_function_of_seed_and_step(prepared):
     config = tiny_config(model=dict(vocab_size=400))
 
     def batches(start, count, **training):
-        it = loader.train_batches(prepared, tiny_config(model=dict(vocab_size=400), training=training), start)
+        it = loader.train_batches(alone(prepared), tiny_config(model=dict(vocab_size=400), training=training), start)
         return [next(it)["tokens"] for _ in range(count)]
 
     per_epoch = prepared.card["splits"]["train"]["records"] // config.training.batch_size
@@ -105,7 +141,8 @@ def test_batches_are_a_function_of_seed_and_step(prepared):
     def rows(some):
         return sorted(r.tobytes() for b in some for r in b)
     epoch = straight[:per_epoch]
-    assert len(set(rows(epoch))) == len({r["tokens"].tobytes() for r in prepared.splits["train"]} & set(rows(epoch)))
+    assert len(set(rows(epoch))) == len({r["tokens"].astype(np.int32).tobytes() for r in prepared.splits["train"]}
+                                     & set(rows(epoch)))
     assert rows(epoch[:2]) != rows(straight[per_epoch:per_epoch + 2]), "epochs must differ in order"
 
 
@@ -119,21 +156,21 @@ def test_validation_covers_every_record_once(prepared):
 
 
 def test_preparing_twice_gives_the_same_card_and_leaves_nothing_half_done(corpus, tmp_path):
-    cards = [prepare.prepare(f"text:{corpus}", "bytes", str(tmp_path / name), 32, 0.1, 0) for name in "ab"]
+    cards = [make(f"text:{corpus}", "bytes", tmp_path / name) for name in "ab"]
     assert cards[0] == cards[1] == json.loads((tmp_path / "a" / "card.json").read_text())
     before = sorted(p.name for p in tmp_path.iterdir())
     with pytest.raises(UserError, match="fewer than one record"):
-        prepare.prepare(f"text:{corpus}", "bytes", str(tmp_path / "c" / "d"), 10**6, 0.1, 0)
+        make(f"text:{corpus}", "bytes", tmp_path / "c" / "d", 10**6)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("source, tokenizer, message", [
-    ("nonsense:x", "bytes", "must be python_stdlib or text:PATH"),
+    ("nonsense:x", "bytes", "must be text:PATH, jsonl:PATH, parquet:PATH"),
     ("text:{tmp}/missing", "bytes", "has no files"),
     ("text:{tmp}/empty", "bytes", "has no files"),
     ("text:{tmp}/one", "bytes", "single document"),
     ("text:{tmp}/blank", "bytes", "has no document that is not empty"),
-    ("text:{corpus}", "morse", "must be bytes, sentencepiece:FILE or sentencepiece"),
+    ("text:{corpus}", "morse", "must be bytes, sentencepiece:FILE, hf:FILE or sentencepiece"),
     ("text:{corpus}", "sentencepiece:{tmp}/none.model", "does not exist"),
     ("text:{corpus}", "sentencepiece:{tmp}/one/a.txt", "is not a sentencepiece model"),
     ("text:{corpus}", "sentencepiece", "could not train 100 pieces"),
@@ -161,7 +198,7 @@ def test_an_out_that_cannot_be_made_is_refused(corpus, tmp_path):
     (tmp_path / "file").write_text("x")
     for out in ("file", "file/below"):
         with pytest.raises(UserError, match="cannot be made"):
-            prepare.prepare(f"text:{corpus}", "bytes", str(tmp_path / out), 32, 0.1, 0)
+            make(f"text:{corpus}", "bytes", tmp_path / out)
 
 
 def test_data_of_another_source_is_not_taken_for_this_one(corpus, tmp_path):
@@ -184,7 +221,7 @@ def test_data_and_config_must_agree(prepared, tmp_path):
         with pytest.raises(UserError, match=message):
             loader.load(tiny_config(**changes), tmp_path)
     with pytest.raises(UserError, match="^record .* token id .* outside the vocabulary 0..49 .model.vocab_size=50.$"):
-        next(loader.train_batches(prepared, tiny_config(model=dict(vocab_size=50)), 0))
+        next(loader.train_batches(alone(prepared), tiny_config(model=dict(vocab_size=50)), 0))
     model = (prepared.directory / "tokenizer.model").read_bytes()
     (prepared.directory / "tokenizer.model").write_bytes(model[:-1] + b"?")
     with pytest.raises(UserError, match="tokenizer.model holds other bytes than were written"):

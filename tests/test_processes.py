@@ -91,7 +91,8 @@ def test_every_process_reads_its_rows(corpus, tmp_path):
         next(loader.train_batches(data, config, 3, rows)) for rows in (range(5), range(5, 8))]
     for name in ("tokens", "segments"):
         np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), every[name])
-    held = [list(loader.validation_batches(data, 8, 300, rows=rows)) for rows in ((), range(4), range(4, 8))]
+    dataset, = data.datasets
+    held = [list(loader.validation_batches(dataset, 8, 300, rows=rows)) for rows in ((), range(4), range(4, 8))]
     for whole, *halves in zip(*held):
         np.testing.assert_array_equal(np.concatenate([h["tokens"] for h in halves]), whole["tokens"])
     mesh = meshes.build(config)

@@ -148,7 +148,7 @@ def test_what_a_run_leaves(finished):
     train = [r for r in metrics.read(workdir / "metrics.jsonl") if r["split"] == "train"]
     assert list(train[0]) == ["step", "split", "tokens", "loss", "bits_per_byte", "balance_loss", "z_loss", "grad_norm",
                               "learning_rate", "tokens_per_second", "mfu_nominal", "mfu_realised", "step_seconds",
-                              "skipped_steps"]
+                              "skipped_steps", "data_wait", "epochs"]
     held = [r for r in metrics.read(workdir / "metrics.jsonl") if r["split"] == "validation"]
     assert len(held) == 1 and {"loss", "bits_per_byte"} <= set(held[0])
     routing = metrics.read(workdir / "routing.jsonl")

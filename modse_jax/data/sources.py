@@ -1,6 +1,15 @@
-"""Documents of a source, in a fixed order, and which of them are held out."""
+"""Documents of a source, read as streams, cut into parts that can be worked on apart; and which documents are held out.
+
+A source is named by a string: text:PATH, jsonl:PATH, parquet:PATH (a file, a folder or a glob; .gz and .zst are
+unpacked), tfds:NAME[/CONFIG][:SPLIT], or python_stdlib. Its parts, and so the prepared data, do not depend on how many
+processes work on them.
+"""
+import functools
 import glob
 import hashlib
+import io
+import itertools
+import json
 import pathlib
 import re
 import sysconfig
@@ -9,14 +18,73 @@ from typing import NamedTuple
 
 from modse_jax.config import UserError
 
-FORMS = "python_stdlib or text:PATH (a file, a folder, or a glob)"
+KINDS = ("text", "jsonl", "parquet", "tfds", "python_stdlib")
+FORMS = ("text:PATH, jsonl:PATH, parquet:PATH (a file, a folder, or a glob), tfds:NAME[/CONFIG][:SPLIT], or "
+         "python_stdlib")
 BLANK_LINE = re.compile(rb"\n\r?\n")
-PIECE_BYTES = 16384    # a lone text file is cut into documents of at least this size, at blank lines
+PIECE_BYTES = 16384       # a lone text file is cut into documents of at least this size, at blank lines
+LARGEST_PIECE = 8 * 2**20     # and, where there are no blank lines, of at most this, at any line
+PART_BYTES = 32 * 2**20   # of a source in a part
+LARGE_FILE = PART_BYTES   # a larger text file of a folder is cut like a lone one
+PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 
 class Document(NamedTuple):
+    """name: its path in the source, or a hash of its text where many share a file: what decides whether it is held
+    out, so that equal texts lie on the same side."""
     name: str
     text: bytes
+
+
+class Part(NamedTuple):
+    """A stretch of a source that one process reads. held_out: None: by name; else all of it or nothing."""
+    kind: str
+    files: tuple[tuple[str, str], ...]    # (name, path); tfds: (name[/config], split)
+    start: int                            # of a lone file, byte; parquet, row group; tfds, record
+    end: int                              # 0: to the end
+    cut: bool                             # text: many documents in a file
+    field: str
+    size: int                             # bytes on disk, or records (tfds)
+    held_out: bool | None = None
+
+    @property
+    def where(self) -> str:
+        first = self.files[0][1]
+        return f"{first}{f' and {len(self.files) - 1} more' if len(self.files) > 1 else ''}"
+
+
+def parts(source: str, field: str = "text", held_out: bool | None = None) -> list[Part]:
+    """The parts of a source, in order. Raises UserError where there is nothing, or not what its kind needs."""
+    kind, _, where = source.partition(":")
+    if kind == "tfds" and where:
+        return _tfds_parts(where, field, held_out)
+    found = files(source)
+    part = functools.partial(Part, kind, field=field, held_out=held_out)
+    if kind in ("jsonl", "parquet") or (kind == "text" and len(found) == 1):
+        return [p for name, path in found for p in _ranges(part, kind, name, path)]
+    out, group, size = [], [], 0
+    for name, path in found:
+        if path.stat().st_size > LARGE_FILE or path.suffix in PACKED:
+            out += _ranges(part, "text", name, path)
+            continue
+        group.append((name, str(path)))
+        size += path.stat().st_size
+        if size >= PART_BYTES:
+            out, group, size = [*out, part(tuple(group), 0, 0, False, size=size)], [], 0
+    return [*out, part(tuple(group), 0, 0, False, size=size)] if group else out
+
+
+def _ranges(part, kind, name, path):
+    """Parts of one file of many documents; a packed file is a single one, since it can only be read from its start."""
+    size, one = path.stat().st_size, ((name, str(path)),)
+    if kind == "parquet":
+        groups = _parquet(path, part.keywords["field"]).metadata.num_row_groups
+        return [part(one, g, g + 1, True, size=size // groups) for g in range(groups)]
+    if path.suffix in PACKED or size <= PART_BYTES:
+        return [part(one, 0, 0, True, size=size)]
+    starts = range(0, size, PART_BYTES)
+    return [part(one, start, start + PART_BYTES if start + PART_BYTES < size else 0, True,
+                 size=min(PART_BYTES, size - start)) for start in starts]
 
 
 def files(source: str) -> list[tuple[str, pathlib.Path]]:
@@ -27,12 +95,13 @@ def files(source: str) -> list[tuple[str, pathlib.Path]]:
         out = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py") if path.is_file()]
         skip = {"site-packages", "dist-packages", "__pycache__"}
         out = [(name, path) for name, path in out if not skip & set(pathlib.PurePosixPath(name).parts)]
-    elif kind == "text" and where:
+    elif kind in ("text", "jsonl", "parquet") and where:
         root = pathlib.Path(where).expanduser()
         if root.is_file():
             out = [(root.name, root)]
         elif root.is_dir():
-            out = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*") if path.is_file()]
+            out = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*") if path.is_file()
+                   and (kind == "text" or f".{kind}" in path.suffixes)]
         else:
             out = [(match, pathlib.Path(match)) for match in glob.glob(str(root), recursive=True)
                    if pathlib.Path(match).is_file()]
@@ -44,40 +113,199 @@ def files(source: str) -> list[tuple[str, pathlib.Path]]:
 
 
 def size(source: str) -> int:
-    """Bytes of all files of a source."""
-    return sum(path.stat().st_size for _, path in files(source))
+    """Bytes of all files of a source; 0 for tfds, which does not say."""
+    return 0 if source.startswith("tfds:") else sum(path.stat().st_size for _, path in files(source))
 
 
-def documents(source: str) -> Iterator[Document]:
-    """Every document: one per file; of a single text file, runs of paragraphs of at least PIECE_BYTES."""
-    found = files(source)
-    for name, path in found:
-        try:
-            text = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        if source.startswith("text:") and len(found) == 1:
-            yield from _pieces(name, text)
-        else:
-            yield Document(name, text)
+def read(part: Part) -> Iterator[Document]:
+    """The documents of a part, one after another. Raises UserError where the source is not what it should be."""
+    try:
+        yield from {"jsonl": _jsonl, "parquet": _rows, "tfds": _records}.get(part.kind, _texts)(part)
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot read {part.where}: {reason}; is the file whole?") from None
 
 
-def held_out(names: list[str], fraction: float) -> set[str]:
-    """The names whose hash falls below the fraction; at least one, and not all, where there are two or more.
-    A file stays on its side when others come or go."""
-    ranked = sorted(names, key=_hash)
-    count = sum(_hash(name) < fraction for name in ranked)
-    return set(ranked[:min(max(count, 1), len(ranked) - 1)]) if ranked else set()
+def documents(source: str, field: str = "text") -> Iterator[Document]:
+    """Every document of a source, in order."""
+    for part in parts(source, field):
+        yield from read(part)
 
 
-def _hash(name):
+# ---- which are held out ----------------------------------------------------------------------------------------------
+
+def place(name: str) -> float:
+    """A document's place in 0..1, by a hash of its name: held out are those below the fraction."""
     return int(hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:13], 16) / 16**13
 
 
-def _pieces(name, text):
-    start, number = 0, 0
-    while start < len(text):
-        blank = BLANK_LINE.search(text, start + PIECE_BYTES)
-        end = blank.end() if blank else len(text)
-        yield Document(f"{name}#{number:06d}", text[start:end])
-        start, number = end, number + 1
+def limit(below: int, least: float, greatest: float, fraction: float) -> float:
+    """Held out are the documents whose place lies below this: at least one, and not all, where there are two or more.
+
+    Args: how many places lie below the fraction; the least and the greatest place of all documents.
+    """
+    return min(fraction, greatest) if below else least + 16.0**-13
+
+
+# ---- kinds -----------------------------------------------------------------------------------------------------------
+
+def _texts(part):
+    for name, path in part.files:
+        if part.cut:
+            yield from _pieces(part, pathlib.Path(path))
+        else:
+            yield Document(name, pathlib.Path(path).read_bytes())
+
+
+def _open(path):
+    if path.suffix in PACKED:
+        import pyarrow  # here: only packed files need it
+        return io.BufferedReader(_Readable(pyarrow.input_stream(str(path), compression=PACKED[path.suffix])))
+    return open(path, "rb")
+
+
+class _Readable(io.RawIOBase):
+    """A stream of pyarrow's as one of Python's."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        data = self._stream.read(len(buffer))
+        buffer[:len(data)] = data
+        return len(data)
+
+
+def _pieces(part, path):
+    """Documents of at least PIECE_BYTES that end at borders. A part begins at the first border after its start, and
+    ends at the first after its end, so that parts meet."""
+    with _open(path) as file:
+        at, buffer = max(part.start - 1, 0), b""
+        if part.start:
+            file.seek(at)
+            skipped, buffer = _border(file, b"", 0)
+            at += len(skipped)
+        while not part.end or at < part.end:
+            least = min(PIECE_BYTES, part.end - 1 - at) if part.end else PIECE_BYTES
+            piece, buffer = _border(file, buffer, least)
+            if not piece:
+                return
+            at += len(piece)
+            yield _by_content(piece)
+
+
+def _border(file, buffer, least):
+    """(text up to the first border after `least` bytes, what was read beyond it). A border is a blank line; where there
+    is none for LARGEST_PIECE bytes, the last line end in them, or else the last character."""
+    most = least + LARGEST_PIECE
+    searched, whole = least, False
+    while True:
+        blank = BLANK_LINE.search(buffer, searched, most)
+        if blank:
+            return buffer[:blank.end()], buffer[blank.end():]
+        if len(buffer) >= most + 4:
+            end = buffer.rfind(b"\n", least, most) + 1 or most
+            while (buffer[end] & 0xC0) == 0x80:    # not inside a character
+                end += 1
+            return buffer[:end], buffer[end:]
+        if whole:
+            return buffer, b""
+        searched = max(least, len(buffer) - 2)
+        more = file.read(1 << 20)
+        whole, buffer = not more, buffer + more
+
+
+def _jsonl(part):
+    (_, path), = part.files
+    with _open(pathlib.Path(path)) as file:
+        at = part.start
+        if at:
+            file.seek(at - 1)
+            at += len(file.readline()) - 1    # the line in the middle belongs to the part before
+        for line in file:
+            if part.end and at >= part.end:
+                return
+            at += len(line)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                text = row[part.field]
+            except (ValueError, KeyError, TypeError) as error:
+                has = (f"has no field {part.field!r} (fields: {', '.join(map(str, row))})"
+                       if isinstance(error, KeyError) else "is not a JSON object")
+                raise UserError(f"{path}: the line before byte {at} {has}; name the text's field with --field, or "
+                                "data.field") from None
+            if not isinstance(text, str):
+                raise UserError(f"{path}: field {part.field!r} of the line before byte {at} is not text")
+            yield _by_content(text.encode("utf-8", "surrogatepass"))
+
+
+def _parquet(path, field):
+    import pyarrow
+    from pyarrow import parquet  # here: only this kind needs it
+    try:
+        file = parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} is not a Parquet file ({str(error).splitlines()[0][:120]})") from None
+    if field not in file.schema_arrow.names:
+        raise UserError(f"{path} has no column {field!r}; columns: {', '.join(file.schema_arrow.names)}; name the "
+                        "text's with --field, or data.field")
+    return file
+
+
+def _rows(part):
+    (_, path), = part.files
+    for batch in _parquet(path, part.field).iter_batches(256, [part.start], [part.field]):
+        for text in batch.column(0).to_pylist():
+            if not isinstance(text, str | bytes | None):
+                raise UserError(f"{path}: column {part.field!r} does not hold text")
+            yield _by_content(text.encode() if isinstance(text, str) else text or b"")
+
+
+def _tfds_source(name, split):
+    import tensorflow_datasets as tfds  # here: slow to import
+    try:
+        return tfds.data_source(name, split=split)
+    except ModuleNotFoundError:
+        raise UserError(_needs_tensorflow(name)) from None
+    except Exception as error:
+        if "tensorflow" in str(error).lower() and "pip install" in str(error).lower():
+            raise UserError(_needs_tensorflow(name)) from None
+        raise UserError(f"tfds:{name}, split {split!r}, cannot be opened: {' '.join(str(error).split())[:300]}; if it "
+                        "is not prepared yet: " + _needs_tensorflow(name)) from None
+
+
+def _needs_tensorflow(name):
+    return (f"preparing {name} takes TensorFlow, in any environment: pip install tensorflow tensorflow-datasets && "
+            f"tfds build {name} --file_format=array_record; then run this again")
+
+
+def _tfds_parts(where, field, held_out):
+    name, _, split = where.partition(":")
+    source = _tfds_source(name, split or "train")
+    if not len(source):
+        raise UserError(f"tfds:{where} has no records")
+    if field not in source[0]:
+        raise UserError(f"tfds:{where} has no field {field!r}; fields: {', '.join(source[0])}; name the text's with "
+                        "--field, or data.field")
+    step = 50_000    # records
+    return [Part("tfds", ((name, split or "train"),), start, min(start + step, len(source)), True, field,
+                 min(step, len(source) - start), held_out) for start in range(0, len(source), step)]
+
+
+def _records(part):
+    (name, split), = part.files
+    source = _tfds_source(name, split)
+    for ids in itertools.batched(range(part.start, part.end), 64) if hasattr(itertools, "batched") else \
+            (range(i, min(i + 64, part.end)) for i in range(part.start, part.end, 64)):
+        for record in source.__getitems__(list(ids)):
+            text = record[part.field]
+            yield _by_content(text.encode() if isinstance(text, str) else bytes(text))
+
+
+def _by_content(text):
+    return Document(hashlib.blake2b(text, digest_size=16).hexdigest(), text)

@@ -1,6 +1,7 @@
 """Bytes to token ids and back, exactly. Every tokenizer has pad, document-begin and document-end ids.
 
-A tokenizer is named by a string: "bytes", "sentencepiece:FILE", or "sentencepiece" (train one on the source).
+A tokenizer is named by a string: "bytes", "sentencepiece:FILE", "hf:FILE" (a tokenizer.json of the tokenizers library),
+or "sentencepiece" (train one on the source).
 """
 import hashlib
 import io
@@ -13,7 +14,7 @@ import sentencepiece
 
 from modse_jax.config import UserError
 
-KINDS = ("bytes", "sentencepiece")
+KINDS = ("bytes", "sentencepiece", "hf")
 SAMPLED_LINES = 40000
 # Line ends and the indent after them as single pieces: otherwise half of a program's tokens are white space.
 SYMBOLS = ["\n", "\n\n"] + ["\n" + "\u2581" * spaces for spaces in (2, 4, 8, 12, 16, 20, 24)]
@@ -84,7 +85,59 @@ class SentencePiece:
         return self._model
 
 
-Tokenizer = Bytes | SentencePiece
+class HuggingFace:
+    """A tokenizer.json with byte-level pieces. What it lacks of pad, begin and end is added to its vocabulary."""
+    kind = "hf"
+    NAMES = (("pad_id", ("<pad>", "[PAD]", "<|padding|>", "<|pad|>")),
+             ("bos_id", ("<bos>", "<s>", "<|begin_of_text|>")),
+             ("eos_id", ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>")))
+
+    def __init__(self, model: bytes):
+        import tokenizers
+        self._tokenizer = t = tokenizers.Tokenizer.from_buffer(model)
+        for name, spellings in self.NAMES:
+            found = [s for s in spellings if t.token_to_id(s) is not None]
+            if not found:
+                t.add_special_tokens([spellings[0]])
+            setattr(self, name, t.token_to_id((found or spellings)[0]))
+        t.encode_special_tokens = True    # a text that spells "<pad>" is text
+        t.no_truncation()
+        t.no_padding()
+        self.vocab_size, self._model = t.get_vocab_size(), t.to_str().encode()
+        self._special = {self.pad_id, self.bos_id, self.eos_id}
+        probe = PROBE + b" ".join(s.encode() for _, spellings in self.NAMES for s in spellings)
+        if self.decode(self.encode(probe)) != probe:
+            raise UserError("the tokenizer loses text (it normalises, adds or drops spaces, or is not byte-level), so "
+                            "bits per byte would be wrong; train one with modse_jax.data.train_tokenizer --kind=hf")
+
+    def encode(self, text: bytes) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[bytes]) -> list[np.ndarray]:
+        """Token ids of each text, over all cores."""
+        encoded = self._tokenizer.encode_batch_fast([t.decode("utf-8") for t in texts], add_special_tokens=False)
+        return [np.array(e.ids, np.int32) for e in encoded]
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        # By pieces, not as text: text would replace a byte sequence that is cut in the middle of a character.
+        pieces = (self._tokenizer.id_to_token(int(i)) for i in ids if i not in self._special and i < self.vocab_size)
+        return b"".join(bytes(BYTE_OF[c] for c in piece) if all(c in BYTE_OF for c in piece) else piece.encode()
+                        for piece in pieces if piece is not None)
+
+    def serialized(self) -> bytes:
+        return self._model
+
+
+def _byte_level():
+    """{sign: byte} of the byte-level alphabet that GPT-2 introduced: printable bytes stand for themselves, the others
+    for signs from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTE_OF = _byte_level()
+Tokenizer = Bytes | SentencePiece | HuggingFace
 
 
 def load(spec: str) -> Tokenizer:
@@ -92,8 +145,8 @@ def load(spec: str) -> Tokenizer:
     kind, _, file = spec.partition(":")
     if kind == "bytes" and not file:
         return Bytes()
-    if kind != "sentencepiece" or not file:
-        raise UserError(f"tokenizer {spec!r} must be bytes, sentencepiece:FILE or sentencepiece")
+    if kind not in KINDS[1:] or not file:
+        raise UserError(f"tokenizer {spec!r} must be bytes, sentencepiece:FILE, hf:FILE or sentencepiece")
     path = pathlib.Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"tokenizer file {path} does not exist")
@@ -104,9 +157,12 @@ def from_serialized(kind: str, model: bytes, name: str) -> Tokenizer:
     if kind == "bytes":
         return Bytes()
     try:
-        return SentencePiece(model)
-    except RuntimeError:
-        raise UserError(f"{name} is not a sentencepiece model") from None
+        return SentencePiece(model) if kind == "sentencepiece" else HuggingFace(model)
+    except UserError:
+        raise
+    except Exception:    # whatever the library raises
+        raise UserError(f"{name} is not a {'sentencepiece model' if kind == 'sentencepiece' else 'tokenizer.json'}"
+                        ) from None
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -132,6 +188,22 @@ def train_sentencepiece(documents: Iterable[bytes], vocab_size: int) -> Sentence
     except RuntimeError as error:
         raise UserError(f"sentencepiece could not train {vocab_size} pieces on this source: {error}") from None
     return SentencePiece(out.getvalue())
+
+
+def train_hf(documents: Iterable[bytes], vocab_size: int) -> HuggingFace:
+    """A byte-level BPE that loses nothing, as GPT-2's, with digits apart. Deterministic for equal input."""
+    import tokenizers
+    t = tokenizers.Tokenizer(tokenizers.models.BPE())
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(individual_digits=True),
+                                                          tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    t.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[spellings[0] for _, spellings in HuggingFace.NAMES], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    lines = (line for text in documents for line in text.decode("utf-8").splitlines(keepends=True))
+    lines = _thin(lines, SAMPLED_LINES)
+    t.train_from_iterator(lines, trainer)
+    return HuggingFace(t.to_str().encode())
 
 
 def _thin(lines, limit):

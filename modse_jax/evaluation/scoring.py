@@ -9,7 +9,7 @@ import jax
 from modse_jax import integrity, processes
 from modse_jax import mesh as meshes
 from modse_jax.config import Config, UserError, from_dict
-from modse_jax.data import loader
+from modse_jax.data import loader, tokenizers
 from modse_jax.model import sampling, transformer
 from modse_jax.training import metrics, validation
 from modse_jax.training import step as steps
@@ -47,7 +47,7 @@ def open_run(workdir: pathlib.Path, step: int, batch_size: int) -> Run:
                             jax.eval_shape(lambda: steps.initial_state(config)))
     data = processes.together(lambda: loader.load(config, workdir), first_alone=True)
     step = _sound(checkpoints, workdir, step,
-                        {"data": data.card["fingerprint"], "tokenizer": data.card["tokenizer"]})
+                        {"data": data.fingerprint, "tokenizer": tokenizers.fingerprint(data.tokenizer)})
     state, reason = checkpoints.restore(step, abstract)
     checkpoints.close()
     if reason:
@@ -138,11 +138,14 @@ def _write(workdir, step, limit, result):
 def validate(run: Run, limit: int, batch_size: int) -> tuple[dict, list[dict]]:
     """Loss over the held-out records, and routing by layer."""
     score = jax.jit(steps.make_score_step(run.config, run.mesh), out_shardings=meshes.replicated(run.mesh))
-    batches = loader.validation_batches(run.data, batch_size, run.config.model.vocab_size, limit,
-                                        meshes.local_rows(run.mesh, batch_size))
-    placed = (meshes.place(run.mesh, batch, batch_size) for batch in batches)
-    whole = not limit or limit >= len(run.data.splits["validation"])
-    result, statistics = validation.run(score, run.params, placed, run.data, whole)
+    scored = {}
+    for dataset in run.data.datasets:
+        batches = loader.validation_batches(dataset, batch_size, run.config.model.vocab_size, limit,
+                                            meshes.local_rows(run.mesh, batch_size))
+        placed = (meshes.place(run.mesh, batch, batch_size) for batch in batches)
+        whole = not limit or limit >= len(dataset.splits["validation"])
+        scored[dataset.name] = validation.run(score, run.params, placed, dataset, whole)
+    result, statistics = validation.together(scored)
     return result, metrics.routing_by_layer(statistics, run.config.widths)
 
 

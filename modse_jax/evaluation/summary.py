@@ -19,7 +19,7 @@ def summary(workdir: pathlib.Path, since: float) -> dict:
     result = json.loads(max(whole, key=lambda file: int(file.stem)).read_text()) if whole else {}
     if "loss" not in result:
         raise UserError(f"{workdir} holds no evaluation of the loss; run eval.py --workdir={workdir} first")
-    data = loader.load(scoring.read_config(workdir), workdir)
+    data, = loader.load(scoring.read_config(workdir), workdir).datasets
     text = b"".join(loader.documents(data, "validation"))
     if len(text) != data.card["splits"]["validation"]["bytes"]:
         raise RuntimeError("decoding the held-out records did not give back the bytes that were prepared")

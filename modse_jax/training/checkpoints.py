@@ -5,6 +5,7 @@ of every array), and a manifest of hashes. Old steps go by way of trash/, damage
 disk the flat hidden axis is in canonical order, expert after expert, whatever the run's placement: a run goes on, with
 the same function, on any mesh.
 """
+import contextlib
 import functools
 import os
 import pathlib
@@ -178,6 +179,13 @@ class Checkpoints:
         if processes.first():
             integrity.sync(self._directory)    # the rename that made the step appear
             self._prune()
+
+    def settle(self) -> None:
+        """Waits for the save under way, if any, whatever becomes of it: for a run that ends with another error. One of
+        several processes does not: the save may be waiting for one that has ended."""
+        if self._saving and not processes.several():
+            with contextlib.suppress(RunError):
+                self.wait()
 
     def close(self) -> None:
         """Waits for the last save; RunError where it has failed."""

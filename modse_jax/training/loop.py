@@ -1,4 +1,5 @@
 """The training run, read top to bottom."""
+import base64
 import contextlib
 import dataclasses
 import faulthandler
@@ -30,7 +31,7 @@ from modse_jax.config import (
     from_dict,
     to_flat_dict,
 )
-from modse_jax.data import loader, prepare
+from modse_jax.data import loader, prepare, tokenizers
 from modse_jax.model import accounting, attention
 from modse_jax.moe import expert_ffn, sizing
 from modse_jax.training import metrics, validation
@@ -72,15 +73,18 @@ def _train(config, workdir, stop, locks):
 
     # ---- data -------------------------------------------------------------------------------------------------------
     data = processes.together(lambda: loader.load(config, workdir), first_alone=True)
-    processes.agree({"the data": json.dumps(data.card)})
-    say(prepare.summary(data.card))
+    processes.agree({"the data": data.fingerprint})
+    for dataset in data.datasets:
+        say(prepare.summary(dataset.card))
 
     # ---- state: of the newest sound checkpoint, or a fresh one -------------------------------------------------------
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every,
                               order=sizing.column_order(config.widths, placement))
-    meta = {"config": dataclasses.asdict(config), "data": data.card["fingerprint"], "card": data.card,
-            "tokenizer": data.card["tokenizer"], "code": processes.source_digest(), "devices": mesh.size,
-            "skipped_data": [], "validation_loss": None}
+    locks.callback(checkpoints.settle)
+    meta = {"config": dataclasses.asdict(config), "data": data.fingerprint,
+            "tokenizer": tokenizers.fingerprint(data.tokenizer), "tokenizer_model": _text(data.tokenizer.serialized()),
+            "cards": [dataset.card for dataset in data.datasets], "code": processes.source_digest(),
+            "devices": mesh.size, "skipped_data": [], "validation_loss": None}
     latest, state, damaged, rewind_to = _restored(checkpoints, abstract, meta, t.rewind)
     finished = latest >= t.steps
 
@@ -122,11 +126,11 @@ def _train(config, workdir, stop, locks):
     batches = loader.train_batches(data, config, _batch_number(latest, meta),
                                    meshes.local_rows(mesh, t.batch_size))
     step, pending, code = latest, None, FINISHED
-    interval_start, interval_first = time.perf_counter(), latest
+    interval_start, interval_first, waited = time.perf_counter(), latest, 0.0
 
     def read(step, values):
         """Waits for a step; logs it where due; True where the run has diverged."""
-        nonlocal interval_start, interval_first
+        nonlocal interval_start, interval_first, waited
         if values.fault:
             event = {"step": step, "fault": steps.FAULTS[int(values.fault)], "loss": str(values.loss),
                      "grad_norm": str(values.grad_norm),
@@ -137,9 +141,13 @@ def _train(config, workdir, stop, locks):
         diverged = int(values.nonfinite_in_a_row) >= t.max_nonfinite_steps
         if step % t.log_every == 0 or step == t.steps or diverged:
             values = jax.device_get(values)
-            seconds = (time.perf_counter() - interval_start) / (step - interval_first)
-            interval_start, interval_first = time.perf_counter(), step
-            row = metrics.train_row(config, step, values, seconds, data.bytes_per_token("train"), peak)
+            now, taken = time.perf_counter(), _batch_number(step, meta)
+            seconds, share_waited = (now - interval_start) / (step - interval_first), waited / (now - interval_start)
+            interval_start, interval_first, waited = now, step, 0.0
+            row = metrics.train_row(config, step, values, seconds, data.training_bytes_per_token, peak)
+            row |= {"data_wait": share_waited, "epochs": loader.epochs(data, config, taken)}
+            if len(data.datasets) > 1:
+                row["tokens_by_source"] = loader.tokens_by_dataset(data, config, taken)
             layers = metrics.routing_by_layer(values.statistics, config.widths, placement)
             writer.write(row, layers)
             say(metrics.console_line(row, layers, t.steps))
@@ -148,14 +156,16 @@ def _train(config, workdir, stop, locks):
 
     def validate():
         """Held-out loss, logged; None where a signal came meanwhile: the next start makes up for it."""
-        batches_held = _until_asked(stop, t.hang_minutes, loader.validation_batches(
-            data, config.evaluation.batch_size, config.model.vocab_size,
-            rows=meshes.local_rows(mesh, config.evaluation.batch_size)))
-        placed = (meshes.place(mesh, b, config.evaluation.batch_size) for b in batches_held)
+        size, scored = config.evaluation.batch_size, {}
         try:
-            result, routing = validation.run(score, state.params, placed, data, whole=True)
+            for dataset in data.datasets:
+                held = _until_asked(stop, t.hang_minutes, loader.validation_batches(
+                    dataset, size, config.model.vocab_size, rows=meshes.local_rows(mesh, size)))
+                placed = (meshes.place(mesh, b, size) for b in held)
+                scored[dataset.name] = validation.run(score, state.params, placed, dataset, whole=True)
         except Stopped:
             return None
+        result, routing = validation.together(scored)
         writer.write({"step": step, "split": "validation", **result},
                      metrics.routing_by_layer(routing, config.widths, placement))
         say(f"step {step}/{t.steps}  validation loss {result['loss']:.4f}  {result['bits_per_byte']:.4f} bits/byte")
@@ -166,7 +176,10 @@ def _train(config, workdir, stop, locks):
         code = STOPPED
     while step < t.steps and code == FINISHED:
         _rearm(t.hang_minutes)
-        batch = meshes.place(mesh, next(batches), t.batch_size)
+        begin = time.perf_counter()
+        rows = next(batches)
+        waited += time.perf_counter() - begin
+        batch = meshes.place(mesh, rows, t.batch_size)
         if t.replay_check and (step + 1) % t.replay_check == 0:
             state, values, same = steps.run_twice(train_step, state, batch)
             if not same:
@@ -256,6 +269,10 @@ def _check_meta(meta, step, saved):
 def _batch_number(step, meta):
     """Which batch of data the step after `step` takes: ranges that a rewind skipped lie between."""
     return step + sum(count for first, count in meta["skipped_data"] if step >= first)
+
+
+def _text(model):
+    return base64.b64encode(model).decode()
 
 
 def _due(step, t):

@@ -83,6 +83,8 @@ def console_line(row: dict, layers: list[dict], total_steps: int) -> str:
             + (f"mfu {row['mfu_realised']:.0%}  " if row["mfu_realised"] is not None else "")
             + (f"dropped {dropped}  " if dropped else "")
             + (f"skipped {row['skipped_steps']}  " if row["skipped_steps"] else "")
+            + (f"waits for data {row['data_wait']:.0%}  " if row["data_wait"] > 0.05 else "")
+            + (f"epoch {max(row['epochs'].values()):.1f}  " if max(row["epochs"].values()) > 1 else "")
             + f"eta {duration(eta)}")
 
 
