@@ -1,4 +1,5 @@
 """Evaluate a checkpoint: python eval.py --workdir=runs/tiny [--step=N] [--suite=loss,routing,sample] [--limit=N]
+or draw the paper's analyses: python eval.py --workdir=runs/tiny --suite=analysis [--baselines=runs/tiny_baseline]
 or check every checkpoint's hashes: python eval.py --workdir=runs/tiny --suite=verify"""
 from absl import flags
 
@@ -11,6 +12,9 @@ SUITE = flags.DEFINE_list("suite", ["loss", "routing", "sample"], "What to run."
 LIMIT = flags.DEFINE_integer("limit", 0, "Validation records; 0 for all.", lower_bound=0)
 BATCH = flags.DEFINE_integer("batch_size", 0, "Sequences per batch; 0 for evaluation.batch_size.", lower_bound=0)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt of the sample suite; may be repeated.")
+BASELINES = flags.DEFINE_list("baselines", [], "Workdirs of equal-width runs on the same data, for suite analysis.")
+EARLIER = flags.DEFINE_integer("earlier", 0, "The step that suite analysis compares with; 0: the oldest.",
+                               lower_bound=0)
 flags.mark_flag_as_required("workdir")
 
 
@@ -21,6 +25,12 @@ def main() -> int:
         text, sound = scoring.verify(WORKDIR.value)
         print(text)
         return 0 if sound else 1
+    if SUITE.value == ["analysis"]:
+        from modse_jax.evaluation import analysis
+        print(analysis.write(WORKDIR.value, STEP.value, tuple(BASELINES.value), EARLIER.value, LIMIT.value,
+                             BATCH.value))
+        report.write(WORKDIR.value)
+        return 0
     if not all(PROMPT.value):
         raise UserError("--prompt is empty; give some text")
     result = scoring.evaluate(WORKDIR.value, STEP.value, tuple(SUITE.value), LIMIT.value, BATCH.value,

@@ -18,8 +18,8 @@ import pytest
 
 from modse_jax import mesh
 from modse_jax.config import Checkpoint, Config, Mesh, UserError, fields
-from modse_jax.data import loader
-from modse_jax.evaluation import report, scoring, summary
+from modse_jax.data import loader, prepare
+from modse_jax.evaluation import analysis, report, routing, scoring, summary
 from modse_jax.training import loop, metrics
 from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints
@@ -354,3 +354,44 @@ def test_bad_calls_end_in_one_line(args, message, tmp_path):
     lines = [line for line in err.splitlines() if line.strip()]
     assert code == 2 and len(lines) == 1 and message in lines[0], err
     assert not (tmp_path / "run").exists()
+
+
+# ---- analyses --------------------------------------------------------------------------------------------------------
+
+def test_traces_count_what_the_layers_count(finished):
+    """A second way to the same numbers: every token's experts, summed, are the statistics of the forward pass."""
+    _, workdir = finished
+    run = scoring.open_run(workdir, 0, 8)
+    trace = analysis.trace(run, 0, 8)
+    result = scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, 8, ())
+    counts = routing.counts_of(trace, run.config.widths)
+    assert counts.counts_YKE.tolist() != [x["tokens_per_expert_by_choice"] for x in result["routing"]["layers"]]
+    assert trace.nll_T.mean() == pytest.approx(result["loss"]["loss"], rel=1e-5)
+    assert len(trace.nll_T) == result["loss"]["tokens"] and trace.ids_YTK.shape == (2, len(trace.nll_T), 2)
+    np.testing.assert_allclose(trace.gates_YTK.sum(axis=2), 1, atol=1e-5)
+    # The layers also count positions that predict nothing: the last of a document that ends in a record.
+    everything = np.array([x["tokens_per_expert_by_choice"] for x in result["routing"]["layers"]])
+    assert (counts.counts_YKE <= everything).all()
+
+
+def test_an_analysis_beside_a_baseline_and_an_earlier_step(finished, tmp_path):
+    config, workdir = finished
+    shutil.copytree(workdir, tmp_path / "baseline")
+    said = analysis.write(str(workdir), 0, (str(tmp_path / "baseline"),), 0, 4, 0)
+    assert "moved since step 3" in said and "by baseline" in said and "by the model itself" in said
+    out = workdir / "report" / "analysis"
+    assert {p.name for p in out.iterdir()} >= {
+        "tokens_per_expert.png", "max_over_min.png", "coactivation.png", "difficult.png", "counts_step_3.csv",
+        "counts_step_6.csv", "counts_difficult.csv", "difficult.csv", "specialists.csv", "text.html"}
+    rows = [line.split(",") for line in (out / "difficult.csv").read_text().splitlines()[1:]]
+    assert {row[0] for row in rows} == {"by baseline", "by the model itself"}
+    assert all(float(row[4]) == 0 for row in rows)    # the baseline is the model itself
+    report.write(str(workdir))
+    assert "analysis/difficult.png" in (workdir / "report" / "index.html").read_text()
+    assert "loss of the next" in (out / "text.html").read_text()
+    card = json.loads((tmp_path / "baseline" / "data" / "card.json").read_text())
+    card["source"] = "other"
+    card["fingerprint"] = prepare.fingerprint(card)
+    (tmp_path / "baseline" / "data" / "card.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="was prepared with source 'other'|was trained on other data"):
+        analysis.write(str(workdir), 0, (str(tmp_path / "baseline"),), 0, 4, 0)

@@ -28,12 +28,12 @@ def write(workdir: str) -> None:
     newest = max(layer["step"] for layer in layers if layer["split"] == split)
     last = sorted((x for x in layers if x["split"] == split and x["step"] == newest), key=lambda x: x["layer"])
     captions = {
-        "loss.png": _save(out / "loss.png", _loss(rows)),
-        "expert_load.png": _save(out / "expert_load.png", _load_map(last, config.widths, f"{split}, step {newest}")),
-        "load_by_width.png": _save(out / "load_by_width.png",
+        "loss.png": save(out / "loss.png", _loss(rows)),
+        "expert_load.png": save(out / "expert_load.png", _load_map(last, config.widths, f"{split}, step {newest}")),
+        "load_by_width.png": save(out / "load_by_width.png",
                                    _load_by_width(last, config.widths, f"{split}, step {newest}")),
-        "balance.png": _save(out / "balance.png", _balance(layers)),
-        "straggler.png": _save(out / "straggler.png", _straggler(layers))}
+        "balance.png": save(out / "balance.png", _balance(layers)),
+        "straggler.png": save(out / "straggler.png", _straggler(layers))}
     _index(out / "index.html", workdir, rows, captions, straggler_table(last))
 
 
@@ -140,7 +140,7 @@ def _balance(layers):
     return figure, "Tokens of the busiest expert over the mean, per layer, in the logged steps."
 
 
-def _save(path, figure_and_caption):
+def save(path, figure_and_caption):
     figure, caption = figure_and_caption
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -155,6 +155,9 @@ def _index(path, workdir, rows, captions, stragglers):
     facts = ", ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in last.items())
     pictures = "\n".join(f'<h2>{html.escape(name)}</h2><p>{html.escape(caption)}</p><img src="{name}" alt="{name}">'
                          for name, caption in captions.items())
+    drawn = sorted((workdir / "report" / "analysis").glob("*.png"))
+    pictures += "".join(f'<h2>analysis: {p.stem}</h2><img src="analysis/{p.name}" alt="{p.stem}">' for p in drawn)
+    pictures += '<p><a href="analysis/text.html">A text, every token on the width that saw it</a></p>' if drawn else ""
     tables = "".join(f"<h2>eval of step {file.stem}</h2><pre>{html.escape(scoring.console(result))}</pre>"
                      for file, result in _evaluations(workdir))
     path.write_text(f"""<!doctype html><meta charset="utf-8"><title>{html.escape(workdir.name)}</title>

@@ -23,6 +23,7 @@ class Output(NamedTuple):
     z_loss: jax.Array
     statistics: RouterStatistics    # every array with a leading axis of layers
     cache: tuple | None             # keys, values [layers, B, S, G, C]
+    choices: tuple | None           # gates, expert ids [layers, B, L, K], where asked for
 
 
 def build(config: Config, mesh: Mesh | None = None) -> "Transformer":
@@ -63,11 +64,12 @@ class Block(nnx.Module):
         self.moe_norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.moe = MoELayer(config, mesh, rngs)
 
-    def __call__(self, x_BLD, place, valid_BL, cache=None):
+    def __call__(self, x_BLD, place, valid_BL, cache=None, trace=False):
         y_BLD, cache = self.attention(self.attention_norm(x_BLD), place, cache)
         x_BLD = x_BLD + y_BLD
-        y_BLD, balance_loss, z_loss, statistics = self.moe(self.moe_norm(x_BLD), valid_BL)
-        return x_BLD + y_BLD, cache, balance_loss, z_loss, statistics
+        seen_BLD = self.moe_norm(x_BLD)
+        y_BLD, *losses_and_statistics = self.moe(seen_BLD, valid_BL)
+        return x_BLD + y_BLD, cache, *losses_and_statistics, self.moe.choices(seen_BLD) if trace else None
 
 
 class Transformer(nnx.Module):
@@ -90,10 +92,10 @@ class Transformer(nnx.Module):
         x_BLD, out = self.hidden(tokens_BL, segments_BL)
         return self.logits(x_BLD), out
 
-    def hidden(self, tokens_BL, segments_BL):
-        """(x_BLD after the last norm, Output) of packed rows."""
+    def hidden(self, tokens_BL, segments_BL, trace: bool = False):
+        """(x_BLD after the last norm, Output) of packed rows. trace: with every token's experts."""
         place = attention.packed_place(segments_BL, self.config)
-        x_BLD, out = self._run(self._embed(tokens_BL), place, segments_BL > 0, None)
+        x_BLD, out = self._run(self._embed(tokens_BL), place, segments_BL > 0, None, trace)
         return x_BLD, out._replace(cache=None)
 
     def cached(self, tokens_BL, positions_BL, valid_BL, cache):
@@ -137,20 +139,21 @@ class Transformer(nnx.Module):
         """Its batch over all devices: weights that are cut along the model width must not cut activations there."""
         return x_BLD if self.mesh is None else jax.lax.with_sharding_constraint(x_BLD, meshes.batch(self.mesh))
 
-    def _run(self, x_BLD, place, valid_BL, cache):
+    def _run(self, x_BLD, place, valid_BL, cache, trace=False):
         graph, stacked = nnx.split(self.blocks)
 
         def block(x_BLD, layer):
             weights, layer_cache = layer
-            x_BLD, layer_cache, *rest = nnx.merge(graph, weights)(self._spread(x_BLD), place, valid_BL, layer_cache)
+            x_BLD, layer_cache, *rest = nnx.merge(graph, weights)(self._spread(x_BLD), place, valid_BL, layer_cache,
+                                                                  trace)
             return x_BLD, (layer_cache if cache is not None else None, *rest)
 
         if self.config.remat != "none":
             block = jax.checkpoint(block, prevent_cse=False, policy=_saved(self.config.remat))
         elif self.mesh is not None and self.mesh.shape[meshes.FSDP] > 1:    # else every layer's whole weights are kept
             block = jax.checkpoint(block, prevent_cse=False, policy=_all_but_gathered_weights)
-        x_BLD, (cache, balance_loss, z_loss, statistics) = jax.lax.scan(block, x_BLD, (stacked, cache))
-        return self.final_norm(x_BLD), Output(jnp.sum(balance_loss), jnp.sum(z_loss), statistics, cache)
+        x_BLD, (cache, balance_loss, z_loss, statistics, choices) = jax.lax.scan(block, x_BLD, (stacked, cache))
+        return self.final_norm(x_BLD), Output(jnp.sum(balance_loss), jnp.sum(z_loss), statistics, cache, choices)
 
 
 def _all_but_gathered_weights(primitive, *_, **params):

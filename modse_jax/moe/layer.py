@@ -36,10 +36,7 @@ class MoELayer(nnx.Module):
             self.router_noise_scale = nnx.Param(jnp.ones((E,)))
 
     def __call__(self, x_BLD, valid_BL):
-        routed = router.RouterWeights(self.router_gate[...])
-        if self.config.gate_term == "learned":
-            routed = router.RouterWeights(
-                self.router_gate[...], self.router_noise[...], self.router_noise_scale[...])
+        routed = self._router()
         experts = expert_ffn.ExpertWeights(self.w_gate[...], self.w_up[...], self.w_down[...])
         if self.mesh is None or self.mesh.size == 1:
             return self._local(x_BLD, valid_BL, routed, experts, lambda sums: sums)
@@ -49,6 +46,17 @@ class MoELayer(nnx.Module):
         return jax.shard_map(
             functools.partial(self._local, reduce=reduce), mesh=self.mesh, in_specs=(rows, rows, whole, cut),
             out_specs=(rows, whole, whole, whole), check_vma=False)(x_BLD, valid_BL, routed, experts)
+
+    def choices(self, x_BLD):
+        """(gates_BLK, ids_BLK) of every token: the same as __call__'s, for looking at."""
+        logits_TE = router.gate_logits(x_BLD.reshape(-1, x_BLD.shape[-1]), self._router(), self.eps)
+        return tuple(a.reshape(*x_BLD.shape[:2], -1) for a in router.gates(logits_TE, self.config.top_k,
+                                                                           self.config.gate))
+
+    def _router(self):
+        if self.config.gate_term == "learned":
+            return router.RouterWeights(self.router_gate[...], self.router_noise[...], self.router_noise_scale[...])
+        return router.RouterWeights(self.router_gate[...])
 
     def _local(self, x_BLD, valid_BL, routed, experts, reduce):
         """On one device: its tokens, all of the router, its share of the experts."""

@@ -169,15 +169,16 @@ def _same_bits(a, b):
     return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(same, a, b))))
 
 
-def make_score_step(config: Config, mesh=None) -> Callable:
-    """score(params, batch) -> (nll_BL nats, weights_BL, router statistics), dropless whatever the config says."""
+def make_score_step(config: Config, mesh=None, trace: bool = False) -> Callable:
+    """score(params, batch) -> (nll_BL nats, weights_BL, router statistics), dropless whatever the config says; with
+    trace also (inputs_BL, gates and expert ids [layers, B, L, K])."""
     graph, _ = transformer.build_abstract(transformer.for_evaluation(config), mesh)
 
     def score(params, batch):
         inputs, segments, targets, weights = inputs_and_targets(batch["tokens"], batch["segments"])
         model = nnx.merge(graph, params)
-        x_BLD, out = model.hidden(inputs, segments)
+        x_BLD, out = model.hidden(inputs, segments, trace)
         nll_BL = losses.nll(x_BLD, model.head_weight(), targets, config.training.loss_chunk, mesh)
-        return nll_BL, weights, out.statistics
+        return (nll_BL, weights, out.statistics) + ((inputs, *out.choices) if trace else ())
 
     return score
