@@ -20,11 +20,11 @@ from modse_jax import mesh as meshes
 from modse_jax.config import Data, Mesh, RunError, UserError
 from modse_jax.data import loader, prepare
 from modse_jax.evaluation import scoring
+from modse_jax.lock import Lock
 from modse_jax.training import checkpoints as module
 from modse_jax.training import loop, metrics, validation
 from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import REWRITTEN, Checkpoints
-from modse_jax.training.lock import Lock
 from tests.conftest import tiny_config
 from tests.test_run import config_for, state_of
 from tests.test_step import batch, initial_state
@@ -194,15 +194,24 @@ def test_symlinks_are_refused(copy, tmp_path):
 
 
 def test_a_second_writer_is_refused_by_name(tmp_path):
-    first = Lock(tmp_path / "run" / "checkpoints")
+    path = tmp_path / "run" / "checkpoints" / ".lock"
+    first = Lock(path, "run is in use")
     with pytest.raises(UserError, match=rf"run is in use by process {os.getpid()} on .*, since 20"):
-        Lock(tmp_path / "run" / "checkpoints")
+        Lock(path, "run is in use")
     first.release()
-    Lock(tmp_path / "run" / "checkpoints").release(leave_no_trace=True)
-    assert (tmp_path / "run" / "checkpoints").exists()    # the first made it
-    second = Lock(tmp_path / "other" / "checkpoints")
+    Lock(path, "").release(leave_no_trace=True)
+    assert path.parent.exists()    # the first made it
+    second = Lock(tmp_path / "other" / ".lock", "")
     second.release(leave_no_trace=True)
     assert not (tmp_path / "other").exists()
+
+
+def test_an_old_step_with_a_flipped_bit_is_not_counted_and_stops_nothing(copy, state):
+    faults.flip(copy / "00000002" / "meta" / "metadata", random.Random(0))
+    checkpoints = Checkpoints(copy, 2)
+    checkpoints.save(at(state, 4), NOTHING)
+    checkpoints.close()
+    assert {3, 4} <= set(checkpoints.steps()) and not checkpoints.verify(3)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -307,7 +316,7 @@ def test_a_signal_before_the_first_step_loses_nothing(corpus, tmp_path, monkeypa
     monkeypatch.setattr(steps, "lower", interrupted)
     assert loop.train(config_for(corpus), str(tmp_path / "run")) == loop.STOPPED
     assert "stopped before the first step" in capsys.readouterr().err
-    Lock(tmp_path / "run" / "checkpoints").release()    # it is free again
+    Lock(tmp_path / "run" / "checkpoints" / ".lock", "").release()    # it is free again
 
 
 def test_a_hang_prints_every_stack_and_ends(tmp_path):

@@ -1,6 +1,8 @@
 """Sources of every kind, prepared by any number of processes and after kills: the same records."""
 import gzip
 import json
+import os
+import pathlib
 import random
 import subprocess
 import sys
@@ -51,7 +53,7 @@ def same_records(a, b):
             np.testing.assert_array_equal(x["segments"], y["segments"])
 
 
-def test_the_same_text_in_every_form_gives_the_same_records(tmp_path, monkeypatch):
+def test_the_same_text_in_every_form_gives_the_same_records(tmp_path):
     (tmp_path / "play.txt").write_text(play())
     texts = [d.text.decode() for d in sources.documents(f"text:{tmp_path / 'play.txt'}")]
     assert len(texts) > 5 and "".join(texts) == play()
@@ -64,18 +66,19 @@ def test_the_same_text_in_every_form_gives_the_same_records(tmp_path, monkeypatc
         out.write(play().encode())
     parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "a.parquet", row_group_size=4)
     TinyTexts.texts = texts
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     TinyTexts(data_dir=str(tmp_path / "tfds"), file_format="array_record").download_and_prepare()
-    monkeypatch.setattr(sources, "_tfds_source", lambda name, split: TinyTexts(
-        data_dir=str(tmp_path / "tfds"), file_format="array_record").as_data_source(split=split))
     make(f"text:{tmp_path / 'play.txt'}", "bytes", tmp_path / "plain", fraction=0.3)
     # Parquet in groups of four documents, so in parts with padding of their own: concat would differ at their ends.
     for source, field in ((f"jsonl:{tmp_path / 'a.jsonl'}", "text"), (f"jsonl:{tmp_path / 'a.jsonl.gz'}", "text"),
-                          (f"jsonl:{tmp_path / 'b.jsonl.zst'}", "text"), (f"text:{tmp_path / 'play.txt.zst'}", "text"),
-                          ("tfds:tiny_texts", "text")):
+                          (f"jsonl:{tmp_path / 'b.jsonl.zst'}", "text"), (f"text:{tmp_path / 'play.txt.zst'}", "text")):
         out = tmp_path / source.replace("/", "_")
         make(source, "bytes", out, fraction=0.3, field=field)
         same_records(tmp_path / "plain", out)
+    # In a process that does not know the builder's class, as a user's.
+    subprocess.run([sys.executable, "-m", "modse_jax.data.prepare", "--source=tfds:tiny_texts", "--tokenizer=bytes",
+                    "--sequence_length=32", "--validation_fraction=0.3", f"--out={tmp_path / 'from_tfds'}"], check=True,
+                   cwd=ROOT, env={**os.environ, "TFDS_DATA_DIR": str(tmp_path / "tfds")}, capture_output=True)
+    same_records(tmp_path / "plain", tmp_path / "from_tfds")
     parquet.write_table(pyarrow.table({"body": texts}), tmp_path / "whole.parquet")
     make(f"parquet:{tmp_path / 'whole.parquet'}", "bytes", tmp_path / "q", fraction=0.3, field="body")
     same_records(tmp_path / "plain", tmp_path / "q")
@@ -95,6 +98,17 @@ def test_parts_meet_and_hold_every_document_once(tmp_path, monkeypatch):
         assert len(cut) > 3 and b"".join(d.text for part in cut for d in part) == play(count=400).encode()
         lines = [d.text for p in sources.parts(f"jsonl:{tmp_path / 'a.jsonl'}") for d in sources.read(p)]
         assert lines == texts
+    rng = random.Random(0)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 50)
+    monkeypatch.setattr(sources, "LARGEST_PIECE", 200)
+    for _ in range(400):    # blank lines everywhere, nowhere, and just at the ends of parts
+        signs = rng.choice((b"ab\n", b"a\n\n\r", b"abcdefgh", b"aaaaaaaaaaaaaaa\n"))
+        text = bytes(rng.choice(signs) for _ in range(rng.randrange(1, 3000)))
+        (tmp_path / "fuzz.txt").write_bytes(text)
+        monkeypatch.setattr(sources, "PART_BYTES", rng.randrange(60, 700))
+        cut = [[d.text for d in sources.read(p)] for p in sources.parts(f"text:{tmp_path / 'fuzz.txt'}")]
+        assert b"".join(d for part in cut for d in part) == text
+    monkeypatch.setattr(sources, "PART_BYTES", 10**6)
     no_border = b"x" * 5000 + "\u4e16".encode() * 5000
     monkeypatch.setattr(sources, "LARGEST_PIECE", 1000)
     monkeypatch.setattr(sources, "PIECE_BYTES", 100)
@@ -156,9 +170,9 @@ def test_repeated_documents_are_counted_and_dropped_if_asked(tmp_path, monkeypat
     for i, digests in enumerate(([5, 6, 70], [5, 8, 6, 9], [70])):
         np.array(digests, np.uint64).tofile(tmp_path / f"{i}.hashes")
         paths.append(tmp_path / f"{i}.hashes")
-    assert prepare._repeated(paths) == [[], [0, 2], [0]]
+    assert [r.tolist() for r in prepare._repeated(paths)] == [[], [0, 2], [0]]
     monkeypatch.setattr(prepare, "FEW_DOCUMENTS", 1)    # in buckets
-    assert prepare._repeated(paths) == [[], [0, 2], [0]]
+    assert [r.tolist() for r in prepare._repeated(paths)] == [[], [0, 2], [0]]
 
 
 def test_a_validation_source_is_all_held_out(tmp_path):
@@ -193,6 +207,52 @@ def test_what_is_not_utf8(tmp_path, policy, count, message):
         return
     card = make(f"text:{tmp_path}/*.txt", "bytes", tmp_path / "out", 8, undecodable=policy)
     assert card["undecodable_documents"] == 1 and sum(c["documents"] for c in card["splits"].values()) == count
+
+
+def test_the_policy_reaches_texts_inside_files(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine and long enough"}\n{"text": "caf\xe9"}\n'
+                                       b'{"text": "well, also"}\n')
+    rows = pyarrow.array([b"fine and long enough", b"caf\xe9", b"well, also"], pyarrow.binary())
+    bad = pyarrow.Array.from_buffers(pyarrow.string(), 3, rows.buffers())
+    parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "a.parquet")
+    for source in (f"jsonl:{tmp_path / 'a.jsonl'}", f"parquet:{tmp_path / 'a.parquet'}"):
+        card = make(source, "bytes", tmp_path / source[:5], 4)
+        assert card["undecodable_documents"] == 1 and sum(c["documents"] for c in card["splits"].values()) == 2
+
+
+def test_a_part_is_not_prepared_twice_at_once_and_orphans_end(tmp_path):
+    held = prepare.Lock(tmp_path / "out.preparing", "x")
+    (tmp_path / "a.txt").write_text(play())
+    with pytest.raises(UserError, match="out is being prepared by process"):
+        make(f"text:{tmp_path / 'a.txt'}", "bytes", tmp_path / "out")
+    held.release()
+    code = ("import multiprocessing, os, time; from concurrent import futures; from modse_jax.data import prepare\n"
+            "if __name__ == '__main__':\n"
+            "    pool = futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), prepare._join)\n"
+            "    print(pool.submit(os.getpid).result(), flush=True)\n    time.sleep(60)")
+    (tmp_path / "parent.py").write_text(code)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(500):
+        state = pathlib.Path(f"/proc/{worker}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.01)
+    raise AssertionError("a worker outlived its parent")
+
+
+def test_a_byte_level_tokenizer_without_all_bytes_is_refused():
+    import tokenizers as library
+
+    from modse_jax.data import tokenizers
+    t = library.Tokenizer(library.models.BPE())
+    t.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.train_from_iterator(["plain text only"], library.trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    with pytest.raises(UserError, match="lacks pieces for .* of the 256 bytes"):
+        tokenizers.from_serialized("hf", t.to_str().encode(), "x")
 
 
 def test_records_are_serialized_as_tfds_does():
@@ -301,6 +361,9 @@ def test_mixtures_that_cannot_be_are_refused(mixed, tmp_path):
     make(f"text:{tmp_path / 'd.txt'}", "sentencepiece", tmp_path / "d", 64, vocab_size=290)
     with pytest.raises(UserError, match="was prepared with|does not match"):
         loader.load(tiny_config(data=dict(sequence_length=64, mixture=((names[0], 1.0), (str(tmp_path / "d"), 1.0)))),
+                    tmp_path)
+    with pytest.raises(UserError, match="was prepared with packing 'concat', but data.packing='best_fit'"):
+        loader.load(tiny_config(data=dict(sequence_length=64, packing="best_fit", mixture=((names[0], 1.0),))),
                     tmp_path)
     with pytest.raises(UserError, match="is not prepared data"):
         loader.check_source(tiny_config(data=dict(mixture=((str(tmp_path), 1.0),))), tmp_path)

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from modse_jax import integrity
 from modse_jax.config import Config, UserError
+from modse_jax.config import Data as Settings
 from modse_jax.data import prepare, sources, tokenizers
 
 HASHED_BYTES = 2**30    # larger data is compared by size when opened; its reader checks a hash of every chunk it reads
@@ -110,6 +111,8 @@ def _directories(d):
 
 def _checked(config, directories):
     datasets = tuple(open_prepared(directory) for directory in directories)
+    if len({dataset.name for dataset in datasets}) < len(datasets):    # told apart by their whole paths
+        datasets = tuple(dataset._replace(name=str(dataset.directory)) for dataset in datasets)
     for dataset in datasets:
         _check_card(config, dataset)
         if dataset.card["tokenizer"] != datasets[0].card["tokenizer"]:
@@ -373,4 +376,9 @@ def _check_card(config, dataset):
                                                                            and wanted != card["tokenizer"]):
         raise UserError(f"data.tokenizer={d.tokenizer} does not match {dataset.directory}, prepared with "
                         f"{card['tokenizer']}")
+    if _directories(d):    # what was decided when it was prepared
+        for name in set(prepare.OPTIONS) - {"source", "tokenizer", "sequence_length"}:
+            if getattr(d, name) not in (getattr(Settings(), name), card[name]):
+                raise UserError(f"{dataset.directory} was prepared with {name} {card[name]!r}, but data.{name}="
+                                f"{getattr(d, name)!r}; prepare it so, or leave the option out")
     _check_vocabulary(str(dataset.directory), card["vocab_size"], config)

@@ -8,6 +8,7 @@ document. best_fit: a document that fits into a record is never cut; records end
 Truncations Improve Language Modeling").
 """
 import bisect
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,14 +22,21 @@ class Packer:
         self._length, self._pad_id, self._best_fit = length, pad_id, kind == "best_fit"
         self._pieces, self._size, self._document = [], 0, 0
 
-    def add(self, ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        if self._best_fit:
-            self._pieces += [ids[i:i + self._length + 1] for i in range(0, max(len(ids) - 1, 1), self._length)]
-            return [self._filled()] if len(self._pieces) >= WINDOW else []
+    def add(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         self._document += 1
-        self._pieces.append((ids, np.full(len(ids), self._document, np.int32)))
-        self._size += len(ids)
-        return [self._cut(False)] if self._size > 512 * self._length else []
+        if self._best_fit:
+            for start in range(0, max(len(ids) - 1, 1), self._length):
+                self._pieces.append(ids[start:start + self._length + 1])
+                if len(self._pieces) >= WINDOW:
+                    yield self._filled()
+            return
+        step = 512 * self._length    # a long document goes through in slices
+        for start in range(0, len(ids), step):
+            piece = ids[start:start + step]
+            self._pieces.append((piece, np.full(len(piece), self._document, np.int32)))
+            self._size += len(piece)
+            if self._size > step:
+                yield self._cut(False)
 
     def rest(self) -> list[tuple[np.ndarray, np.ndarray]]:
         if self._best_fit:

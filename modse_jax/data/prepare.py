@@ -18,7 +18,9 @@ import pathlib
 import shutil
 import signal
 import sys
+import threading
 import time
+from array import array as Array
 from concurrent import futures
 
 import numpy as np
@@ -30,14 +32,15 @@ from tensorflow_datasets.core import example_serializer
 from modse_jax import integrity
 from modse_jax.config import PACKINGS, UNDECODABLE, Data, UserError
 from modse_jax.data import packing, sources, tokenizers
+from modse_jax.lock import Lock
 
 FORMAT = 3
 SPLITS = ("train", "validation")
 NAME, VERSION = "token_records", "1.0.0"
 BATCH_BYTES = 1 << 20     # of text tokenized at a time
 FEW_DOCUMENTS = 1_000_000    # whose hashes are compared all at once
-SAMPLED = 5000            # documents of a part on which both packings are compared
-SCANNED, SHARDS, PLAN = "scanned", "shards", "plan.json"
+SAMPLED = 100_000         # documents on which both packings are compared
+SCANNED, SHARDS, PLAN = "scanned", "shards", "plan"
 
 
 def prepare(data: Data, out: str, vocab_size: int, workers: int = 1) -> dict:
@@ -56,6 +59,8 @@ def prepare(data: Data, out: str, vocab_size: int, workers: int = 1) -> dict:
     parts = _parts(data)
     encoder = None if data.tokenizer == "sentencepiece" else tokenizers.load(data.tokenizer)
     partial, new = out.with_name(out.name + ".partial"), [p for p in out.parents if not p.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    held = Lock(out.with_name(out.name + ".preparing"), f"{out} is being prepared")
     try:
         _take_up(partial, data, vocab_size, parts, encoder)
         scan = _scan(data, parts, partial, workers)
@@ -64,10 +69,13 @@ def prepare(data: Data, out: str, vocab_size: int, workers: int = 1) -> dict:
         _finish(partial, out, card, encoder)
     except UserError:
         shutil.rmtree(partial, ignore_errors=True)
+        held.release(leave_no_trace=True)
         for folder in new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+    finally:
+        held.release(leave_no_trace=True)
     return card
 
 
@@ -86,14 +94,13 @@ def _take_up(partial, data, vocab_size, parts, encoder):
     plan = {"format": FORMAT, "data": {k: getattr(data, k) for k in OPTIONS}, "vocab_size": vocab_size,
             "tokenizer": tokenizers.fingerprint(encoder) if encoder else "",
             "parts": [[*p, stamp(p)] for p in parts]}
-    plan = json.loads(json.dumps(plan))
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        if integrity.read_json(partial / PLAN) == plan:
-            return
+    plan = hashlib.blake2b(json.dumps(plan).encode(), digest_size=16).hexdigest()
+    if (partial / PLAN).exists() and (partial / PLAN).read_text() == plan:
+        return
     shutil.rmtree(partial, ignore_errors=True)
     for folder in (SCANNED, SHARDS):
         (partial / folder).mkdir(parents=True)
-    integrity.write(partial / PLAN, json.dumps(plan))
+    integrity.write(partial / PLAN, plan)
 
 
 OPTIONS = ("source", "validation_source", "field", "tokenizer", "sequence_length", "validation_fraction", "packing",
@@ -129,7 +136,7 @@ def _scan(data, parts, partial, workers):
         limit = sources.limit(sum(f["below"] for f in mine), min(f["least"] for f in mine),
                               max(f["greatest"] for f in mine), data.validation_fraction)
     repeated = _repeated([partial / SCANNED / f"{i:05}.hashes" for i in range(len(parts))])
-    dropped = repeated if data.drop_duplicates else [[] for _ in parts]
+    dropped = repeated if data.drop_duplicates else [repeated[0][:0]] * len(parts)
     return _Scan(facts, limit, dropped, sum(map(len, repeated)))
 
 
@@ -138,14 +145,16 @@ def _scan_part(data, partial, number, part):
     if path.exists():
         return integrity.read_json(path)
     facts = dict(documents=0, bytes=0, empty=0, undecodable=0, below=0, least=1.0, greatest=0.0)
-    digests = []
+    digests = Array("Q")
     for name, text in _usable(part, data.undecodable, facts):
         where = sources.place(name)
         facts["documents"], facts["bytes"] = facts["documents"] + 1, facts["bytes"] + len(text)
         facts["below"] += where < data.validation_fraction
         facts["least"], facts["greatest"] = min(facts["least"], where), max(facts["greatest"], where)
         digests.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
-    np.array(digests, np.uint64).tofile(partial / SCANNED / f"{number:05}.hashes")
+    with open(partial / SCANNED / f"{number:05}.hashes", "wb") as file:
+        digests.tofile(file)
+    integrity.sync(partial / SCANNED / f"{number:05}.hashes")    # before the file that says that it is there
     integrity.write(path, json.dumps(facts))
     return facts
 
@@ -186,7 +195,8 @@ def _repeated(files, buckets=64):
         first = np.unique(digests, return_index=True)[1]
         found.append(np.delete(numbers, first))
     repeated = np.sort(np.concatenate(found))
-    return [(repeated[(repeated >= a) & (repeated < b)] - a).tolist() for a, b in zip(starts, starts[1:])]
+    edges = np.searchsorted(repeated, starts)
+    return [repeated[a:b] - start for a, b, start in zip(edges, edges[1:], starts)]
 
 
 def _trained(data, parts, scan, partial, vocab_size):
@@ -203,7 +213,7 @@ def _trained(data, parts, scan, partial, vocab_size):
 
 def _documents(data, limit, dropped, part):
     """(name, text, whether it is held out) of the part's documents that are used."""
-    dropped = set(dropped)
+    dropped = set(dropped.tolist())
     for number, (name, text) in enumerate(_usable(part, data.undecodable, dict(undecodable=0, empty=0))):
         if number not in dropped:
             yield name, text, part.held_out if part.held_out is not None else sources.place(name) < limit
@@ -214,8 +224,8 @@ def _documents(data, limit, dropped, part):
 def _encode(data, parts, scan, encoder, partial, workers):
     """The shards of every part; returns the card."""
     model = encoder.kind, encoder.serialized()
-    work = functools.partial(_encode_part, data, partial, model, scan.limit, scan.dropped)
-    facts = _over_parts(work, parts, workers, "tokenizing", data)
+    work = functools.partial(_encode_part, data, partial, model, scan.limit, max(20, SAMPLED // len(parts)))
+    facts = _over_parts(work, parts, workers, "tokenizing", data, scan.dropped)
     splits = {}
     for split in SPLITS:
         mine = [f[split] for f in facts]
@@ -228,16 +238,26 @@ def _encode(data, parts, scan, encoder, partial, workers):
         raise UserError(f"source {data.source!r} has {found} training tokens, fewer than one record of "
                         f"{data.sequence_length}; give more text or a shorter sequence_length")
     if not splits["validation"]["tokens"]:
-        raise UserError(f"validation_source {data.validation_source!r} has no tokens")
+        raise UserError(f"nothing is held out of {data.validation_source or data.source!r}; give more text, or a "
+                        "larger validation_fraction")
     sample = [size for f in facts for size in f["sizes"]]
     return {"format": FORMAT, **{k: getattr(data, k) for k in OPTIONS if k != "tokenizer"},
             "tokenizer": tokenizers.fingerprint(encoder), "vocab_size": encoder.vocab_size, **scan.counts,
             "waste": packing.waste(sample, data.sequence_length), "splits": splits,
-            "command": f"python -m modse_jax.data.prepare --source={data.source} --tokenizer={data.tokenizer} "
-                       f"--sequence_length={data.sequence_length} --out=DIR"}
+            "command": _command(data)}
 
 
-def _encode_part(data, partial, model, limit, dropped, number, part):
+def _command(data):
+    """What makes this data again."""
+    default, flags = Data(), [f"--source={data.source}", f"--tokenizer={data.tokenizer}"]
+    for name in OPTIONS:
+        value = getattr(data, name)
+        if name not in ("source", "tokenizer") and value != getattr(default, name):
+            flags.append(f"--{name}" if value is True else f"--{name}={value}")
+    return f"python -m modse_jax.data.prepare {' '.join(flags)} --out=DIR"
+
+
+def _encode_part(data, partial, model, limit, sampled, number, part, dropped):
     path = partial / SHARDS / f"{number:05}.json"
     if path.exists():
         return integrity.read_json(path)
@@ -249,10 +269,10 @@ def _encode_part(data, partial, model, limit, dropped, number, part):
         for (_, held), ids in zip(waiting, encoder.encode_batch([text for text, _ in waiting])):
             ids = np.concatenate(([encoder.bos_id], ids, [encoder.eos_id])).astype(np.int32)
             facts["validation" if held else "train"].add(ids)
-            if len(sizes) < SAMPLED:
+            if len(sizes) < sampled:
                 sizes.append(len(ids))
 
-    for _, text, held in _documents(data, limit, dropped[number], part):
+    for _, text, held in _documents(data, limit, dropped, part):
         facts["validation" if held else "train"].count(text)
         waiting.append((text, held))
         size += len(text)
@@ -261,6 +281,8 @@ def _encode_part(data, partial, model, limit, dropped, number, part):
             waiting, size = [], 0
     encoded()
     out = {split: f.close() for split, f in facts.items()} | {"sizes": sizes}
+    for split in SPLITS:
+        integrity.sync(partial / SHARDS / f"{split}-{number:05}")
     integrity.write(path, json.dumps(out))
     return out
 
@@ -355,8 +377,9 @@ def _finish(partial, out, card, encoder):
     card["files"] = {name: fact for name, fact in integrity.facts(partial).items() if name.split("/")[0] not in working}
     card["fingerprint"] = fingerprint(card)
     integrity.write(partial / "card.json", json.dumps(card, indent=2) + "\n")
-    for name in working:
-        shutil.rmtree(partial / name) if name != PLAN else (partial / name).unlink()
+    (partial / PLAN).unlink()    # first: without it nothing below is taken up again
+    for name in (SCANNED, SHARDS):
+        shutil.rmtree(partial / name)
     with contextlib.suppress(FileNotFoundError):
         out.rmdir()
     partial.rename(out)
@@ -371,17 +394,19 @@ def fingerprint(card: dict) -> str:
 
 # ---- many processes --------------------------------------------------------------------------------------------------
 
-def _over_parts(work, parts, workers, what, data):
-    """work(number, part) of every part, in order, in that many processes; a bar with documents/s, MB/s, time left."""
+def _over_parts(work, parts, workers, what, data, more=None):
+    """work(number, part[, its item of more]) of every part, in order, in that many processes; a bar with documents/s,
+    MB/s, time left."""
     unit = "rec" if data.source.startswith("tfds:") else "B"
     bar = tqdm.tqdm(total=sum(p.size for p in parts), unit=unit, unit_scale=True, desc=what, disable=None)
     results, documents, begin = [None] * len(parts), 0, time.monotonic()
-    tasks = [(work, number, part) for number, part in enumerate(parts)]
+    extra = [[item] for item in more] if more is not None else [[]] * len(parts)
+    tasks = [(work, number, part, *extra[number]) for number, part in enumerate(parts)]
     with contextlib.ExitStack() as stack:
         stack.callback(bar.close)
         if min(workers, len(parts)) > 1:
             pool = futures.ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"),
-                                               _ignore_signals)
+                                               _join)
             stack.callback(_end, pool)
             done = (f.result() for f in futures.as_completed([pool.submit(_call, task) for task in tasks]))
         else:
@@ -402,14 +427,16 @@ def _end(pool):
 
 
 def _call(task):
-    work, number, part = task
-    return number, work(number, part)
+    work, number, *arguments = task
+    return number, work(number, *arguments)
 
 
-def _ignore_signals():
-    """A scheduler signals a whole group: the parent decides, and takes its workers with it."""
+def _join():
+    """A worker's start. A scheduler signals a whole group: the parent decides. Where it dies, however it dies, its
+    workers must not go on writing."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -442,6 +469,7 @@ def main(argv=None):
     a = parser.parse_args(argv)
     if a.sequence_length < 2 or not 0 < a.validation_fraction < 1 or a.workers < 1:
         parser.error("--sequence_length must be >= 2, --validation_fraction between 0 and 1, --workers >= 1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)    # an end in order, workers and all
     try:
         data = Data(**{k: getattr(a, k) for k in OPTIONS})
         card = prepare(data, a.out, a.vocab_size, a.workers)

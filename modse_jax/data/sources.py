@@ -22,10 +22,11 @@ KINDS = ("text", "jsonl", "parquet", "tfds", "python_stdlib")
 FORMS = ("text:PATH, jsonl:PATH, parquet:PATH (a file, a folder, or a glob), tfds:NAME[/CONFIG][:SPLIT], or "
          "python_stdlib")
 BLANK_LINE = re.compile(rb"\n\r?\n")
+LOOK_BACK = 3             # bytes of the longest blank line, with the line end before it
 PIECE_BYTES = 16384       # a lone text file is cut into documents of at least this size, at blank lines
 LARGEST_PIECE = 8 * 2**20     # and, where there are no blank lines, of at most this, at any line
 PART_BYTES = 32 * 2**20   # of a source in a part
-LARGE_FILE = PART_BYTES   # a larger text file of a folder is cut like a lone one
+LARGE_FILE = 8 * 2**20    # a larger text file of a folder is cut like a lone one
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -121,9 +122,16 @@ def read(part: Part) -> Iterator[Document]:
     """The documents of a part, one after another. Raises UserError where the source is not what it should be."""
     try:
         yield from {"jsonl": _jsonl, "parquet": _rows, "tfds": _records}.get(part.kind, _texts)(part)
-    except (OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except (OSError, EOFError, *_arrow_errors(part)) as error:
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read {part.where}: {reason}; is the file whole?") from None
+
+
+def _arrow_errors(part):
+    if part.kind != "parquet":
+        return ()
+    import pyarrow
+    return (pyarrow.ArrowException,)
 
 
 def documents(source: str, field: str = "text") -> Iterator[Document]:
@@ -180,42 +188,70 @@ class _Readable(io.RawIOBase):
 
 
 def _pieces(part, path):
-    """Documents of at least PIECE_BYTES that end at borders. A part begins at the first border after its start, and
-    ends at the first after its end, so that parts meet."""
+    """Documents of at least PIECE_BYTES that end at borders. A part begins at the first border at or after its start,
+    and ends at the first at or after its end, so that parts meet."""
     with _open(path) as file:
-        at, buffer = max(part.start - 1, 0), b""
-        if part.start:
+        at = max(part.start - LOOK_BACK, 0)
+        if at:
             file.seek(at)
-            skipped, buffer = _border(file, b"", 0)
+        text = _Text(file)
+        if part.start:
+            skipped = text.take(part.start - at)
             at += len(skipped)
+            if part.end and at >= part.end:    # its first border lies past its end: the rest up to the next part's
+                text.give_back(skipped)
+                rest = text.take(part.end - (at - len(skipped)))[len(skipped):]
+                if rest:
+                    yield _by_content(rest)
+                return
         while not part.end or at < part.end:
-            least = min(PIECE_BYTES, part.end - 1 - at) if part.end else PIECE_BYTES
-            piece, buffer = _border(file, buffer, least)
+            piece = text.take(min(PIECE_BYTES, part.end - at) if part.end else PIECE_BYTES)
+            if part.end and at + len(piece) >= part.end:
+                text.give_back(piece)
+                piece = text.take(part.end - at)
             if not piece:
                 return
             at += len(piece)
             yield _by_content(piece)
 
 
-def _border(file, buffer, least):
-    """(text up to the first border after `least` bytes, what was read beyond it). A border is a blank line; where there
-    is none for LARGEST_PIECE bytes, the last line end in them, or else the last character."""
-    most = least + LARGEST_PIECE
-    searched, whole = least, False
-    while True:
-        blank = BLANK_LINE.search(buffer, searched, most)
-        if blank:
-            return buffer[:blank.end()], buffer[blank.end():]
-        if len(buffer) >= most + 4:
-            end = buffer.rfind(b"\n", least, most) + 1 or most
-            while (buffer[end] & 0xC0) == 0x80:    # not inside a character
-                end += 1
-            return buffer[:end], buffer[end:]
-        if whole:
-            return buffer, b""
-        searched = max(least, len(buffer) - 2)
-        more = file.read(1 << 20)
-        whole, buffer = not more, buffer + more
+class _Text:
+    """A file, taken up to borders. A border is the end of a blank line; where there is none for LARGEST_PIECE bytes,
+    the last end of a line in them, or else of a character. Where borders lie does not depend on where reading began."""
+
+    def __init__(self, file):
+        self._file, self._buffer, self._before, self._whole = file, b"", b"", False
+
+    def take(self, least: int) -> bytes:
+        """Up to the first border at or after `least` bytes; all that is left where there is none."""
+        end = self._border(least)
+        taken, self._buffer = self._buffer[:end], self._buffer[end:]
+        self._before = (self._before + taken)[-LOOK_BACK:]
+        return taken
+
+    def give_back(self, taken: bytes) -> None:
+        """Undoes the last take."""
+        self._buffer, self._before = taken + self._buffer, self._kept
+
+    def _border(self, least):
+        self._kept = self._before
+        shift, most, searched = len(self._before), least + LARGEST_PIECE, 0
+        while True:
+            blank = BLANK_LINE.search(self._before + self._buffer, max(searched, shift + least - LOOK_BACK))
+            while blank and blank.end() - shift < least:
+                blank = BLANK_LINE.search(self._before + self._buffer, blank.start() + 1)
+            if blank and blank.end() - shift <= most:
+                return blank.end() - shift
+            if len(self._buffer) >= most + LOOK_BACK:
+                end = self._buffer.rfind(b"\n", least, most) + 1 or most
+                while end < len(self._buffer) and (self._buffer[end] & 0xC0) == 0x80:    # not inside a character
+                    end += 1
+                return end
+            if self._whole:
+                return len(self._buffer)
+            searched = max(0, shift + len(self._buffer) - LOOK_BACK)
+            more = self._file.read(1 << 17)
+            self._whole, self._buffer = not more, self._buffer + more
 
 
 def _jsonl(part):
@@ -232,7 +268,7 @@ def _jsonl(part):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8", "surrogateescape"))    # what is not UTF-8 is for the caller
                 text = row[part.field]
             except (ValueError, KeyError, TypeError) as error:
                 has = (f"has no field {part.field!r} (fields: {', '.join(map(str, row))})"
@@ -241,7 +277,15 @@ def _jsonl(part):
                                 "data.field") from None
             if not isinstance(text, str):
                 raise UserError(f"{path}: field {part.field!r} of the line before byte {at} is not text")
-            yield _by_content(text.encode("utf-8", "surrogatepass"))
+            yield _by_content(_bytes(text))
+
+
+def _bytes(text):
+    """What the file held, be it UTF-8 or not; a lone surrogate that JSON spelt out is not."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
 
 
 def _parquet(path, field):
@@ -258,12 +302,15 @@ def _parquet(path, field):
 
 
 def _rows(part):
+    import pyarrow
     (_, path), = part.files
     for batch in _parquet(path, part.field).iter_batches(256, [part.start], [part.field]):
-        for text in batch.column(0).to_pylist():
-            if not isinstance(text, str | bytes | None):
-                raise UserError(f"{path}: column {part.field!r} does not hold text")
-            yield _by_content(text.encode() if isinstance(text, str) else text or b"")
+        column, kinds = batch.column(0), pyarrow.types
+        if not any(is_text(column.type) for is_text in (kinds.is_string, kinds.is_large_string, kinds.is_binary,
+                                                        kinds.is_large_binary)):
+            raise UserError(f"{path}: column {part.field!r} holds {column.type}, not text")
+        for text in column.cast(pyarrow.large_binary()).to_pylist():
+            yield _by_content(text or b"")
 
 
 def _tfds_source(name, split):
@@ -304,7 +351,10 @@ def _records(part):
             (range(i, min(i + 64, part.end)) for i in range(part.start, part.end, 64)):
         for record in source.__getitems__(list(ids)):
             text = record[part.field]
-            yield _by_content(text.encode() if isinstance(text, str) else bytes(text))
+            if not isinstance(text, str | bytes):
+                raise UserError(f"tfds:{name}: feature {part.field!r} is not text; name the text's with --field, or "
+                                "data.field")
+            yield _by_content(text.encode() if isinstance(text, str) else text)
 
 
 def _by_content(text):

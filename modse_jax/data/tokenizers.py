@@ -105,6 +105,10 @@ class HuggingFace:
         t.no_padding()
         self.vocab_size, self._model = t.get_vocab_size(), t.to_str().encode()
         self._special = {self.pad_id, self.bos_id, self.eos_id}
+        missing = [c for c, b in BYTE_OF.items() if t.token_to_id(c) is None and b not in NEVER_IN_UTF8]
+        if missing or max(t.get_vocab().values()) >= self.vocab_size:
+            raise UserError(f"the tokenizer lacks pieces for {len(missing)} of the 256 bytes, or its ids have gaps; "
+                            "train one with modse_jax.data.train_tokenizer --kind=hf")
         probe = PROBE + b" ".join(s.encode() for _, spellings in self.NAMES for s in spellings)
         if self.decode(self.encode(probe)) != probe:
             raise UserError("the tokenizer loses text (it normalises, adds or drops spaces, or is not byte-level), so "
@@ -137,6 +141,7 @@ def _byte_level():
 
 
 BYTE_OF = _byte_level()
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 Tokenizer = Bytes | SentencePiece | HuggingFace
 
 

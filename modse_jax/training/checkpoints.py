@@ -77,7 +77,7 @@ class Checkpoints:
         raises is no damage, and never leads to an older step.
         """
         damaged = []
-        for step in reversed(self.steps()):
+        for step in reversed(processes.from_first(self.steps)):
             if before and step >= before:
                 continue
             reason = processes.from_first(functools.partial(self.verify, step))
@@ -142,11 +142,11 @@ class Checkpoints:
         """
         step = int(state.step)
         self.wait()
-        if step in self.steps():
+        there, free = processes.from_first(lambda: [step in self.steps(), shutil.disk_usage(self._directory).free])
+        if there:
             return
         state = canonical(state, self._order)
         size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
-        free = shutil.disk_usage(self._directory).free
         if free < SPARE * size:
             raise RunError(f"no room to save step {step}: {self._directory} has {free / 2**20:,.0f} MiB free, "
                            f"{SPARE * size / 2**20:,.0f} are needed{self._last_good()}")
@@ -204,7 +204,8 @@ class Checkpoints:
             for entry in self._directory.glob(f"*{UNFINISHED}*"):
                 shutil.rmtree(entry, ignore_errors=True)
         self._manager.reload()
-        raise RunError(f"saving step {step} in {self._directory} failed: {str(error).splitlines()[0][:300]}"
+        reason = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise RunError(f"saving step {step} in {self._directory} failed: {reason}"
                        f"{self._last_good()}") from error
 
     def _last_good(self):
@@ -215,7 +216,7 @@ class Checkpoints:
     def _prune(self):
         """Moves away all but the newest `keep` that are whole, the best, and every keep_every-th; then deletes. A kill
         at any moment leaves every step either whole in its place or in trash/."""
-        whole = [s for s in self.steps() if not integrity.verify(self.path(s), REWRITTEN, hashes=False)]
+        whole = [s for s in self.steps() if not integrity.verify(self.path(s), REWRITTEN, hashes=s not in self._losses)]
         for step in whole:
             if step not in self._losses:
                 self._losses[step] = self.meta(step)["validation_loss"]

@@ -32,12 +32,12 @@ from modse_jax.config import (
     to_flat_dict,
 )
 from modse_jax.data import loader, prepare, tokenizers
+from modse_jax.lock import Lock
 from modse_jax.model import accounting, attention
 from modse_jax.moe import expert_ffn, sizing
 from modse_jax.training import metrics, validation
 from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints, Found
-from modse_jax.training.lock import Lock
 
 # What a run that was killed early may leave before it writes config.json, which says that the workdir holds a run.
 BEFORE_CONFIG = {"data", "data.partial", "checkpoints", "environment.json",
@@ -101,7 +101,7 @@ def _train(config, workdir, stop, locks):
     # ---- workdir: from here on the run writes ------------------------------------------------------------------------
     for line in checkpoints.start_writing(damaged, rewind_to):
         say(line)
-    validated = _validated(workdir, latest, t)
+    validated = processes.from_first(lambda: _validated(workdir, latest, t))
     if finished and validated:
         say(f"finished: {workdir} holds step {latest} of {t.steps}; nothing to do")
         checkpoints.close()
@@ -120,7 +120,7 @@ def _train(config, workdir, stop, locks):
     processes.wait()
 
     # ---- loop -------------------------------------------------------------------------------------------------------
-    writer = metrics.Writer(workdir, latest) if processes.first() else metrics.NoWriter()
+    writer = _writer(workdir, latest)
     bar = tqdm.tqdm(total=t.steps, initial=latest, unit="step", disable=None if processes.first() else True,
                     dynamic_ncols=True)
     batches = loader.train_batches(data, config, _batch_number(latest, meta),
@@ -229,7 +229,7 @@ def _train(config, workdir, stop, locks):
 def _lock(workdir, locks):
     """This process as the only writer of the workdir, until `locks` closes; without a trace where it closes on bad
     input."""
-    lock = Lock(workdir / "checkpoints")
+    lock = Lock(workdir / "checkpoints" / ".lock", f"{workdir} is in use")
     locks.push(lambda kind, *_: lock.release(leave_no_trace=kind is not None and issubclass(kind, UserError)))
 
 
@@ -269,6 +269,16 @@ def _check_meta(meta, step, saved):
 def _batch_number(step, meta):
     """Which batch of data the step after `step` takes: ranges that a rewind skipped lie between."""
     return step + sum(count for first, count in meta["skipped_data"] if step >= first)
+
+
+def _writer(workdir, latest):
+    if not processes.first():
+        return metrics.NoWriter()
+    try:
+        return metrics.Writer(workdir, latest)
+    except OSError as error:
+        raise RunError(f"cannot write the logs of {workdir}: {error.strerror}; make room and run the same command "
+                       "again") from None
 
 
 def _text(model):
@@ -429,7 +439,10 @@ def _check_space(workdir, abstract, config):
     state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract))
     needed = (config.checkpoint.keep + 1) * state
     parent = next(p for p in (workdir, *workdir.parents) if p.exists())
-    held = sum(f.stat().st_size for f in (workdir / "checkpoints").rglob("*") if f.is_file())
+    held = 0    # by steps that new ones will replace
+    for file in (workdir / "checkpoints").glob("[0-9]*/**/*"):
+        with contextlib.suppress(FileNotFoundError):    # of a run that is at work: the lock will tell
+            held += file.stat().st_size
     free = shutil.disk_usage(parent).free
     if free + held < needed:
         raise UserError(f"--workdir={workdir} has {free / 2**20:,.0f} MiB free, but {config.checkpoint.keep + 1} "
