@@ -1,4 +1,5 @@
 """Flags to a Config, and errors to one line and exit code 2, for train.py and eval.py."""
+import errno
 import os
 import signal
 import sys
@@ -65,6 +66,13 @@ def _exit_code(main):
         return _complain(error)
     except RunError as error:
         _complain(error)
+        processes.leave(FAILED)
+        return FAILED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        _complain(f"cannot write {error.filename or 'a file'}: {error.strerror}; make room and run the same command "
+                  "again")
         processes.leave(FAILED)
         return FAILED
     except KeyboardInterrupt:

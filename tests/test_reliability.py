@@ -319,6 +319,19 @@ def test_a_signal_before_the_first_step_loses_nothing(corpus, tmp_path, monkeypa
     Lock(tmp_path / "run" / "checkpoints" / ".lock", "").release()    # it is free again
 
 
+def test_a_second_signal_leaves_at_once_but_an_echo_does_not(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    stop = loop._Stop()
+    stop.in_loop(meshes.build(tiny_config()))
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)    # as make passes on what its whole group has got
+    assert stop.agreed() and not left
+    monkeypatch.setattr(loop, "SAME_SIGNAL", 0)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert left == [130]
+
+
 def test_a_hang_prints_every_stack_and_ends(tmp_path):
     code = "from modse_jax.training import loop; import time; loop._rearm(0.01); time.sleep(60)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,

@@ -60,6 +60,8 @@ def main(argv=None):
     parser.add_argument("--out", default=".", help="where lengths.png goes")
     a = parser.parse_args(argv)
     try:
+        if not pathlib.Path(a.out).is_dir():
+            raise UserError(f"--out={a.out} is not a directory")
         dataset = loader.open_prepared(pathlib.Path(a.data).expanduser().absolute())
         if not 0 <= a.record < len(dataset.splits[a.split]):
             raise UserError(f"--record={a.record}: {a.split} has records 0 to {len(dataset.splits[a.split]) - 1}")

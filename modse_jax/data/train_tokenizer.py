@@ -31,7 +31,9 @@ def main(argv=None):
         tokenizer = TRAINERS[a.kind](_decodable(a.source, a.field), a.vocab_size)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
-    out.write_bytes(tokenizer.serialized())
+    temporary = out.with_name(out.name + ".tmp")    # it appears whole or not at all
+    temporary.write_bytes(tokenizer.serialized())
+    temporary.replace(out)
     print(f"{out}: {tokenizer.vocab_size} pieces, {tokenizers.fingerprint(tokenizer)}")
 
 

@@ -43,6 +43,7 @@ from modse_jax.training.checkpoints import Checkpoints, Found
 BEFORE_CONFIG = {"data", "data.partial", "checkpoints", "environment.json",
                  "environment.json.tmp", "config.json.tmp"}
 FINISHED, DIVERGED, STOPPED, KILLED = 0, 3, 75, 130    # exit codes
+SAME_SIGNAL = 0.5
 
 
 def train(config: Config, workdir: str) -> int:
@@ -354,10 +355,10 @@ class Stopped(BaseException):
 
 class _Stop:
     """SIGTERM or Ctrl-C: in the loop a flag, before it Stopped. The second one leaves at once, which the atomic commit
-    of a checkpoint allows."""
+    of a checkpoint allows; but not one within SAME_SIGNAL seconds, since make and others pass a group's signal on."""
 
     def __init__(self):
-        self.asked, self._mesh, self._sent = False, None, None
+        self.asked, self._mesh, self._sent, self._first = False, None, None, 0.0
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._handle)
 
@@ -373,9 +374,11 @@ class _Stop:
         return before is not None and bool(before)
 
     def _handle(self, number, frame):
-        if self.asked:
+        if self.asked and time.monotonic() - self._first > SAME_SIGNAL:
             os._exit(KILLED)
-        self.asked = True
+        if self.asked:
+            return
+        self.asked, self._first = True, time.monotonic()
         if self._mesh is None:
             raise Stopped
         os.write(2, b"\nstopping after this step; once more to leave at once\n")    # print may be half-way itself
