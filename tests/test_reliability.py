@@ -309,6 +309,18 @@ def test_a_signal_during_validation_saves_and_the_next_start_validates(corpus, t
     assert loop.train(config, str(workdir)) == loop.FINISHED and "nothing to do" in capsys.readouterr().out
 
 
+def test_a_run_killed_while_it_prepared_its_data_starts_again(corpus, tmp_path):
+    code = ("from modse_jax.data import prepare; import os, sys; prepare._finish = lambda *a: os.kill(os.getpid(), 9)\n"
+            "sys.argv[0] = 'train.py'; import train; train.command_line.run(train.main)")
+    changes = {**faults.SMALL, "data.source": f"text:{corpus}", "training.steps": 2}
+    arguments = [f"--workdir={tmp_path / 'run'}", *(f"--config.{k}={v}" for k, v in changes.items())]
+    done = subprocess.run([sys.executable, "-c", code, "--config=configs/tiny.py", *arguments], capture_output=True,
+                          cwd=pathlib.Path(__file__).parent.parent, env={**os.environ, "GLIBC_TUNABLES": ""})
+    assert done.returncode == -signal.SIGKILL
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoints", "data.partial", "data.preparing"}
+    assert loop.train(config_for(corpus, training=dict(steps=2)), str(tmp_path / "run")) == loop.FINISHED
+
+
 def test_a_signal_before_the_first_step_loses_nothing(corpus, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)

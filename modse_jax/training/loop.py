@@ -40,7 +40,7 @@ from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints, Found
 
 # What a run that was killed early may leave before it writes config.json, which says that the workdir holds a run.
-BEFORE_CONFIG = {"data", "data.partial", "checkpoints", "environment.json",
+BEFORE_CONFIG = {"data", "data.partial", "data.preparing", "checkpoints", "environment.json",
                  "environment.json.tmp", "config.json.tmp"}
 FINISHED, DIVERGED, STOPPED, KILLED = 0, 3, 75, 130    # exit codes
 SAME_SIGNAL = 0.5
