@@ -12,6 +12,7 @@ SUITE = flags.DEFINE_list("suite", ["loss", "routing", "sample"], "What to run."
 LIMIT = flags.DEFINE_integer("limit", 0, "Validation records; 0 for all.", lower_bound=0)
 BATCH = flags.DEFINE_integer("batch_size", 0, "Sequences per batch; 0 for evaluation.batch_size.", lower_bound=0)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Prompt of the sample suite; may be repeated.")
+PROMPT_FILE = flags.DEFINE_string("prompt_file", "", "A text file that is one more prompt of the sample suite.")
 BASELINES = flags.DEFINE_list("baselines", [], "Workdirs of equal-width runs on the same data, for suite analysis.")
 EARLIER = flags.DEFINE_integer("earlier", 0, "The step that suite analysis compares with; 0: the oldest.",
                                lower_bound=0)
@@ -31,14 +32,26 @@ def main() -> int:
                              BATCH.value))
         report.write(WORKDIR.value)
         return 0
-    if not all(PROMPT.value):
-        raise UserError("--prompt is empty; give some text")
+    prompts = tuple(PROMPT.value) + _from_file()
+    if not all(prompts):
+        raise UserError("--prompt or --prompt_file is empty; give some text")
     result = scoring.evaluate(WORKDIR.value, STEP.value, tuple(SUITE.value), LIMIT.value, BATCH.value,
-                              tuple(PROMPT.value))
+                              prompts)
     if processes.first():
         print(scoring.console(result))
         report.write(WORKDIR.value)
     return 0
+
+
+def _from_file():
+    if not PROMPT_FILE.value:
+        return ()
+    try:
+        with open(PROMPT_FILE.value, encoding="utf-8") as file:
+            return (file.read(),)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_file={PROMPT_FILE.value} cannot be read: {getattr(error, 'strerror', 'not UTF-8')}"
+                        ) from None
 
 
 if __name__ == "__main__":

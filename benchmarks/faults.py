@@ -141,13 +141,22 @@ def start(root: pathlib.Path, name: str, devices: int = 1, code: str = "", **cha
     script = f"import sys; sys.argv[0] = 'train.py'\n{code}\nimport train; train.command_line.run(train.main)"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "GLIBC_TUNABLES": "",
            "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=ROOT, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    # Not pipes: nobody reads them while faults are made, and a full one would stop the run.
+    out, err = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115  (closed by finish)
+    process = subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=ROOT, env=env, stdout=out, stderr=err,
+                               start_new_session=True)
+    process.said = out, err
+    return process
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+    process.wait(timeout=120)
+    texts = []
+    for file in process.said:
+        file.seek(0)
+        texts.append(file.read())
+        file.close()
+    return process.returncode, *texts
 
 
 def last_line(text: str) -> str:
@@ -188,7 +197,6 @@ def kills(root: pathlib.Path, count: int, rng: random.Random) -> dict:
             hit += 1
             inside += any("tmp" in p.name or p.name == "trash" for p in folder.iterdir())
         process.wait()
-        process.communicate()
         if process.returncode == 0 and hit < count:    # it reached the end: once more from the start
             shutil.rmtree(root / "killed")
     code, _, err = finish(start(root, "killed"))
@@ -232,8 +240,8 @@ def disk_full(root: pathlib.Path) -> dict:
         corpus(root)
         shutil.copytree(root / "corpus", mount / "corpus")
         out = {}
-        for what, spare in (("during a save", 300_000), ("during logging", 4096)):
-            process = start(mount, "run", training__steps=4000, training__log_every=1)
+        for what, spare, log_every in (("during a save", 100_000, 10**6), ("during logging", 4096, 1)):
+            process = start(mount, "run", training__steps=4000, training__log_every=log_every)
             folder = mount / "run" / "checkpoints"
             before = {p.name for p in folder.glob("0*[0-9]")}
             while process.poll() is None and len({p.name for p in folder.glob("0*[0-9]")} - before) < 2:

@@ -66,8 +66,8 @@ def _exit_code(main):
         return _complain(error)
     except RunError as error:
         _complain(error)
-        processes.leave(FAILED)
-        return FAILED
+        sys.stdout.flush()
+        os._exit(FAILED)    # no thread that waits for a full disk may hold the process
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise

@@ -1,7 +1,7 @@
 """The benchmarks run, and their rows hold what they promise. Nothing here asks how fast anything is."""
 import numpy as np
 
-from benchmarks import expert_ffn, scaling, timing, train_step
+from benchmarks import evaluate, expert_ffn, scaling, timing, train_step
 from modse_jax.config import Mesh
 from modse_jax.moe.expert_ffn import Blocks
 from tests.conftest import tiny_config
@@ -54,3 +54,14 @@ def test_scaling_rows(monkeypatch):
     one, two = scaling.on_cpu((1, 2), repeats=1)
     assert one["over_one_device"] == 1 and two["over_one_device"] > 0 and two["mesh"]["expert"] == 2
     assert not one["collective_bytes_by_kind"] and sum(two["collective_bytes_by_kind"].values()) > 0
+
+
+def test_inference_rows():
+    rows = evaluate.measure({"modse": tiny_config(), "equal": tiny_config(moe=dict(widths=(), pairs=False))}, 2,
+                            prompt=8, new=4, batches=(1, 2))
+    assert [r["what"] for r in rows[:6]] == ["score", "training forward", "prefill 1", "decode 1", "prefill 2",
+                                             "decode 2"]
+    assert rows[0]["over_training_forward"] > 0 and rows[0]["over_equal_width"] > 0 and len(rows) == 12
+    assert all(r["tokens_per_second"] > 0 for r in rows if not r["what"].startswith("decode"))
+    modse, equal = evaluate.shapes(128, 1).values()
+    assert sum(modse.widths) == sum(equal.widths) and len(set(modse.widths)) > 1

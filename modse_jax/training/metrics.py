@@ -104,7 +104,8 @@ class Writer:
             _discard_after(workdir / f"{name}.jsonl", step)
             self._files[name] = (workdir / f"{name}.jsonl").open("a", buffering=1)
         import tensorboardX  # here: where torch is installed it imports all of it, 5 s that a mistyped option waits
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        # A queue that cannot fill up: its reader is a thread, which a full disk may have ended.
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, max_queue=1_000_000)
 
     def write(self, row: dict, layers: list[dict]) -> None:
         """A row for metrics.jsonl, and its routing by layer."""

@@ -83,16 +83,10 @@ def inputs_and_targets(tokens_BL1, segments_BL1):
     return tokens_BL1[:, :-1], segments_BL1[:, :-1], tokens_BL1[:, 1:], weights_BL.astype(jnp.float32)
 
 
-def make_train_step(config: Config, mesh=None) -> Callable:
-    """step(state, batch) -> (state, metrics), to be jitted with the state donated.
-
-    `batch` is {"tokens", "segments"}, int32 [B, L + 1].
-
-    Micro-batches are summed with one global normaliser, so accumulation equals one large batch, but for the balance
-    loss, which is the mean over micro-batches of the loss within each.
-    """
+def make_loss(config: Config, mesh=None) -> Callable:
+    """loss(params, batch, all_targets) -> (total, (cross-entropy, balance loss, z-loss, statistics)) of a micro-batch;
+    all_targets: predicted tokens of the whole batch, over which the cross-entropy is a mean."""
     graph, _ = transformer.build_abstract(config, mesh)
-    update_rule, schedule = optimizer.build(config), optimizer.learning_rate(config)
     micro_batches = config.training.gradient_accumulation
 
     def loss_function(params, batch, all_targets):
@@ -104,6 +98,21 @@ def make_train_step(config: Config, mesh=None) -> Callable:
         balance, z = out.balance_loss / micro_batches, out.z_loss / micro_batches
         total = loss + config.moe.balance_loss_weight * balance + config.moe.z_loss_weight * z
         return total, (loss, balance, z, out.statistics)
+
+    return loss_function
+
+
+def make_train_step(config: Config, mesh=None) -> Callable:
+    """step(state, batch) -> (state, metrics), to be jitted with the state donated.
+
+    `batch` is {"tokens", "segments"}, int32 [B, L + 1].
+
+    Micro-batches are summed with one global normaliser, so accumulation equals one large batch, but for the balance
+    loss, which is the mean over micro-batches of the loss within each.
+    """
+    loss_function = make_loss(config, mesh)
+    update_rule, schedule = optimizer.build(config), optimizer.learning_rate(config)
+    micro_batches = config.training.gradient_accumulation
 
     def gradient(params, batch):
         all_targets = jnp.maximum(jnp.sum(inputs_and_targets(batch["tokens"], batch["segments"])[3]), 1)
