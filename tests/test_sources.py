@@ -145,7 +145,7 @@ def test_killed_at_random_while_preparing_it_ends_in_the_same_dataset(tmp_path):
         deadline = time.time() + 60
         while process.poll() is None and len(list(partial.rglob("*.json"))) <= before and time.time() < deadline:
             time.sleep(0.002)
-        time.sleep(rng.random() * 0.1)
+        time.sleep(rng.random() * 0.05)
         hit += process.poll() is None
         process.kill()
         process.wait()
