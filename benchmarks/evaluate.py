@@ -83,10 +83,7 @@ def main(_):
     rows = measure(shapes(DIM.value, LAYERS.value), timing.REPEATS.value)
     for row in rows:
         print(json.dumps(row))
-    if timing.JSON.value:
-        with open(timing.JSON.value, "w") as file:
-            json.dump({"machine": timing.machine(), "rows": rows}, file, indent=1)
-            file.write("\n")
+    timing.write({"machine": timing.machine(), "rows": rows})
 
 
 if __name__ == "__main__":

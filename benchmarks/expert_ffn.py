@@ -5,7 +5,6 @@
 Every case runs side by side with its own dense SwiGLU (the same rows x width in one product), and the MoDSE case with
 the equal-width one. `ragged_dot` is what JAX has without this project: every expert padded to the widest.
 """
-import json
 
 import jax
 import jax.numpy as jnp
@@ -122,10 +121,7 @@ def main(_):
         print(f"{r['case']:18} {r['backend']:10} {1e3 * r['forward_seconds']:8.1f}ms",
               f"{1e3 * r['forward_backward_seconds']:8.1f}ms {r['over_dense']:7.3f}", equal,
               f"{r['compile_seconds']:7.1f}s")
-    if timing.JSON.value:
-        with open(timing.JSON.value, "w") as file:
-            json.dump(rows, file, indent=1)
-            file.write("\n")
+    timing.write(rows)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Timing side by side: machines are noisy, so a figure is a ratio of medians over interleaved repeats."""
+import json
 import os
 import platform
 import time
@@ -55,6 +56,14 @@ def interleaved(cases: dict[str, dict], repeats: int, warmup: int = 2, calls: in
 def ratio(seconds: list[float], base: list[float]) -> float:
     """Median over repeats of the ratio within a repeat: noise that lasts longer than a repeat cancels."""
     return float(np.median(np.array(seconds) / np.array(base)))
+
+
+def write(result) -> None:
+    """Into the file of --json, where there is one."""
+    if JSON.value:
+        with open(JSON.value, "w") as file:
+            json.dump(result, file, indent=1)
+            file.write("\n")
 
 
 def machine() -> dict:

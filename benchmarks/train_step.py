@@ -140,10 +140,7 @@ def main(_):
         for row in measure(name, config, timing.REPEATS.value, PEERS.value):
             rows.append(row)
             print(json.dumps(row))
-    if timing.JSON.value:
-        with open(timing.JSON.value, "w") as file:
-            json.dump({"machine": timing.machine(), "rows": rows}, file, indent=1)
-            file.write("\n")
+    timing.write({"machine": timing.machine(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
 """The benchmarks run, and their rows hold what they promise. Nothing here asks how fast anything is."""
+import json
+import types
+
 import numpy as np
 
 from benchmarks import evaluate, expert_ffn, scaling, timing, train_step
@@ -42,6 +45,12 @@ def test_training_step_rows():
     assert set(row["share"]) == {"attention", "experts", "dispatch", "loss", "optimiser"}
     a, modse, b = (train_step.shape(s) for s in ("A", "A-modse", "B"))
     assert sum(a.widths) == sum(modse.widths) and (len(b.widths), b.moe.top_k, b.widths[0]) == (64, 8, 240)
+
+
+def test_results_are_written_where_they_are_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "JSON", types.SimpleNamespace(value=str(tmp_path / "r.json")))
+    timing.write([{"a": 1}])
+    assert json.loads((tmp_path / "r.json").read_text()) == [{"a": 1}]
 
 
 def test_ratios_are_within_a_repeat():
