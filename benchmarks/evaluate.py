@@ -51,7 +51,9 @@ def jobs(config: configs.Config, prompt: int = PROMPT, new: int = NEW, batches=B
     for rows in batches:
         for name, count in (("prefill", 1), ("decode", new + 1)):
             def generate(params, prompts, lengths, key, count=count):
-                return sampling._generate(graph, params, prompts, lengths, key, count, sampling.Settings(0.0), 0, -1)
+                state = sampling.prefill(graph, params, prompts, lengths, count)
+                keys = jax.random.split(key, count)
+                return sampling.decode(graph, params, state, keys, sampling.Settings(0.0), 0, -1)
             out[f"{name} {rows}"] = (generate, (params, tokens(rows, prompt), np.full(rows, prompt, np.int32),
                                                 jax.random.key(0)))
     return out

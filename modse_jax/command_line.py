@@ -37,6 +37,8 @@ def run(main: Callable[[], int]) -> None:
     use_large_pages()
     logging.set_verbosity(logging.ERROR)    # orbax tells of every step it takes
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")    # libraries that draw bars into a log; read when tqdm is imported
     app.run(lambda _: _exit_code(main), flags_parser=_parse)
 
 

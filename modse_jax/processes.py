@@ -128,6 +128,12 @@ def gather(text: str) -> list[str]:
     return [r.tobytes().rstrip(b"\0").decode(errors="replace") for r in rows]
 
 
+def broadcast(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Process 0's arrays, on every process; the others give arrays of the same shapes and types."""
+    wait()
+    return {name: np.asarray(a) for name, a in multihost_utils.broadcast_one_to_all(arrays, is_source=first()).items()}
+
+
 _turns = itertools.count()
 
 

@@ -61,9 +61,11 @@ def test_table_6():
                                atol=0.0051)
 
 
-def trace(nll, ids, tokens=None):
+def trace(nll, ids, tokens=None, targets=None, sources=None):
     ids = np.array(ids)
-    return routing.Trace(np.array(nll, float), np.array(tokens or range(len(nll))), ids, np.full(ids.shape, 0.5))
+    places = range(len(nll))
+    return routing.Trace(np.array(nll, float), np.array(tokens or places), np.array(targets or places),
+                         np.array(sources or [0] * len(nll)), ids, np.full(ids.shape, 0.5))
 
 
 def test_difficult_tokens_fall_into_disjoint_bins():
@@ -75,6 +77,20 @@ def test_difficult_tokens_fall_into_disjoint_bins():
     assert rows[0]["counts"].counts_YKE.tolist() == [[[1, 1, 0, 0], [1, 1, 0, 0]]]
     own = routing.difficult(model.nll_T, base, model, WIDTHS, (2.0,))    # by the model's own loss
     assert own[0]["tokens"] == 1 and own[0]["reduction"] == pytest.approx(-0.9)
+
+
+def test_difficult_entries_are_means_over_their_occurrences():
+    model = trace((1.0, 1.5, 0.5, 3.0, 2.0), [[(0, 1), (0, 2), (3, 1), (1, 0), (2, 3)]], targets=[7, 7, 8, 9, 7])
+    base = np.array((2.5, 1.9, 0.4, 1.1, 2.2))    # means: entry 7 2.2, 8 0.4, 9 1.1
+    rows = routing.difficult_entries(base, base, model, WIDTHS, (2.0, 1.0))
+    assert [r["tokens"] for r in rows] == [1, 1]
+    assert rows[0]["reduction"] == pytest.approx(2.2 - 1.5) and rows[1]["reduction"] == pytest.approx(1.1 - 3.0)
+    assert rows[0]["counts"].counts_YKE.tolist() == [[[2, 0, 1, 0], [0, 1, 1, 1]]]
+
+
+def test_sources_and_their_experts():
+    a = trace([1] * 4, [[(0, 1), (0, 2), (3, 1), (1, 0)]], sources=[0, 0, 0, 1])
+    np.testing.assert_allclose(routing.by_source(a, 3, 4), [[[2 / 3, 0, 0, 1 / 3], [0, 1, 0, 0], [0] * 4]])
 
 
 def test_stability_coactivation_and_specialists():

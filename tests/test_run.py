@@ -224,9 +224,12 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished):
 
 def test_samples_report_and_summary(finished):
     config, workdir = finished
-    result = scoring.evaluate(str(workdir), 6, ("loss", "sample"), 0, 0, ("line", "x"))
+    shown = []
+    result = scoring.evaluate(str(workdir), 6, ("loss", "sample"), 0, 0, ("line", "x"), shown.append)
     assert [s["prompt"] for s in result["samples"]] == ["line", "x"]
-    assert "sample after 'line'" in scoring.console(result)
+    assert len(shown) > 4 and "sample after 'line'\n  | line" in "".join(shown)
+    for sample in result["samples"]:    # what streamed is what is kept
+        assert (sample["prompt"] + sample["text"]).replace("\n", "\n  | ") in "".join(shown)
     report.write(str(workdir))
     page = (workdir / "report" / "index.html").read_text()
     for name in ("loss", "expert_load", "load_by_width", "balance", "straggler"):
@@ -382,10 +385,13 @@ def test_an_analysis_beside_a_baseline_and_an_earlier_step(finished, tmp_path):
     out = workdir / "report" / "analysis"
     assert {p.name for p in out.iterdir()} >= {
         "tokens_per_expert.png", "max_over_min.png", "coactivation.png", "difficult.png", "counts_step_3.csv",
-        "counts_step_6.csv", "counts_difficult.csv", "difficult.csv", "specialists.csv", "text.html"}
+        "counts_step_6.csv", "counts_difficult.csv", "difficult.csv", "specialists.csv", "text.html", "by_source.csv",
+        "by_source.png", "straggler.csv"}
     rows = [line.split(",") for line in (out / "difficult.csv").read_text().splitlines()[1:]]
-    assert {row[0] for row in rows} == {"by baseline", "by the model itself"}
-    assert all(float(row[4]) == 0 for row in rows)    # the baseline is the model itself
+    assert {(row[0], row[1]) for row in rows} == set(itertools.product(("entries", "positions"), (
+        "by baseline", "by the model itself")))
+    assert "neighbours in size" in said and "by source: " in said
+    assert all(float(row[5]) == 0 for row in rows)    # the baseline is the model itself
     report.write(str(workdir))
     assert "analysis/difficult.png" in (workdir / "report" / "index.html").read_text()
     assert "loss of the next" in (out / "text.html").read_text()

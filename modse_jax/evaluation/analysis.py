@@ -5,6 +5,7 @@ were trained on the same data. Computes nothing itself: see routing.py.
 """
 import csv
 import html
+import itertools
 import pathlib
 
 import jax
@@ -15,9 +16,11 @@ from modse_jax import mesh as meshes
 from modse_jax.config import UserError
 from modse_jax.data import loader
 from modse_jax.evaluation import report, routing, scoring
+from modse_jax.moe import sizing
 from modse_jax.training import step as steps
 
 SHOWN_TOKENS = 1500    # of a text in colours
+UNITS = {"entries": routing.difficult_entries, "positions": routing.difficult}    # what a difficult token may be
 
 
 def trace(run: scoring.Run, limit: int, batch_size: int) -> routing.Trace:
@@ -25,15 +28,16 @@ def trace(run: scoring.Run, limit: int, batch_size: int) -> routing.Trace:
     score = jax.jit(steps.make_score_step(run.config, run.mesh, trace=True),
                     out_shardings=meshes.replicated(run.mesh))
     parts = []
-    for dataset in run.data.datasets:
+    for source, dataset in enumerate(run.data.datasets):
         for batch in loader.validation_batches(dataset, batch_size, run.config.model.vocab_size, limit,
                                                meshes.local_rows(run.mesh, batch_size)):
-            nll, weights, _, tokens, gates, ids = jax.device_get(
+            nll, weights, _, tokens, targets, gates, ids = jax.device_get(
                 score(run.params, meshes.place(run.mesh, batch, batch_size)))
             mine = weights > 0
-            parts.append((nll[mine], tokens[mine], ids[:, mine].astype(np.int32), gates[:, mine]))
-    nll, tokens, ids, gates = zip(*parts)
-    return routing.Trace(*(np.concatenate(a) for a in (nll, tokens)), *(np.concatenate(a, 1) for a in (ids, gates)))
+            parts.append((nll[mine], tokens[mine], targets[mine], np.full(mine.sum(), source),
+                          ids[:, mine].astype(np.int32), gates[:, mine]))
+    *flat, ids, gates = zip(*parts)
+    return routing.Trace(*(np.concatenate(a) for a in flat), *(np.concatenate(a, 1) for a in (ids, gates)))
 
 
 def write(workdir: str, step: int, baselines: tuple[str, ...], earlier: int, limit: int, batch_size: int) -> str:
@@ -67,6 +71,7 @@ def write(workdir: str, step: int, baselines: tuple[str, ...], earlier: int, lim
     if others:
         lines += _difficult(out, late, others, counts)
     _specialists(out / "specialists.csv", late, run)
+    lines += _by_source(out, late, run) + _stragglers(out / "straggler.csv", counts)
     (out / "text.html").write_text(coloured(run, late))
     return "\n".join([*lines, f"written: {out}"])
 
@@ -102,19 +107,62 @@ def _difficult(out, late, others, counts):
     (first, base), *_ = others
     choosers = {f"by {name}": t.nll_T for name, t in others} | {"by the model itself": late.nll_T}
     lines, rows = [f"tokens by loss (nats), mean of {first}'s minus this model's:"], []
-    for chooser, losses in choosers.items():
-        bins = routing.difficult(losses, base.nll_T, late, counts.widths)
+    for (unit, split), (chooser, losses) in itertools.product(UNITS.items(), choosers.items()):
+        bins = split(losses, base.nll_T, late, counts.widths)
         for b in bins:
-            rows.append([chooser, b["above"], b["below"], b["tokens"], b["reduction"], *routing.by_size(b["counts"], 0),
-                         *routing.enrichment(b["counts"], counts)])
-        lines.append(f"  {chooser:24} "
+            rows.append([unit, chooser, b["above"], b["below"], b["tokens"], b["reduction"],
+                         *routing.by_size(b["counts"], 0), *routing.enrichment(b["counts"], counts)])
+        lines.append(f"  {unit + ' ' + chooser:32} "
                      + "  ".join(f">{b['above']}: {b['reduction']:+.3f} ({b['tokens']:,})" for b in bins))
     with open(out / "difficult.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["chosen", "above", "below", "tokens", "reduction", "first_choices_large",
-                                     "first_choices_small", *(f"enrichment_h{w}" for w in counts.widths)], *rows])
+        head = ["unit", "chosen", "above", "below", "tokens", "reduction", "first_choices_large", "first_choices_small"]
+        csv.writer(file).writerows([[*head, *(f"enrichment_h{w}" for w in counts.widths)], *rows])
     hardest = routing.difficult(base.nll_T, base.nll_T, late, counts.widths)[0]["counts"]
     routing.write_csv(out / "counts_difficult.csv", hardest)
     report.save(out / "difficult.png", _heat(hardest, counts, first))
+    return lines
+
+
+def _by_source(out, late, run):
+    """by_source.csv, by_source.png; a line for the console."""
+    names, widths = [d.name for d in run.data.datasets], run.config.widths
+    share = routing.by_source(late, len(names), len(widths))
+    with open(out / "by_source.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["layer", "source", *(f"e{i}_h{w}" for i, w in enumerate(widths))])
+        for layer, source in np.ndindex(share.shape[:2]):
+            table.writerow([layer, names[source], *(f"{x:.4f}" for x in share[layer, source])])
+    mean = share.mean(axis=0)
+    report.save(out / "by_source.png", _source_bars(mean, names, widths))
+    return ["mean width of first choices by source: "
+            + ", ".join(f"{name} {m @ np.array(widths):.1f}" for name, m in zip(names, mean))]
+
+
+def _source_bars(mean, names, widths):
+    order = np.argsort([-w for w in widths], kind="stable")
+    figure, axes = plt.subplots(figsize=(7.5, 3.8))
+    for i, (name, row) in enumerate(zip(names, mean)):
+        axes.bar(np.arange(len(order)) + 0.8 * i / len(names), 100 * row[order], width=0.8 / len(names), label=name,
+                 color=plt.get_cmap("cividis")(i / max(len(names) - 1, 1)), align="edge")
+    axes.axhline(100 / len(order), color=report.INK, linewidth=0.8, linestyle="--")
+    axes.set_xticks(np.arange(len(order)) + 0.4, [str(widths[e]) for e in order], rotation=90 if len(order) > 12 else 0)
+    axes.set(xlabel="expert, by hidden width", ylabel="share of first choices, %",
+             title="Which source goes to which expert, mean of layers")
+    axes.legend(frameon=False, fontsize=8)
+    return figure, ""
+
+
+def _stragglers(path, counts):
+    """straggler.csv; lines for the console: largest over mean work of the devices, as experts might be placed."""
+    placements = sizing.placements_compared(counts.widths)
+    lines = [f"largest over mean work of the devices, {len(counts.counts_YKE)} layers:"]
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["placement", *(f"layer_{y}" for y in range(len(counts.counts_YKE)))])
+        for name, placement in placements.items():
+            factors = [sizing.straggler(c.sum(axis=0).tolist(), placement) for c in counts.counts_YKE]
+            table.writerow([name, *(f"{f:.4f}" for f in factors)])
+            lines.append(f"  {report.PLACEMENTS[name]:34} mean {np.mean(factors):.3f}, worst {max(factors):.3f}")
     return lines
 
 

@@ -23,10 +23,13 @@ class Counts(NamedTuple):
 
 class Trace(NamedTuple):
     """What happened at every position of a text: the cross-entropy (nats) of the token that follows, the token there,
-    and the experts that saw it in every layer. The paper does not say which of the two its difficult token is; here it
-    is the one predicted, with the experts that predicted it."""
+    the one that follows, which of the sources it is from, and the experts that saw it in every layer. The paper does
+    not say which of the two tokens its difficult one is; here it is the one predicted, with the experts that did so.
+    """
     nll_T: np.ndarray
     token_T: np.ndarray
+    target_T: np.ndarray
+    source_T: np.ndarray
     ids_YTK: np.ndarray
     gates_YTK: np.ndarray
 
@@ -112,6 +115,33 @@ def difficult(select_T: np.ndarray, base_T: np.ndarray, model: Trace, widths: Se
                      "reduction": float(gain.mean()) if mine.any() else 0.0, "counts": counts_of(model, widths, mine)})
         upper = lower
     return rows
+
+
+def difficult_entries(select_T: np.ndarray, base_T: np.ndarray, model: Trace, widths: Sequence[int],
+                      thresholds: Sequence[float] = THRESHOLDS) -> list[dict]:
+    """`difficult` by vocabulary entry: an entry's loss is the mean over its occurrences, "tokens" counts entries, the
+    reduction is their mean, and "counts" are of all their occurrences. The paper's 180 difficult tokens are probably
+    such entries, since its counts are several times as many."""
+    entries, place_T, times = np.unique(model.target_T, return_inverse=True, return_counts=True)
+
+    def mean(values_T):
+        return np.bincount(place_T, values_T) / times
+
+    select_V, gain_V, rows, upper = mean(select_T), mean(base_T) - mean(model.nll_T), [], np.inf
+    for lower in thresholds:
+        mine_V = (select_V > lower) & (select_V <= upper)
+        rows.append({"above": lower, "below": upper, "tokens": int(mine_V.sum()),
+                     "reduction": float(gain_V[mine_V].mean()) if mine_V.any() else 0.0,
+                     "counts": counts_of(model, widths, mine_V[place_T])})
+        upper = lower
+    return rows
+
+
+def by_source(trace: Trace, sources: int, experts: int) -> np.ndarray:
+    """[Y, sources, E]: share of a source's first choices (specialisation by source)."""
+    table = np.array([[np.bincount(ids_T[trace.source_T == s], minlength=experts) for s in range(sources)]
+                      for ids_T in trace.ids_YTK[:, :, 0]])
+    return table / np.maximum(table.sum(axis=2, keepdims=True), 1)
 
 
 def moved(a: Trace, b: Trace) -> np.ndarray:

@@ -1,7 +1,9 @@
 """Evaluate a checkpoint of a workdir: held-out loss, routing, samples; into eval/STEP.json and the console."""
+import codecs
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints
 
 SUITES = ("loss", "routing", "sample")
+STREAMED = 8    # tokens between two looks at a sample
 
 
 class Run(NamedTuple):
@@ -98,11 +101,11 @@ def verify(workdir: str) -> tuple[str, bool]:
 
 
 def evaluate(workdir: str, step: int, suites: tuple[str, ...], limit: int, batch_size: int,
-             prompts: tuple[str, ...]) -> dict:
+             prompts: tuple[str, ...], show: Callable[[str], None] = lambda text: None) -> dict:
     """Runs the suites and writes eval/STEP.json, or eval/STEP.firstN.json with a limit.
 
     Args: step: 0 for the newest. limit: validation records, 0 for all. batch_size: 0 for the config's. prompts: () for
-    the config's.
+    the config's. show: is told what there is to read, samples word by word as they come.
     """
     unknown = [name for name in suites if name not in SUITES]
     if unknown or not suites:
@@ -117,15 +120,22 @@ def evaluate(workdir: str, step: int, suites: tuple[str, ...], limit: int, batch
             result["loss"] = loss
         if "routing" in suites:
             result["routing"] = {"widths": list(run.config.widths), "layers": routing}
+    show(console(result) + "\n")
     if "sample" in suites:
-        result["samples"] = sample(run, prompts or run.config.evaluation.prompts)
+        result["samples"] = sample(run, prompts or run.config.evaluation.prompts, show)
     if processes.first():
-        result = _write(workdir, run.step, limit, result)
+        result = write(workdir, run.step, limit, result)
     return result
 
 
-def _write(workdir, step, limit, result):
-    path = workdir / "eval" / (f"{step}.first{limit}.json" if limit else f"{step}.json")
+def results_path(workdir: pathlib.Path, step: int, limit: int) -> pathlib.Path:
+    """Where the results of a step are; those of its first `limit` records or documents stand apart."""
+    return workdir / "eval" / (f"{step}.first{limit}.json" if limit else f"{step}.json")
+
+
+def write(workdir: pathlib.Path, step: int, limit: int, result: dict) -> dict:
+    """Adds to the results of a step what `result` has of them; returns all."""
+    path = results_path(workdir, step, limit)
     path.parent.mkdir(exist_ok=True)
     if path.exists():    # suites run one after the other make one result
         result = {**json.loads(path.read_text()), **result}
@@ -149,7 +159,7 @@ def validate(run: Run, limit: int, batch_size: int) -> tuple[dict, list[dict]]:
     return result, metrics.routing_by_layer(statistics, run.config.widths)
 
 
-def sample(run: Run, prompts: tuple[str, ...]) -> list[dict]:
+def sample(run: Run, prompts: tuple[str, ...], show: Callable[[str], None] = lambda text: None) -> list[dict]:
     """A continuation of each prompt, as the run's evaluation settings say."""
     e, tokenizer = run.config.evaluation, run.data.tokenizer
     room = run.config.model.context_length - e.sample_tokens
@@ -158,16 +168,39 @@ def sample(run: Run, prompts: tuple[str, ...]) -> list[dict]:
         if len(tokens) > room:
             raise UserError(f"prompt {prompt[:40]!r} has {len(tokens)} tokens; with evaluation.sample_tokens="
                             f"{e.sample_tokens} the context holds {max(room, 0)}")
+    out = []
+    for number, prompt in enumerate(prompts):
+        show(f"\nsample after {prompt!r}\n" + _indented("\n" + prompt)[1:])
+        text = ""
+        for piece in _continued(run, ids[number], number):
+            show(_indented(piece))
+            text += piece
+        show("\n")
+        out.append({"prompt": prompt, "text": text})
+    return out
+
+
+def _indented(text):
+    return text.replace("\n", "\n  | ")
+
+
+def _continued(run, prompt, number):
+    """Pieces of text after a prompt, whole characters."""
+    e, tokenizer = run.config.evaluation, run.data.tokenizer
     graph, _ = transformer.build_abstract(transformer.for_evaluation(run.config))
     params = jax.tree.map(lambda a: a.addressable_data(0), run.params)    # all of it is on every device
     settings = sampling.Settings(e.temperature, e.top_k, e.top_p)
-    out = sampling.generate(graph, params, ids, e.sample_tokens, settings, jax.random.key(run.config.seed),
-                            tokenizer.pad_id, tokenizer.eos_id)
-    return [{"prompt": p, "text": tokenizer.decode(o).decode("utf-8", "replace")} for p, o in zip(prompts, out)]
+    key = jax.random.fold_in(jax.random.key(run.config.seed), number)
+    pieces = sampling.stream(graph, params, [prompt], e.sample_tokens, settings, key, tokenizer.pad_id,
+                             tokenizer.eos_id, STREAMED)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for tokens, in pieces:
+        yield decoder.decode(tokenizer.decode(tokens))
+    yield decoder.decode(b"", final=True)
 
 
 def console(result: dict) -> str:
-    """The result as a table."""
+    """Loss and routing as tables."""
     lines = [f"checkpoint of step {result['step']}"]
     if "loss" in result:
         r = result["loss"]
@@ -184,8 +217,5 @@ def console(result: dict) -> str:
                                                              for c in counts[:16])
                          + f"   {layer['max_over_mean']:8.3f}  {layer['entropy']:7.3f}  "
                          + f"{layer['count_weighted_width']:10.1f}")
-    for s in result.get("samples", ()):
-        indented = "\n".join("  | " + line for line in (s["prompt"] + s["text"]).splitlines())
-        lines += ["", f"sample after {s['prompt']!r}", indented]
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 Legend: B batch, P padded prompt length, V vocabulary.
 """
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +19,14 @@ class Settings(NamedTuple):
     top_p: float = 1.0
 
 
+class Decoding(NamedTuple):
+    """What the next token is drawn from, for B texts."""
+    cache: tuple[jax.Array, jax.Array]    # keys, values [layers, B, S, G, C]
+    logits_BV: jax.Array
+    positions_B: jax.Array    # of the next token
+    done_B: jax.Array         # whether a text has ended: it goes on as padding, and costs no expert
+
+
 def generate(graph, params, prompts: Sequence[Sequence[int]], max_new_tokens: int, settings: Settings,
              key: jax.Array, pad_id: int, eos_id: int) -> list[list[int]]:
     """New tokens after each prompt, without the end token.
@@ -28,35 +36,61 @@ def generate(graph, params, prompts: Sequence[Sequence[int]], max_new_tokens: in
       compile.
     Raises: ValueError for an empty prompt.
     """
+    rows = [[] for _ in prompts]
+    for pieces in stream(graph, params, prompts, max_new_tokens, settings, key, pad_id, eos_id, max_new_tokens):
+        rows = [row + piece for row, piece in zip(rows, pieces)]
+    return rows
+
+
+def stream(graph, params, prompts, max_new_tokens: int, settings: Settings, key, pad_id: int, eos_id: int,
+           chunk: int) -> Iterator[list[list[int]]]:
+    """`generate`, the same tokens, in pieces of `chunk` of each prompt as they come."""
     if not all(len(p) for p in prompts):
         raise ValueError("a prompt needs at least one token")
-    lengths_B = np.array([len(p) for p in prompts], np.int32)
-    tokens_BP = np.full((len(prompts), 1 << (int(lengths_B.max()) - 1).bit_length()), pad_id, np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens_BP[row, :len(prompt)] = prompt
-    out = np.asarray(_generate(graph, params, tokens_BP, lengths_B, key, max_new_tokens, settings, pad_id, eos_id))
-    return [_until(row.tolist(), eos_id) for row in out]
+    tokens_BP, lengths_B = padded(prompts, 1 << (max(map(len, prompts)) - 1).bit_length(), pad_id)
+    state = prefill(graph, params, tokens_BP, lengths_B, max_new_tokens)
+    keys = jax.random.split(key, max_new_tokens)
+    for first in range(0, max_new_tokens, chunk):
+        ended = np.asarray(state.done_B)
+        state, tokens_BN = decode(graph, params, state, keys[first:first + chunk], settings, pad_id, eos_id)
+        yield [[] if over else _until(row, eos_id) for over, row in zip(ended, np.asarray(tokens_BN).tolist())]
+        if np.asarray(state.done_B).all():
+            return
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8))
-def _generate(graph, params, tokens_BP, lengths_B, key, max_new_tokens, settings, pad_id, eos_id):
+def padded(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [B, length], lengths [B]), int32, padding on the right."""
+    tokens_BP = np.full((len(rows), length), pad_id, np.int32)
+    for i, row in enumerate(rows):
+        tokens_BP[i, :len(row)] = row
+    return tokens_BP, np.array([len(row) for row in rows], np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def prefill(graph, params, tokens_BP, lengths_B, max_new_tokens: int) -> Decoding:
+    """The state after prompts of given lengths, with room for so many tokens. A row of length 0 is none, and done."""
     model = nnx.merge(graph, params)
     B, P = tokens_BP.shape
     positions_BP = jnp.broadcast_to(jnp.arange(P)[None, :], (B, P))
     cache = model.empty_cache(B, P + max_new_tokens)
     x_BPD, out = model.cached(tokens_BP, positions_BP, positions_BP < lengths_B[:, None], cache)
-    last_B1D = jnp.take_along_axis(x_BPD, lengths_B[:, None, None] - 1, axis=1)
+    last_B1D = jnp.take_along_axis(x_BPD, jnp.maximum(lengths_B[:, None, None] - 1, 0), axis=1)
+    return Decoding(out.cache, model.logits(last_B1D)[:, 0], lengths_B, lengths_B == 0)
 
-    def step(carry, key):
-        cache, logits_BV, positions_B, done_B = carry
-        tokens_B = jnp.where(done_B, pad_id, pick(logits_BV, settings, key))
-        done_B |= tokens_B == eos_id
-        x_B1D, out = model.cached(tokens_B[:, None], positions_B[:, None], ~done_B[:, None], cache)
-        return (out.cache, model.logits(x_B1D)[:, 0], positions_B + 1, done_B), tokens_B
 
-    carry = (out.cache, model.logits(last_B1D)[:, 0], lengths_B, jnp.zeros((B,), bool))
-    _, tokens = jax.lax.scan(step, carry, jax.random.split(key, max_new_tokens))
-    return tokens.T
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
+def decode(graph, params, state: Decoding, keys, settings: Settings, pad_id: int, eos_id: int):
+    """(state, tokens [B, N]) of N more steps, one per key; after a text's end token, padding."""
+    model = nnx.merge(graph, params)
+
+    def step(state, key):
+        tokens_B = jnp.where(state.done_B, pad_id, pick(state.logits_BV, settings, key))
+        done_B = state.done_B | (tokens_B == eos_id)
+        x_B1D, out = model.cached(tokens_B[:, None], state.positions_B[:, None], ~done_B[:, None], state.cache)
+        return Decoding(out.cache, model.logits(x_B1D)[:, 0], state.positions_B + 1, done_B), tokens_B
+
+    state, tokens_NB = jax.lax.scan(step, state, keys)
+    return state, tokens_NB.T
 
 
 def pick(logits_BV: jax.Array, settings: Settings, key: jax.Array) -> jax.Array:

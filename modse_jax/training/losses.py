@@ -34,18 +34,20 @@ def cross_entropy(x_BLD, w_DV, targets_BL, weights_BL, chunk: int, mesh: Mesh | 
     return jnp.sum(jnp.where(weights_BL != 0, weights_BL * nll_BL, 0))
 
 
-def nll(x_BLD, w_DV, targets_BL, chunk: int, mesh: Mesh | None = None):
-    """-log softmax(x W)[target] of every position, [B, L], nats, float32. No gradient."""
+def nll(x_BLD, w_DV, targets_BL, chunk: int, mesh: Mesh | None = None, greedy: bool = False):
+    """-log softmax(x W)[target] of every position, [B, L], nats, float32; with `greedy` a pair, with whether the target
+    is the likeliest. No gradient."""
     w_DV = _constrained(w_DV.astype(x_BLD.dtype), mesh, ())
 
     def one(_, piece):
         x_BCD, targets_BC = piece
         logits_BCV = _logits(x_BCD, w_DV)
-        return None, jax.nn.logsumexp(logits_BCV, axis=-1) - _at(logits_BCV, targets_BC)
+        nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - _at(logits_BCV, targets_BC)
+        return None, (nll_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC) if greedy else nll_BC
 
     L = x_BLD.shape[1]
-    _, nll_nBC = lax.scan(one, None, _chunks((x_BLD, targets_BL), chunk * _devices(mesh)))
-    return _unchunk(nll_nBC, L)
+    _, out = lax.scan(one, None, _chunks((x_BLD, targets_BL), chunk * _devices(mesh)))
+    return jax.tree.map(lambda a_nBC: _unchunk(a_nBC, L), out)
 
 
 def _forward(x_BLD, w_DV, targets_BL, weights_BL, chunk, mesh):

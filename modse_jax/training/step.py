@@ -180,7 +180,7 @@ def _same_bits(a, b):
 
 def make_score_step(config: Config, mesh=None, trace: bool = False) -> Callable:
     """score(params, batch) -> (nll_BL nats, weights_BL, router statistics), dropless whatever the config says; with
-    trace also (inputs_BL, gates and expert ids [layers, B, L, K])."""
+    trace also (inputs_BL, targets_BL, gates and expert ids [layers, B, L, K])."""
     graph, _ = transformer.build_abstract(transformer.for_evaluation(config), mesh)
 
     def score(params, batch):
@@ -188,6 +188,6 @@ def make_score_step(config: Config, mesh=None, trace: bool = False) -> Callable:
         model = nnx.merge(graph, params)
         x_BLD, out = model.hidden(inputs, segments, trace)
         nll_BL = losses.nll(x_BLD, model.head_weight(), targets, config.training.loss_chunk, mesh)
-        return (nll_BL, weights, out.statistics) + ((inputs, *out.choices) if trace else ())
+        return (nll_BL, weights, out.statistics) + ((inputs, targets, *out.choices) if trace else ())
 
     return score
