@@ -120,7 +120,8 @@ def test_bfloat16_products_accumulate_in_float32():
 def test_saved_activations_fit_however_many_rows_there_are():
     """One expert of 2^20 rows and width 2^12: its 2^33 numbers do not fit, though 32 bits would wrap them to 0."""
     expert = expert_ffn_blocked._Expert(jnp.int32(0), jnp.int32(2**20), jnp.int32(0), 2**12)
-    size, sizes, placement = 2**28, (8, 4), sizing.place((2**12,), 1, "pairs")
+    size, placement = 2**28, sizing.place((2**12,), 1, "pairs")
+    sizes = expert_ffn_blocked._Sizes((), (8, 4))
     fits, here, after = expert_ffn_blocked._saved_place(size, placement, sizes, expert, jnp.int32(100))
     assert not fits and int(here) == size - 2 * 8 * 2**12 and int(after) == 100
     few = expert._replace(rows=jnp.int32(5))

@@ -1,11 +1,11 @@
 """The grouped feed-forward product in plain XLA, for any device: loops over blocks of an expert's rows.
 
 One loop per size class (experts of one width), so that 1,024 experts compile like 8; inside it a loop over the class's
-experts that have rows, and inside that loops over row blocks with a dynamic trip count, from large blocks down to small
-ones by halves: a gradient accumulator is read and written once per block, while a block's unused rows are wasted work.
-Few blocks need masks: those that may reach past their expert's rows into a neighbour's, where what is read is masked
-and what would be written is left as it was. The backward pass recomputes the hidden activations, but for those that fit
-in a buffer of given size.
+experts that have rows. An expert with about its even share of the rows is one block, of the smallest of a few static
+sizes that holds them: its gradient is written once, where it belongs. One with more rows is a loop over blocks, with
+a dynamic trip count, and a gradient accumulator that is read and written once per block. What a block has beyond its
+expert's rows is a neighbour's: where it is read it is masked, where it would be written it is left as it was. The
+backward pass recomputes the hidden activations, but for those that fit in a buffer of given size.
 
 Legend: N routed rows, D model, E experts, H flat hidden axis, W width of one expert, B rows of one block, S saved
 activations of all experts, one after another.
@@ -20,11 +20,22 @@ from jax import lax
 from modse_jax.moe import sizing
 
 
+# Sizes of an expert's only block, in sixteenths of its even share: routing that is nearly even wastes 2% of the rows.
+SIXTEENTHS = (8, 12, 14, 15, 16, 17, 18, 20, 24)
+
+
 class Blocks(NamedTuple):
-    """How the work is cut. saved: activations kept for the backward pass, over those of rows spread evenly; 0: none."""
+    """How the work is cut: the largest and the smallest block of rows. saved: activations kept for the backward pass,
+    over those of rows spread evenly; 0: none."""
     body: int
     tail: int
     saved: float = 0.0
+
+
+class _Sizes(NamedTuple):
+    """Rows of a block: of an expert's only one, in rising order; and of those with more rows, in falling order."""
+    only: tuple[int, ...]
+    several: tuple[int, ...]
 
 
 class _Expert(NamedTuple):
@@ -83,7 +94,8 @@ def _forward_pass(x_ND, rows_E, weights, shard, placement, blocks):
             hidden_BW = (jax.nn.silu(gate_BW) * up_BW).astype(x_BD.dtype)
             return rows.store(y_ND, _dot(hidden_BW, w_down, 1, 0)), saved_S
 
-        y_ND, saved_S = _over_blocks(block, (y_ND, saved_S), e, sizes)
+        carry = _only_block(lambda c, start, size: block(c, start, size, False), (y_ND, saved_S), e, sizes)
+        y_ND, saved_S = _if_several(lambda c: _over_blocks(block, c, e, sizes), carry, e, sizes)
         return y_ND, saved_S, base
 
     carry = (jnp.zeros_like(x_ND), saved_S, jnp.zeros((), jnp.int32))
@@ -104,8 +116,8 @@ def _backward(placement, blocks, saved, dy_ND):
         w_gate, w_up, w_down = _slice_weights(weights, e)
         fits, here, base = _saved_place(saved_S.size, placement, sizes, e, base)
 
-        def block(carry, start, count, whole):
-            dx_ND, sums = carry
+        def block(dx_ND, start, count, whole):
+            """(dx with the block's rows, its part of the weights' gradients)."""
             rows = _Rows(x_ND.shape[0], start, count, whole, e)
             x_BD, dy_BD = rows.mine(rows.of(x_ND)), rows.mine(rows.of(dy_ND))
 
@@ -125,12 +137,26 @@ def _backward(placement, blocks, saved, dy_ND):
             dup_BW = (dhidden_BW * silu_BW).astype(x_BD.dtype)
             dx_BD = _dot(dgate_BW, w_gate, 1, 1) + _dot(dup_BW, w_up, 1, 1)
             new = (_dot(x_BD, dgate_BW, 0, 0), _dot(x_BD, dup_BW, 0, 0), _dot(hidden_BW, dy_BD, 0, 0))
-            return rows.store(dx_ND, dx_BD), jax.tree.map(jnp.add, sums, new)
+            return rows.store(dx_ND, dx_BD), new
 
-        zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in (w_gate, w_up, w_down))
-        dx_ND, sums = _over_blocks(block, (dx_ND, zeros), e, sizes)
-        flat = tuple(lax.dynamic_update_slice_in_dim(f, d.astype(f.dtype), e.offset, axis)
-                     for f, d, axis in zip(flat, sums, (1, 1, 0)))
+        def write(flat, new):
+            return tuple(lax.dynamic_update_slice_in_dim(f, d.astype(f.dtype), e.offset, axis)
+                         for f, d, axis in zip(flat, new, (1, 1, 0)))
+
+        def only(carry, start, size):
+            dx_ND, new = block(carry[0], start, size, False)
+            return dx_ND, write(carry[1], new)
+
+        def several(carry):
+            def add(carry, start, count, whole):
+                dx_ND, new = block(carry[0], start, count, whole)
+                return dx_ND, jax.tree.map(jnp.add, carry[1], new)
+
+            zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in (w_gate, w_up, w_down))
+            dx_ND, sums = _over_blocks(add, (carry[0], zeros), e, sizes)
+            return dx_ND, write(carry[1], sums)
+
+        dx_ND, flat = _if_several(several, _only_block(only, (dx_ND, flat), e, sizes), e, sizes)
         return dx_ND, flat, base
 
     carry = (jnp.zeros_like(x_ND), tuple(jnp.zeros_like(w) for w in weights), jnp.zeros((), jnp.int32))
@@ -159,40 +185,49 @@ def _over_experts(expert, carry, rows_E, shard, placement):
     return carry
 
 
-def _over_blocks(block, carry, e, sizes):
-    """carry through block(carry, start row, static row count, whole) until the expert's rows are used up.
+def _only_block(block, carry, e, sizes):
+    """carry through block(carry, start row, static size) where the expert's rows fit in one block. Loops of at most one
+    turn: XLA works in place inside a loop, where a conditional copies. The start row depends on the turn, or XLA would
+    take all the products of all sizes for invariant, and compute them before any loop."""
+    below = 0
+    for size in sizes.only:
+        here = ((below < e.rows) & (e.rows <= size)).astype(jnp.int32)
+        carry = lax.fori_loop(0, here, lambda i, c, size=size: block(c, e.first + i * size, size), carry)
+        below = size
+    return carry
 
-    First whole blocks of the largest size, which need no masks. What is left goes into one block of each size that it
-    fills to three quarters, and the rest into the smallest: some wasted rows cost less than one more block's pass over
-    the weights and their gradients.
-    """
-    body, tail, rest, start = sizes[0], sizes[-1], e.rows, e.first
+
+def _if_several(function, carry, e, sizes):
+    """function(carry) where the expert's rows do not fit in one block."""
+    if not sizes.only:
+        return function(carry)
+    return lax.fori_loop(0, (e.rows > sizes.only[-1]).astype(jnp.int32), lambda _, c: function(c), carry)
+
+
+def _over_blocks(block, carry, e, sizes):
+    """carry through block(carry, start row, static row count, whole) until the expert's rows are used up: as many whole
+    blocks of each size as there are, then one that is not."""
+    rest, start = e.rows, e.first
 
     def run(carry, count, size, whole):
         return lax.fori_loop(0, count, lambda i, c, s=start: block(c, s + i * size, size, whole), carry)
 
-    if body == tail:    # one loop: half the program to compile
-        return run(carry, -(-rest // body), body, False)
-    whole = rest // body
-    carry = run(carry, whole, body, True)
-    rest, start = rest - whole * body, start + whole * body
-    for size in sizes:
-        count = -(-rest // tail) if size == tail else (rest >= max(1, 3 * size // 4)).astype(jnp.int32)
-        carry = run(carry, count, size, False)
-        rest, start = jnp.maximum(rest - count * size, 0), start + count * size
-    return carry
+    for size in sizes.several[:-1]:
+        count = rest // size
+        carry = run(carry, count, size, True)
+        rest, start = rest - count * size, start + count * size
+    size = sizes.several[-1]
+    return run(carry, -(-rest // size), size, False)
 
 
 def _sizes(blocks, num_rows, num_experts):
-    """Rows of a block: body, halved down to tail. No larger than an expert's even share of the rows (decoding has few
-    rows for many experts), and none that the rows cannot fill."""
-    share = min(num_rows, max(8, 1 << max(0, (num_rows // num_experts - 1)).bit_length()))
-    sizes = [min(blocks.body, share)]
-    while sizes[-1] // 2 >= blocks.tail:
-        sizes.append(sizes[-1] // 2)
-    if sizes[-1] > blocks.tail:
-        sizes.append(blocks.tail)
-    return tuple(sizes)
+    """The blocks for rows spread over experts; none that the rows cannot fill, none smaller than the tail but the
+    largest."""
+    share = min(num_rows, max(8, -(-num_rows // num_experts)))
+    body = min(blocks.body, -(-share // 16) * 16, num_rows)
+    only = {body * n // 16 for n in SIXTEENTHS} if body >= 64 else ()
+    several = [body] + [s for s in (body // 8,) if s >= blocks.tail]
+    return _Sizes(tuple(sorted(s for s in only if blocks.tail <= s <= num_rows)), tuple(several))
 
 
 def _saved_size(blocks, num_rows, placement, sizes):
@@ -209,14 +244,14 @@ def _saved_size(blocks, num_rows, placement, sizes):
 
 
 def _rows_over(sizes):
-    """Rows by which an expert's last block may run past its end: a block is at least three quarters full, or the
-    smallest."""
-    return max(-(-sizes[0] // 4), sizes[-1])
+    """Rows by which an expert's last block may run past its end."""
+    steps = [high - low for low, high in zip((0, *sizes.only), sizes.only)]
+    return max([*steps, sizes.several[-1]])
 
 
 def _room(placement, sizes):
     """Where the activations of a block that are not kept are written."""
-    return 2 * sizes[0] * max(map(max, placement.widths))
+    return 2 * max(sizes.only + sizes.several) * max(map(max, placement.widths))
 
 
 def _saved_place(size, placement, sizes, e, base):
