@@ -29,6 +29,7 @@ CHIPS = {
 
 
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.kinds[0].startswith("TPU"))
+GPUS = (*(name for name in CHIPS if name not in TPUS), "gpu")
 
 
 def name(device: jax.Device) -> str:

@@ -13,7 +13,7 @@ import ml_collections
 
 from modse_jax.moe import sizing
 
-BACKENDS = ("auto", "reference", "blocked", "pallas_tpu")
+BACKENDS = ("auto", "reference", "blocked", "pallas_tpu", "pallas_gpu", "virtual")
 ANYWHERE = ("auto", "reference", "blocked")    # backends that need no particular device
 GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalised")
 GATE_TERMS = ("none", "learned")
@@ -55,8 +55,8 @@ class Model:
     norm_eps: float = option(1e-5, "epsilon of every RMSNorm", above=0)
     tie_embeddings: bool = option(False, "one matrix for input and output embedding")
     dtype: str = option("float32", "compute type; parameters, router, softmax and loss stay float32", choices=DTYPES)
-    attention: str = option("auto", "over packed rows: XLA, in blocks of queries; or JAX's splash kernels; auto = "
-                            "splash on TPU where it runs", choices=("auto", "blocks", "splash"))
+    attention: str = option("auto", "over packed rows: XLA, in blocks of queries; JAX's splash kernels; or cuDNN's; "
+                            "auto = splash on TPU where it runs", choices=("auto", "blocks", "splash", "cudnn"))
     remat: str = option("none", "what the backward pass recomputes: nothing; every block but its routing; or that, but "
                         "for products", choices=("none", "full", "save_routing_and_dots"))
 
@@ -88,9 +88,9 @@ class MoE:
     exchange: str = option("auto", "how rows reach experts of other devices: all tokens gathered, or each row sent; "
                            "auto = what sends less, of what runs there",
                            choices=("auto", "gather", "all_to_all"))
-    block_rows: int = option(1024, "blocked backend: rows of the largest block", minimum=1)
-    tail_rows: int = option(64, "blocked backend: rows of the smallest block; halves of the largest lie between",
-                            minimum=1)
+    block_rows: int = option(1024, "blocked: rows of a block at most, but for an expert with up to half more, which is "
+                             "one block", minimum=1)
+    tail_rows: int = option(64, "blocked: rows of the smallest block", minimum=1)
     saved_activations: float = option(1.25, "blocked: hidden activations kept for the backward pass, over those "
                                       "of evenly spread rows; the rest is recomputed", minimum=0)
 

@@ -86,7 +86,7 @@ def test_unused_columns_of_the_hidden_buffer_are_nan_in_these_tests():
     """Else the tests above would prove nothing about columns past an expert's width."""
     x, rows, w, _ = numbers(ROUTINGS["shared tiles"])
     run = tpu._Run(rows, 0, PLACEMENT, tpu.Tiles(8, 4, 8, 16), True)
-    hidden, = run.hidden_out([run.pad(x)], [(0, w.w_gate, False), (0, w.w_up, False)], tpu._swiglu, 1)
+    hidden, = run.hidden_out([run.pad(x)], [(0, w.w_gate, False), (0, w.w_up, False)], tpu.swiglu, 1)
     owner = np.repeat(np.arange(5), ROUTINGS["shared tiles"])
     for n in (0, 13, 45):
         width = WIDTHS[owner[n]]
@@ -153,13 +153,14 @@ def test_what_cannot_be_tiled_is_refused():
 
 def test_a_device_whose_kernels_are_wrong_is_found(monkeypatch):
     placement = sizing.place((128, 128, 256), 1, "pairs")
-    ef.check_kernels(placement, 128, "v5e", interpret=True)
-    ef.check_kernels(sizing.place((128, 128), 2, "pairs"), 128, "v5e", interpret=True)    # an expert a device
+    ef.check_kernels("pallas_tpu", placement, 128, "v5e", interpret=True)
+    alone = sizing.place((128, 128), 2, "pairs")    # an expert a device
+    ef.check_kernels("pallas_tpu", alone, 128, "v5e", interpret=True)
     right = tpu.pallas_tpu
     monkeypatch.setattr(tpu, "pallas_tpu", lambda x, rows, w_gate, *rest: right(x, rows, w_gate.at[:, -64:].mul(2),
                                                                                       *rest))
-    with pytest.raises(RuntimeError, match="kernels are wrong on this device: y differs"):
-        ef.check_kernels(placement, 128, "v5e", interpret=True)
+    with pytest.raises(RuntimeError, match="kernels of pallas_tpu are wrong on this device: y differs"):
+        ef.check_kernels("pallas_tpu", placement, 128, "v5e", interpret=True)
 
 
 @pytest.mark.parametrize("backend, widths, rows, chip, choice", [

@@ -230,8 +230,10 @@ def test_bfloat16_compute_keeps_float32_parameters():
     assert float(jnp.abs(low - full).mean()) < 0.1 * float(jnp.abs(full).mean())
 
 
-def test_splash_attention_equals_ours_with_gradients():
-    """In interpret mode: packed documents, padding, grouped heads."""
+@pytest.mark.parametrize("function", [functools.partial(attention.attend_splash, interpret=True),
+                                      functools.partial(attention.attend_cudnn, implementation="xla")])
+def test_kernels_for_attention_equal_ours_with_gradients(function):
+    """Splash in interpret mode, the call for cuDNN through XLA: packed documents, padding, grouped heads."""
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = ((2, 256, 4, 128), (2, 256, 2, 128), (2, 256, 2, 128))
     arrays = [jax.random.normal(k, s) for k, s in zip(keys, shapes)]
@@ -241,15 +243,24 @@ def test_splash_attention_equals_ours_with_gradients():
     def values(function):
         return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(weight * function(*a)), argnums=(0, 1, 2)))(*arrays)
 
-    got = values(lambda q, k, v: attention.attend_splash(q, k, v, segments, interpret=True))
+    got = values(lambda q, k, v: function(q, k, v, segments))
     want = values(lambda q, k, v: attention.attend_packed(q, k, v, segments))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()))
 
 
 def test_splash_attention_is_taken_where_it_runs():
-    assert attention.chosen("auto", (1, 256, 2, 128), "v5e") == "splash"
+    assert attention.chosen("auto", (1, 256, 2, 128), "v5e", "bfloat16") == "splash"
     for shape, chip in (((1, 250, 2, 128), "v5e"), ((1, 256, 2, 64), "v5e"), ((1, 256, 2, 128), "cpu")):
-        assert attention.chosen("auto", shape, chip) == attention.chosen("blocks", shape, "v5e") == "blocks"
+        assert attention.chosen("auto", shape, chip, "float32") == "blocks"
+        assert attention.chosen("blocks", shape, "v5e", "float32") == "blocks"
         with pytest.raises(UserError, match="model.attention=splash needs a TPU"):
-            attention.chosen("splash", shape, chip)
+            attention.chosen("splash", shape, chip, "float32")
+
+
+def test_cudnn_attention_is_taken_where_it_runs():
+    assert attention.chosen("cudnn", (1, 256, 2, 64), "h100", "bfloat16") == "cudnn"
+    for size, chip, dtype in ((64, "cpu", "bfloat16"), (64, "h100", "float32"), (60, "h100", "bfloat16"),
+                              (256, "h100", "bfloat16")):
+        with pytest.raises(UserError, match="model.attention=cudnn needs an NVIDIA GPU"):
+            attention.chosen("cudnn", (1, 256, 2, size), chip, dtype)

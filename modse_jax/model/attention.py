@@ -67,25 +67,28 @@ class Attention(nnx.Module):
         return y_BLD, (key_BSGC, value_BSGC)
 
     def _packed(self, query_BLAC, *rest):
-        if chosen(self.kind, query_BLAC.shape, meshes.chip(self.mesh)) == "blocks":
-            return attend_packed(query_BLAC, *rest)
-        if self.mesh is None or self.mesh.size == 1:
-            return attend_splash(query_BLAC, *rest)
+        kind = chosen(self.kind, query_BLAC.shape, meshes.chip(self.mesh), str(self.dtype))
+        function = {"blocks": attend_packed, "splash": attend_splash, "cudnn": attend_cudnn}[kind]
+        if kind == "blocks" or self.mesh is None or self.mesh.size == 1:
+            return function(query_BLAC, *rest)
         rows = meshes.spec(("batch",))    # XLA cannot cut a kernel
-        return jax.shard_map(attend_splash, mesh=self.mesh, in_specs=(rows,) * 4, out_specs=rows,
+        return jax.shard_map(function, mesh=self.mesh, in_specs=(rows,) * 4, out_specs=rows,
                              check_vma=False)(query_BLAC, *rest)
 
     def _weight(self, name):
         return getattr(self, name)[...].astype(self.dtype)
 
 
-def chosen(kind: str, shape: tuple[int, int, int, int], chip: str) -> str:
-    """model.attention for queries of a shape [B, L, A, C] on a chip: "auto" is splash where it runs. Raises UserError
-    where it is asked for and does not."""
+def chosen(kind: str, shape: tuple[int, int, int, int], chip: str, dtype: str) -> str:
+    """model.attention for queries of a shape [B, L, A, C] and type on a chip: "auto" is splash where it runs, and not
+    cuDNN, which has not been timed. Raises UserError where what is asked for does not run."""
     able = chip in chips.TPUS and shape[1] % 128 == 0 and shape[3] % 128 == 0
     if kind == "splash" and not able:
         raise UserError(f"model.attention=splash needs a TPU ({', '.join(chips.TPUS)}), sequences and heads of a "
                         f"multiple of 128; this is {chip}, {shape[1]} and {shape[3]}; take model.attention=auto")
+    if kind == "cudnn" and (chip not in chips.GPUS or dtype != "bfloat16" or shape[3] % 8 or shape[3] > 128):
+        raise UserError(f"model.attention=cudnn needs an NVIDIA GPU, model.dtype=bfloat16 and heads of a multiple of 8 "
+                        f"up to 128; this is {chip}, {dtype} and {shape[3]}; take model.attention=auto")
     return kind if kind != "auto" else "splash" if able else "blocks"
 
 
@@ -104,6 +107,15 @@ def attend_splash(query_BLAC: jax.Array, key_BLGC: jax.Array, value_BLGC: jax.Ar
     heads_first = (a.transpose(0, 2, 1, 3) for a in (scaled_BLAC, key_BLGC, value_BLGC))
     out_BALC = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(*heads_first, segments_BL)
     return out_BALC.transpose(0, 2, 1, 3).astype(query_BLAC.dtype)
+
+
+def attend_cudnn(query_BLAC: jax.Array, key_BLGC: jax.Array, value_BLGC: jax.Array, segments_BL: jax.Array,
+                 implementation: str = "cudnn") -> jax.Array:
+    """`attend_packed` by cuDNN's flash attention. Documents are kept apart by a mask [B, 1, L, L], which it reads;
+    scores are never written."""
+    same_B1LS = (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
+    return jax.nn.dot_product_attention(query_BLAC, key_BLGC, value_BLGC, mask=same_B1LS, is_causal=True,
+                                        implementation=implementation)
 
 
 def attend(query_BLAC: jax.Array, key_BSGC: jax.Array, value_BSGC: jax.Array, mask_BLS: jax.Array) -> jax.Array:

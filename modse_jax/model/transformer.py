@@ -40,7 +40,7 @@ def build_abstract(config: Config, mesh: Mesh | None = None):
 def for_evaluation(config: Config) -> Config:
     """The same model, dropless (with a capacity a token's score would depend on its batch mates), on any device."""
     backend = config.moe.backend if config.moe.backend in ANYWHERE else "auto"
-    kind = "auto" if config.model.attention == "splash" else config.model.attention
+    kind = "blocks" if config.model.attention == "blocks" else "auto"
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kind),
                                moe=dataclasses.replace(config.moe, capacity_factor=0.0, backend=backend))
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modse_jax.moe import expert_ffn_tpu, sizing
+from modse_jax.moe import expert_ffn_gpu, expert_ffn_tpu, expert_ffn_virtual, sizing
 from modse_jax.moe.expert_ffn_blocked import Blocks, blocked
 
 
@@ -23,15 +23,28 @@ class ExpertWeights(NamedTuple):
     w_down: jax.Array    # [H, D]
 
 
-def check_backend(backend: str, placement: sizing.Placement, dim: int, chip: str) -> None:
-    """Raises ValueError, naming what would do, where a backend cannot run these widths on this chip (mesh.chip)."""
-    if backend == "pallas_tpu":
-        expert_ffn_tpu.tiles_for(_all_widths(placement), dim, chip)
+KERNELS = {"pallas_tpu": expert_ffn_tpu, "pallas_gpu": expert_ffn_gpu}
+
+
+def check_backend(backend: str, placement: sizing.Placement, dim: int, chip: str, dtype: str,
+                  device: jax.Device | None) -> None:
+    """Raises ValueError, naming what would do, where a backend cannot run these widths and this type on this chip
+    (mesh.chip). device: one of them, where there is one to try."""
+    if backend in KERNELS:
+        KERNELS[backend].tiles_for(_all_widths(placement), dim, chip)
+    if backend == "pallas_gpu":
+        expert_ffn_gpu.check_dtype(dtype)
+    if backend == "virtual":
+        for widths in placement.widths:
+            expert_ffn_virtual.chunk(widths)
+        if device is not None and not expert_ffn_virtual.fused(device):
+            raise ValueError(f"moe.backend=virtual: on this {chip} XLA expands a grouped product (lax.ragged_dot) into "
+                             "one of every row with every expert; backends that run anywhere: auto, blocked, reference")
 
 
 def chosen(backend: str, placement: sizing.Placement, shape: tuple[int, int], chip: str) -> str:
     """The backend of a product over rows of a shape [N, D]. "auto" is pallas_tpu on chips and widths that it takes,
-    since `blocked` takes minutes to compile there (LOG.md); else "blocked"."""
+    since `blocked` takes minutes to compile there (LOG.md); else "blocked": nothing else has been measured."""
     if backend != "auto":
         return backend
     try:
@@ -42,11 +55,12 @@ def chosen(backend: str, placement: sizing.Placement, shape: tuple[int, int], ch
     return "pallas_tpu" if fits else "blocked"
 
 
-def check_kernels(placement: sizing.Placement, dim: int, chip: str, interpret: bool = False) -> None:
-    """Runs the TPU kernels on this device, over a few random rows of these widths, against the reference: outputs and
-    gradients, rows that belong to nobody, an expert without rows. Raises RuntimeError where they differ by more than
-    bfloat16 explains."""
-    widths, tiles = placement.widths[0], expert_ffn_tpu.tiles_for(_all_widths(placement), dim, chip)
+def check_kernels(backend: str, placement: sizing.Placement, dim: int, chip: str, interpret=False) -> None:
+    """Runs a backend's kernels on this device, over a few random rows of these widths, against the reference: outputs
+    and gradients, rows that belong to nobody, an expert without rows. Raises RuntimeError where they differ by more
+    than bfloat16 explains."""
+    module = KERNELS[backend]
+    widths, tiles = placement.widths[0], module.tiles_for(_all_widths(placement), dim, chip)
     rows_E = np.random.default_rng(0).integers(1, 2 * tiles.rows // len(widths) + 2, placement.slots)
     rows_E[len(widths):] = 0
     if len(widths) > 1:
@@ -59,8 +73,8 @@ def check_kernels(placement: sizing.Placement, dim: int, chip: str, interpret: b
         keys[2:], ((dim, sum(widths)), (dim, sum(widths)), (sum(widths), dim)))))
 
     def kernels(x, w):
-        return expert_ffn_tpu.pallas_tpu(x, jnp.asarray(rows_E, jnp.int32), *w, jnp.int32(0), placement, tiles,
-                                         interpret)
+        rows, kernel = jnp.asarray(rows_E, jnp.int32), getattr(module, backend)
+        return kernel(x, rows, *w, jnp.int32(0), placement, tiles, interpret)
 
     def slow(x, w):
         return reference(x, jnp.asarray(rows_E), w, widths)
@@ -74,8 +88,8 @@ def check_kernels(placement: sizing.Placement, dim: int, chip: str, interpret: b
         got, want = (np.asarray(a, np.float32) for a in (got, want))
         error = np.linalg.norm(got - want) / np.linalg.norm(want)
         if not error < 0.02:
-            raise RuntimeError(f"the TPU kernels are wrong on this device: {name} differs from the reference by "
-                               f"{error:.3g} of its norm; train with --config.moe.backend=blocked, and report it")
+            raise RuntimeError(f"the kernels of {backend} are wrong on this device: {name} differs from the reference "
+                               f"by {error:.3g} of its norm; train with --config.moe.backend=blocked, and report it")
 
 
 def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, placement: sizing.Placement, backend: str,
@@ -96,12 +110,13 @@ def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, place
     weights = ExpertWeights(*(w.astype(x_ND.dtype) for w in weights))
     shard = jnp.asarray(shard, jnp.int32)
     backend = chosen(backend, placement, x_ND.shape, chip)
-    if backend == "reference":
-        ways = [functools.partial(reference, widths=widths) for widths in placement.widths]
+    if backend in KERNELS:
+        tiles = KERNELS[backend].tiles_for(_all_widths(placement), x_ND.shape[1], chip)
+        return getattr(KERNELS[backend], backend)(x_ND, rows_E, *weights, shard, placement, tiles)
+    if backend in ("reference", "virtual"):
+        way = reference if backend == "reference" else expert_ffn_virtual.virtual
+        ways = [functools.partial(way, widths=widths) for widths in placement.widths]
         return jax.lax.switch(shard, ways, x_ND, rows_E, weights)
-    if backend == "pallas_tpu":
-        tiles = expert_ffn_tpu.tiles_for(_all_widths(placement), x_ND.shape[1], chip)
-        return expert_ffn_tpu.pallas_tpu(x_ND, rows_E, *weights, shard, placement, tiles)
     return blocked(x_ND, rows_E, *weights, shard, placement, blocks)
 
 

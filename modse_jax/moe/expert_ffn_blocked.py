@@ -19,7 +19,6 @@ from jax import lax
 
 from modse_jax.moe import sizing
 
-
 # Sizes of an expert's only block, in sixteenths of its even share: routing that is nearly even wastes 2% of the rows.
 SIXTEENTHS = (8, 12, 14, 15, 16, 17, 18, 20, 24)
 

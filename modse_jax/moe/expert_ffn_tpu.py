@@ -1,9 +1,8 @@
 """The grouped feed-forward product as Pallas TPU kernels, over tiles of rows sorted by expert and of the flat hidden
 axis.
 
-A tile of rows may hold rows of several experts; each of them *visits* it. A task is one visit and one tile of the
-expert's own hidden columns; the list of tasks is made on the device from the routing and read from scalar memory, its
-length is a dynamic grid bound. Three kinds of kernel, each with as many operand pairs as its use needs:
+The list of tasks (expert_tasks.py) is made on the device from the routing and read from scalar memory, its length is a
+dynamic grid bound. Three kinds of kernel, each with as many operand pairs as its use needs:
 
   A hidden-out  [rows, D] x [D, h_e] -> [rows, h_e]: gate and up with SwiGLU behind them; its backward pass
   B hidden-in   [rows, h_e] x [h_e, D] -> [rows, D]: down; dx
@@ -22,12 +21,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from modse_jax.moe import sizing
+from modse_jax.moe.expert_tasks import (
+    Work,
+    columns_of,
+    hidden_in_work,
+    repeat,
+    swiglu,
+    swiglu_backward,
+    task_bound,
+    visit_list,
+    visits,
+)
 
 # Scalar memory is 1 MiB; the longest list has five numbers a task (kernel B). Some is left for the compiler.
 MAX_TASKS = 1_000_000 // (5 * 4)
@@ -77,13 +85,6 @@ def _divisor(number, unit, largest):
     return max(d for d in range(unit, min(number, largest) + 1, unit) if number % d == 0)
 
 
-def task_bound(num_rows: int, placement: sizing.Placement, tiles: Tiles) -> int:
-    """The longest list of tasks of any shard: R + E - 1 visits, at least one per expert, the others charged to the
-    widest."""
-    return max(max(widths) // tiles.hidden * (-(-num_rows // tiles.rows) - 1) + sum(widths) // tiles.hidden
-               for widths in placement.widths)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def pallas_tpu(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret=False):
     """See expert_ffn.expert_ffn. Every width divides by tiles.hidden, D by tiles.inner and tiles.outer. shard: which
@@ -102,7 +103,7 @@ def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interp
                          "training.batch_size, or use the backend blocked")
     run = _Run(rows_E, shard, placement, tiles, interpret)
     x = run.pad(x_ND)
-    hidden_NM, = run.hidden_out([x], [(0, w_gate, False), (0, w_up, False)], _swiglu, 1)
+    hidden_NM, = run.hidden_out([x], [(0, w_gate, False), (0, w_up, False)], swiglu, 1)
     y_ND = run.hidden_in([(hidden_NM, w_down, False)])
     return run.unpad(y_ND, x_ND), (x_ND, rows_E, w_gate, w_up, w_down, shard)
 
@@ -112,7 +113,7 @@ def _backward(placement, tiles, interpret, saved, dy_ND):
     run = _Run(rows_E, shard, placement, tiles, interpret)
     x, dy = run.pad(x_ND), run.pad(dy_ND)
     parts = [(0, w_gate, False), (0, w_up, False), (1, w_down, True)]
-    hidden_NM, dgate_NM, dup_NM = run.hidden_out([x, dy], parts, _swiglu_backward, 3)
+    hidden_NM, dgate_NM, dup_NM = run.hidden_out([x, dy], parts, swiglu_backward, 3)
     dx_ND = run.hidden_in([(dgate_NM, w_gate, True), (dup_NM, w_up, True)])
     dw_gate, dw_up = run.weights(x, [dgate_NM, dup_NM], hidden_first=False)
     dw_down, = run.weights(dy, [hidden_NM], hidden_first=True)
@@ -122,75 +123,9 @@ def _backward(placement, tiles, interpret, saved, dy_ND):
 pallas_tpu.defvjp(_forward, _backward)
 
 
-def _swiglu(gate, up):
-    return (gate * jax.nn.sigmoid(gate) * up,)
-
-
-def _swiglu_backward(gate, up, dhidden):
-    """(hidden, dgate, dup): the activations are recomputed, not kept."""
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    return silu * up, dhidden * up * (sigmoid + silu * (1 - sigmoid)), dhidden * silu
-
-
-class Work(NamedTuple):
-    """The tasks of one kernel. Entries past `live` are in range and never run."""
-    live: jax.Array       # int32 []
-    expert: jax.Array     # int32 [tasks]
-    row_tile: jax.Array
-    column: jax.Array     # tile of the expert's own columns
-    flat: jax.Array       # tile of the flat axis
-    flags: jax.Array      # 1: first task of its output block; 2: last one
-
-
-def visits(rows_E, tiles, num_tiles, empty_too=False):
-    """(visits of each expert [E], row tile of its first visit [E])."""
-    end_E = jnp.cumsum(rows_E)
-    first_E = (end_E - rows_E) // tiles.rows
-    count_E = jnp.where(rows_E > 0, -(-end_E // tiles.rows) - first_E, int(empty_too))
-    return count_E, jnp.minimum(first_E, num_tiles - 1)
-
-
-def _visit_list(rows_E, tiles, num_tiles):
-    """(expert, row tile, whether it is live) of every visit [V], by expert."""
-    E = rows_E.shape[0]
-    count_E, first_E = visits(rows_E, tiles, num_tiles)
-    V = num_tiles + E - 1
-    expert_V, index_V = _repeat(count_E, V)
-    row_tile_V = jnp.clip(first_E[expert_V] + index_V, 0, num_tiles - 1)
-    return expert_V, row_tile_V, jnp.arange(V) < jnp.sum(count_E)
-
-
-def _repeat(count_X, length):
-    """(which X, index within it) of `length` entries, entry x repeated count_X[x] times."""
-    which = jnp.repeat(jnp.arange(count_X.shape[0], dtype=jnp.int32), count_X, total_repeat_length=length)
-    start_X = jnp.cumsum(count_X) - count_X
-    return which, jnp.arange(length, dtype=jnp.int32) - start_X[which]
-
-
-class Columns(NamedTuple):
-    """A shard's experts in column tiles."""
-    count_E: jax.Array    # int32: column tiles of every expert
-    first_E: jax.Array    # int32: its first tile of the flat axis
-    expert_C: jax.Array   # int32: whose every tile of the flat axis is
-    most: int             # tiles of the widest expert of any shard
-    bound: int            # task_bound
-
-
-def columns_of(placement: sizing.Placement, shard, num_rows: int, tiles: Tiles) -> Columns:
-    """The tables of one shard. What differs from shard to shard is data: all of them run one program."""
-    def filled(lists):
-        return jnp.asarray([[*row, *[0] * (placement.slots - len(row))] for row in lists], jnp.int32)[shard]
-
-    counts = [[w // tiles.hidden for w in widths] for widths in placement.widths]
-    return Columns(filled(counts), filled([sizing.offsets(c) for c in counts]),
-                   jnp.asarray([np.repeat(np.arange(len(c)), c) for c in counts], jnp.int32)[shard],
-                   max(map(max, counts)), task_bound(num_rows, placement, tiles))
-
-
 def hidden_out_work(rows_E, columns, tiles, num_tiles) -> Work:
     """Kernel A: by column tile, then visit, so that the visits to one output block follow one another."""
-    expert_V, row_tile_V, live_V = _visit_list(rows_E, tiles, num_tiles)
+    expert_V, row_tile_V, live_V = visit_list(rows_E, tiles, num_tiles)
     V = expert_V.shape[0]
     alive = live_V[None, :] & (jnp.arange(columns.most)[:, None] < columns.count_E[expert_V][None, :])
     index = jnp.nonzero(alive.reshape(-1), size=columns.bound, fill_value=0)[0]
@@ -201,23 +136,11 @@ def hidden_out_work(rows_E, columns, tiles, num_tiles) -> Work:
                 jnp.zeros_like(column))
 
 
-def hidden_in_work(rows_E, columns, tiles, num_tiles) -> Work:
-    """Kernel B: by visit, then column tile, which are summed."""
-    expert_V, row_tile_V, live_V = _visit_list(rows_E, tiles, num_tiles)
-    count_V = jnp.where(live_V, columns.count_E[expert_V], 0)
-    visit, column = _repeat(count_V, columns.bound)
-    column = jnp.clip(column, 0, columns.most - 1)
-    expert = expert_V[visit]
-    last = column == columns.count_E[expert] - 1
-    return Work(jnp.sum(count_V, dtype=jnp.int32), expert, row_tile_V[visit], column,
-                columns.first_E[expert] + column, (column == 0) + 2 * last.astype(jnp.int32))
-
-
 def weights_work(rows_E, columns, tiles, num_tiles) -> Work:
     """Kernel C: by tile of the flat axis, then row tile. An expert without rows has one task, which writes zeros."""
     count_E, first_E = visits(rows_E, tiles, num_tiles, empty_too=True)
     count_C = count_E[columns.expert_C]
-    flat, index = _repeat(count_C, columns.bound)
+    flat, index = repeat(count_C, columns.bound)
     expert = columns.expert_C[flat]
     row_tile = jnp.clip(first_E[expert] + index, 0, num_tiles - 1)
     last = index == count_C[flat] - 1

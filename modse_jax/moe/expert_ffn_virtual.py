@@ -1,6 +1,6 @@
-"""Unequal experts through a product for equal ones: every expert is cut into chunks of a common width, each an expert of
-its own ("virtual"), and a row visits all chunks of its expert. SwiGLU is elementwise, so the partial results add up to
-the whole exactly; the arithmetic is exact too, and the rows are repeated: 30% of a layer's time in traffic by estimate.
+"""Unequal experts through a product for equal ones: every expert is cut into chunks of a common width, each an expert
+of its own ("virtual"), and a row visits all chunks of its expert. SwiGLU is elementwise, so the partial results add up
+to the whole, with no more arithmetic; but the rows are repeated, 30% of a layer's time in traffic by estimate.
 
 A stop-gap for devices where XLA multiplies groups in one fused kernel (`lax.ragged_dot`). Elsewhere XLA expands that
 into a product of every row with every expert, so `fused` finds out first.
@@ -27,14 +27,14 @@ def chunk(widths: Sequence[int]) -> int:
     """Columns of a virtual expert. Raises ValueError where the widths have no large common part."""
     size = math.gcd(*widths)
     if size < LEAST:
-        raise ValueError(f"virtual: widths {sorted(set(widths))} have only {size} columns in common, at least {LEAST} are "
-                         "needed; backends that take any: blocked, reference")
+        raise ValueError(f"virtual: widths {sorted(set(widths))} have only {size} columns in common, at least {LEAST} "
+                         "are needed; backends that take any: blocked, reference")
     return size
 
 
-def virtual(x_ND, rows_E, w_gate, w_up, w_down, widths: Sequence[int]):
-    """See expert_ffn.expert_ffn. Gradients by differentiation."""
-    size = chunk(widths)
+def virtual(x_ND, rows_E, weights, widths: Sequence[int]):
+    """See expert_ffn.reference. Gradients by differentiation."""
+    size, rows_E, (w_gate, w_up, w_down) = chunk(widths), rows_E[:len(widths)], weights
     counts = np.array([w // size for w in widths])
     (N, D), dtype = x_ND.shape, x_ND.dtype
     rows_V = rows_E[np.repeat(np.arange(len(widths)), counts)]

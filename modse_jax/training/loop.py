@@ -403,13 +403,15 @@ def memory_line(compiled, abstract, seconds: float) -> str:
 def _check_backend(config, placement, mesh):
     backend, dim, chip = config.moe.backend, config.model.dim, meshes.chip(mesh)
     try:
-        expert_ffn.check_backend(backend, placement, dim, chip)
+        expert_ffn.check_backend(backend, placement, dim, chip, config.model.dtype, mesh.local_devices[0])
     except ValueError as error:
         raise UserError(str(error)) from None
     heads = config.model.num_heads
-    attention.chosen(config.model.attention, (1, config.data.sequence_length, heads, dim // heads), chip)
-    if expert_ffn.chosen(backend, placement, (0, dim), chip) == "pallas_tpu":
-        expert_ffn.check_kernels(placement, dim, chip)
+    attention.chosen(config.model.attention, (1, config.data.sequence_length, heads, dim // heads), chip,
+                     config.model.dtype)
+    backend = expert_ffn.chosen(backend, placement, (0, dim), chip)
+    if backend in expert_ffn.KERNELS:    # never yet run on hardware
+        expert_ffn.check_kernels(backend, placement, dim, chip)
 
 
 def _check_workdir(workdir, config):

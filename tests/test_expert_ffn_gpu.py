@@ -1,0 +1,127 @@
+"""The Pallas Mosaic GPU kernels in interpret mode, NaN planted wherever nothing may be read, against the reference; and
+lowered for CUDA at real sizes, where no GPU is needed. And the product by virtual experts."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from modse_jax.moe import expert_ffn as ef
+from modse_jax.moe import expert_ffn_gpu as gpu
+from modse_jax.moe import expert_ffn_virtual, sizing
+
+INTERPRET = InterpretGPUParams(uninitialized_memory="nan", detect_races=True)
+D = 128
+
+
+def numbers(widths, rows, num_rows, dtype=jnp.bfloat16, dim=D):
+    rng = np.random.default_rng(0)
+    w = ef.ExpertWeights(*(jnp.asarray(0.08 * rng.normal(size=s), dtype)
+                           for s in ((dim, sum(widths)), (dim, sum(widths)), (sum(widths), dim))))
+    x, dy = (jnp.asarray(rng.normal(size=(num_rows, dim)), dtype).at[sum(rows):].set(jnp.nan) for _ in range(2))
+    return x, jnp.asarray(rows, jnp.int32), w, dy
+
+
+def both(function, x, w, dy):
+    y, pull = jax.vjp(function, x, w)
+    return (y, *pull(dy))
+
+
+def assert_close(got, want, most=0.01):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        assert np.isfinite(a).all() and np.linalg.norm(a - b) <= most * np.linalg.norm(b) + 1e-30
+
+
+@pytest.mark.parametrize("rows, num_rows", [((70, 0, 50, 9), 140), ((0, 0, 130, 0), 130), ((0, 0, 0, 0), 20)])
+def test_kernels_equal_the_reference(rows, num_rows):
+    """Tiles that experts share, an empty expert, all on one, rows of nobody, no rows; the interpreter fills what no
+    kernel wrote with NaN and looks for races."""
+    widths = (192, 64, 64, 128)
+    placement, tiles = sizing.place(widths, 1, "pairs"), gpu.Tiles(rows=64, wide=64, stages=2, blocks=2)
+    x, rows, w, dy = numbers(widths, rows, num_rows)
+    got = both(lambda x, w: gpu.pallas_gpu(x, rows, *w, jnp.int32(0), placement, tiles, INTERPRET), x, w, dy)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), (x, w, dy))
+    assert_close(got, both(lambda x, w: ef.reference(x, rows, w, widths), *exact))
+
+
+def test_shards_of_unlike_experts_wide_tiles_and_half_precision():
+    placement = sizing.place((256, 128, 128, 256), 2, "pairs")
+    tiles = gpu.Tiles(rows=64, wide=128, stages=2, blocks=3)
+    x, rows, w, dy = numbers(placement.widths[1], (10, 60), 80, jnp.float16)
+    got = both(lambda x, w: gpu.pallas_gpu(x, rows, *w, jnp.int32(1), placement, tiles, INTERPRET), x, w, dy)
+    assert_close(got, both(lambda x, w: ef.reference(x, rows, w, placement.widths[1]), x, w, dy))
+
+
+def test_the_forward_pass_alone_keeps_nothing():
+    widths = (64, 128)
+    placement, tiles = sizing.place(widths, 1, "pairs"), gpu.Tiles(rows=64, wide=64, stages=2, blocks=1)
+    x, rows, w, _ = numbers(widths, (30, 20), 64)
+    y = gpu.pallas_gpu(x, rows, *w, jnp.int32(0), placement, tiles, INTERPRET)
+    assert_close(y, ef.reference(x, rows, w, widths))
+
+
+@pytest.mark.parametrize("dim", [1536, 2048])    # 300Mx8, 700Mx8
+@pytest.mark.parametrize("kind, shards", [("pairs", 1), ("pairs", 4), ("columns", 2)])
+def test_lowered_for_hopper_without_one(dim, kind, shards):
+    """Layouts, transforms, shared memory: what Mosaic refuses, it refuses here."""
+    placement = sizing.place(sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, dim), shards, kind)
+    H, N = sum(placement.widths[0]), 131_072
+    tiles = gpu.tiles_for([w for widths in placement.widths for w in widths], dim, "h200")
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    @jax.jit
+    def run(x, rows, w, dy):
+        return both(lambda x, w: gpu.pallas_gpu(x, rows, *w, jnp.int32(0), placement, tiles), x, w, dy)
+
+    w = array(dim, H), array(dim, H), array(H, dim)
+    traced = run.trace(array(N, dim), array(placement.slots, dtype=jnp.int32), w, array(N, dim))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 7    # A and B forward; A, B and three of C backward
+
+
+def test_what_it_cannot_do_names_what_would():
+    with pytest.raises(ValueError, match="needs one of h100, h200, this is cpu; backends that run anywhere"):
+        gpu.tiles_for((128,), 128, "cpu")
+    with pytest.raises(ValueError, match=r"widths \[100\] do not divide by 64; backends that take any: blocked"):
+        gpu.tiles_for((128, 100), 128, "h100")
+    with pytest.raises(ValueError, match="model.dim=192 does not divide by 128"):
+        gpu.tiles_for((128,), 192, "h100")
+    with pytest.raises(ValueError, match="not float32; set model.dtype=bfloat16"):
+        ef.check_backend("pallas_gpu", sizing.place((128,), 1, "pairs"), 128, "h100", "float32", None)
+    with pytest.raises(ValueError, match="tasks of tiles 128 x 64, more than"):
+        one = sizing.place((65536,), 1, "pairs")
+        jax.eval_shape(lambda x, w: gpu.pallas_gpu(x, jnp.zeros(1, jnp.int32), *w, 0, one, gpu.Tiles()),
+                       jax.ShapeDtypeStruct((2**22, 128), jnp.bfloat16),
+                       tuple(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((128, 65536), (128, 65536), (65536, 128))))
+
+
+def test_a_device_with_wrong_kernels_is_found(monkeypatch):
+    placement = sizing.place((64, 128), 1, "pairs")
+    monkeypatch.setattr(gpu, "tiles_for", lambda *_: gpu.Tiles(rows=64, wide=64, stages=2, blocks=1))
+    ef.check_kernels("pallas_gpu", placement, 128, "h100", INTERPRET)
+    right = gpu.pallas_gpu
+    monkeypatch.setattr(gpu, "pallas_gpu", lambda x, *rest: right(x, *rest) * 1.1)
+    with pytest.raises(RuntimeError, match="the kernels of pallas_gpu are wrong on this device: y differs"):
+        ef.check_kernels("pallas_gpu", placement, 128, "h100", INTERPRET)
+
+
+# ---- virtual experts ----
+
+@pytest.mark.parametrize("rows, num_rows", [((70, 0, 50, 9), 140), ((0, 0, 130, 0), 130), ((0, 0, 0, 0), 20)])
+def test_virtual_experts_equal_the_reference(rows, num_rows):
+    widths = (384, 128, 128, 256)
+    x, rows, w, dy = numbers(widths, rows, num_rows, jnp.float32, 16)
+    got = jax.jit(functools.partial(both, lambda x, w: expert_ffn_virtual.virtual(x, rows, w, widths)))(x, w, dy)
+    assert_close(got, both(lambda x, w: ef.reference(x, rows, w, widths), x, w, dy), 2e-6)
+
+
+def test_virtual_experts_refuse_widths_and_devices():
+    with pytest.raises(ValueError, match=r"widths \[96, 160\] have only 32 columns in common, at least 128"):
+        expert_ffn_virtual.chunk((160, 96))
+    with pytest.raises(ValueError, match="XLA expands a grouped product"):
+        ef.check_backend("virtual", sizing.place((256, 128), 1, "pairs"), 128, "cpu", "float32", jax.devices()[0])
