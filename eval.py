@@ -29,6 +29,10 @@ TASKS_DIR = flags.DEFINE_string("tasks_dir", "", "A folder with task files (YAML
 def main() -> int:
     from modse_jax import processes
     from modse_jax.evaluation import report, scoring
+    alone = {"tasks", "compare", "analysis", "verify"} & set(SUITE.value)
+    if alone and len(SUITE.value) > 1:
+        raise UserError(f"--suite={','.join(SUITE.value)}: {', '.join(sorted(alone))} must stand alone; loss, routing "
+                        "and sample may be combined")
     if SUITE.value in (["tasks"], ["compare"]):
         return _tasks()
     if WORKDIRS.value or not WORKDIR.value:

@@ -29,7 +29,7 @@ CHIPS = {
 
 
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.kinds[0].startswith("TPU"))
-GPUS = (*(name for name in CHIPS if name not in TPUS), "gpu")
+GPUS = tuple(name for name in CHIPS if name not in TPUS)
 
 
 def name(device: jax.Device) -> str:

@@ -57,6 +57,8 @@ class Model:
     dtype: str = option("float32", "compute type; parameters, router, softmax and loss stay float32", choices=DTYPES)
     attention: str = option("auto", "over packed rows: XLA, in blocks of queries; JAX's splash kernels; or cuDNN's; "
                             "auto = splash on TPU where it runs", choices=("auto", "blocks", "splash", "cudnn"))
+    unroll: int = option(0, "blocks per turn of the loop over blocks. In a turn, what is kept for the backward pass is "
+                         "not copied; many take long to compile. 0 = on CPU all, up to 4; elsewhere 1", minimum=0)
     remat: str = option("none", "what the backward pass recomputes: nothing; every block but its routing; or that, but "
                         "for products", choices=("none", "full", "save_routing_and_dots"))
 
@@ -90,7 +92,7 @@ class MoE:
                            choices=("auto", "gather", "all_to_all"))
     block_rows: int = option(1024, "blocked: rows of a block at most, but for an expert with up to half more, which is "
                              "one block", minimum=1)
-    tail_rows: int = option(64, "blocked: rows of the smallest block", minimum=1)
+    tail_rows: int = option(64, "blocked: no block has fewer rows, if experts have as many on average", minimum=1)
     saved_activations: float = option(1.25, "blocked: hidden activations kept for the backward pass, over those "
                                       "of evenly spread rows; the rest is recomputed", minimum=0)
 

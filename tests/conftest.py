@@ -35,7 +35,7 @@ def tiny_config(**sections) -> Config:
     """Two layers, four experts of three widths; sections override fields: tiny_config(moe=dict(top_k=1)).
     The reference backend, since it compiles fastest; what is said of `blocked` is tested with it."""
     base = dict(
-        model=Model(dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300),
+        model=Model(dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300, unroll=1),
         moe=MoE(num_experts=4, top_k=2, width=12, widths=(20, 4, 12, 12), pairs=True, backend="reference", block_rows=8,
                 tail_rows=8),
         data=Data(tokenizer="bytes", sequence_length=32),

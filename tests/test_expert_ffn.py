@@ -126,9 +126,46 @@ def test_saved_activations_fit_however_many_rows_there_are():
     assert not fits and int(here) == size - 2 * 8 * 2**12 and int(after) == 100
     few = expert._replace(rows=jnp.int32(5))
     fits, here, after = expert_ffn_blocked._saved_place(size, placement, sizes, few, jnp.int32(100))
-    assert fits and int(here) == 100 and int(after) == 100 + 2 * 2**12 * (5 + 4)
+    assert fits and int(here) == 100 and int(after) == 100 + 2 * 2**12 * (4 + 4)
     with pytest.raises(ValueError, match="more than the 2147483647 that 32 bits can index"):
         expert_ffn_blocked._saved_size(ef.Blocks(8, 4, 1.0), 2**20, placement, sizes)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def in_blocks(x, rows, w, dy, widths, blocks):
+    def f(x, w):
+        return ef.expert_ffn(x, rows, ef.ExpertWeights(**w), sizing.place(widths, 1, "pairs"), "blocked", blocks, "cpu")
+    y, pull = jax.vjp(f, x, w)
+    return (y, *pull(dy))
+
+
+@pytest.mark.parametrize("body, tail, saved, total, experts", [(128, 8, 1.25, 260, 3), (128, 8, 0.4, 260, 3),
+                                                               (100, 8, 9.0, 400, 2), (64, 64, 1.0, 150, 2)])
+def test_only_blocks_and_several(body, tail, saved, total, experts):
+    """Around every size of an expert's only block: one row less, as many, one more; few rows, all rows, none. What is
+    kept of one expert must not reach into the next one's."""
+    widths = (5, 3, 5)[:experts]
+    sizes = expert_ffn_blocked._sizes(ef.Blocks(body, tail, saved), total, experts)
+    assert sizes.only or body == 100
+    rng = np.random.default_rng(0)
+    w = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in
+         dict(w_gate=(D, sum(widths)), w_up=(D, sum(widths)), w_down=(sum(widths), D)).items()}
+    interesting = {0, 1, total, *(s + d for s in (*sizes.only, *sizes.several) for d in (-1, 0, 1))}
+    for first in sorted(r for r in interesting if 0 <= r <= total):
+        left = total - first
+        rows = (first, left) if experts == 2 else (first, left // 3, left - left // 3 - min(left - left // 3, 4))
+        x, dy = (jnp.asarray(rng.normal(size=(total, D)), jnp.float32).at[sum(rows):].set(jnp.nan) for _ in range(2))
+        got = in_blocks(x, jnp.asarray(rows), w, dy, widths, ef.Blocks(body, tail, saved))
+        want = value_and_grads(x, jnp.asarray(rows), w, dy, widths, "reference")
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+            np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))
+
+
+def test_blocks_are_for_even_shares_that_a_block_can_hold():
+    few, many = (expert_ffn_blocked._sizes(ef.Blocks(1024, 64), n, 8) for n in (8192, 131072))
+    assert few.only[0] == 512 and few.only[-1] == 1536 and few.several == (1024, 512, 128)
+    assert many.only == () and many.several == (1024, 512, 128)
+    assert expert_ffn_blocked._sizes(ef.Blocks(1024, 64), 2, 8) == ((), (2,))    # decoding
 
 
 def test_random_widths_and_routings_agree_with_the_reference():

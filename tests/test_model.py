@@ -260,7 +260,8 @@ def test_splash_attention_is_taken_where_it_runs():
 
 def test_cudnn_attention_is_taken_where_it_runs():
     assert attention.chosen("cudnn", (1, 256, 2, 64), "h100", "bfloat16") == "cudnn"
-    for size, chip, dtype in ((64, "cpu", "bfloat16"), (64, "h100", "float32"), (60, "h100", "bfloat16"),
-                              (256, "h100", "bfloat16")):
-        with pytest.raises(UserError, match="model.attention=cudnn needs an NVIDIA GPU"):
-            attention.chosen("cudnn", (1, 256, 2, size), chip, dtype)
+    for length, size, chip, dtype in ((256, 64, "cpu", "bfloat16"), (256, 64, "h100", "float32"),
+                                      (256, 60, "h100", "bfloat16"), (256, 256, "h100", "bfloat16"),
+                                      (255, 64, "h100", "bfloat16")):
+        with pytest.raises(UserError, match="model.attention=cudnn needs one of h200, h100"):
+            attention.chosen("cudnn", (1, length, 2, size), chip, dtype)

@@ -26,7 +26,7 @@ from modse_jax.training.checkpoints import Checkpoints
 from tests.conftest import CACHE_OPTIONS, FASTER_TO_COMPILE, tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
-OVERRIDES = dict(model=dict(dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300),
+OVERRIDES = dict(model=dict(dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300, unroll=1),
                  moe=dict(width=12, widths="(20,4,12,12)", num_experts=4, backend="reference"),
                  data=dict(tokenizer="bytes", sequence_length=32),
                  training=dict(batch_size=8, steps=6, log_every=2, checkpoint_every=3),

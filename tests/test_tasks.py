@@ -1,10 +1,13 @@
 """Benchmarks: the adapter's scores against direct ones, every family on small files, comparison, bad input."""
+import concurrent.futures
 import csv
 import json
 import math
 import os
 import pathlib
+import queue
 import tempfile
+import threading
 import types
 
 os.environ["HF_DATASETS_OFFLINE"] = os.environ["HF_HUB_OFFLINE"] = "1"    # read when the harness is imported
@@ -18,7 +21,7 @@ from flax import nnx
 from lm_eval.api.instance import Instance
 
 from modse_jax import mesh as meshes
-from modse_jax.config import UserError
+from modse_jax.config import RunError, UserError
 from modse_jax.data import tokenizers
 from modse_jax.evaluation import harness, scoring, tasks
 from modse_jax.model import transformer
@@ -163,13 +166,73 @@ def test_generation_equals_full_recomputation(model, devices):
         assert text == tokenizers.Bytes().decode(new).decode("utf-8", "replace").split("\x00")[0]
 
 
-def test_generation_ends_at_a_stop_string(model):
+def test_generation_ends_at_a_stop_string(model, monkeypatch):
+    """In chunks of 8 tokens: text goes on over their borders, and no chunk is computed after a stop string."""
     config, params = model
+    monkeypatch.setattr(harness, "CHUNK", 8)
+    adapter, calls = harness.Adapter(run_of(config, params=params)), []
+    run = adapter.model._run
+    monkeypatch.setattr(adapter.model, "_run", lambda kind, *rest: calls.append(kind) or run(kind, *rest))
+
+    def text(until):
+        calls.clear()
+        asked = requests("generate_until", [("Once", {"until": until, "max_gen_toks": 20})])
+        return adapter.generate_until(asked, True)[0]
+    long = text([])
+    assert calls == ["prefill"] + 3 * ["decode"]
+    stop = long[9:11]
+    assert len(long) > 11 and text([stop, ""]) == long.split(stop)[0] and len(calls) <= 3
+    monkeypatch.setattr(harness, "CHUNK", 20)
+    assert harness.Adapter(run_of(config, params=params)).generate_until(requests("generate_until", [
+        ("Once", {"until": None, "max_gen_toks": 20})]), True) == [long]
+
+
+def test_whole_texts_are_scored_in_windows(model):
+    config, params = model
+    text = "What is nine times seven, and why?  " * 4
     adapter = harness.Adapter(run_of(config, params=params))
-    long, = adapter.generate_until(requests("generate_until", [("Once", {"until": [], "max_gen_toks": 30})]), True)
-    stop = long[3:5]
-    cut, = adapter.generate_until(requests("generate_until", [("Once", {"until": [stop], "max_gen_toks": 30})]), True)
-    assert long and stop and cut == long.split(stop)[0]
+    got, = adapter.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]), True)
+    ids, want = [1, *tokenizers.Bytes().encode(text.encode()).tolist()], 0.0
+    graph, _ = transformer.build_abstract(transformer.for_evaluation(config))
+    forward = jax.jit(lambda p, row: nnx.merge(graph, p)(row, jnp.ones_like(row))[0])
+    for first in range(0, len(ids) - 1, 64):    # windows of 64 predicted tokens; a short last one sees what precedes it
+        stop = min(first + 64, len(ids) - 1)
+        row = jnp.asarray(ids[max(stop - 64, 0):stop], jnp.int32)[None]
+        logits = forward(params, row)[0]
+        log_p = jax.nn.log_softmax(logits)
+        want += sum(float(log_p[i - max(stop - 64, 0), ids[i + 1]]) for i in range(first, stop))
+    assert got == pytest.approx(want, rel=1e-6)
+
+
+def test_other_processes_compute_what_the_first_asks(model, monkeypatch):
+    """Two engines in two threads that exchange messages: the first's answers are those of one alone."""
+    config, params = model
+    want, _ = scores(run_of(config, params=params))
+    box, leader = queue.Queue(), threading.current_thread()
+    first, second = (harness.Adapter(run_of(config, params=params)) for _ in range(2))
+
+    def gather(text):
+        return box.put(text) if threading.current_thread() is leader else [box.get(timeout=60)]
+
+    def broadcast(arrays):
+        if threading.current_thread() is not leader:
+            return box.get(timeout=60)
+        box.put({name: a.copy() for name, a in arrays.items()})
+        return arrays
+
+    for name, function in (("several", lambda: True), ("gather", gather), ("broadcast", broadcast)):
+        monkeypatch.setattr(harness.processes, name, function)
+    ran, run = [], second.model._run
+    monkeypatch.setattr(second.model, "_run", lambda kind, *rest: ran.append(kind) or run(kind, *rest))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        follower = pool.submit(second.model.follow)
+        got = first.loglikelihood(requests("loglikelihood", TEXTS), True)
+        first.generate_until(requests("generate_until", [("a", {"max_gen_toks": 4})]), True)
+        first.model.release("some trouble")
+        assert follower.result(timeout=60) == "some trouble"
+    assert [g for _, g in got] == [g for _, g in want]
+    np.testing.assert_allclose([s for s, _ in got], [s for s, _ in want], rtol=1e-6)
+    assert set(ran) == {"score", "prefill", "decode"}
 
 
 def test_batches_shrink_to_what_memory_holds(model, monkeypatch):
@@ -179,6 +242,8 @@ def test_batches_shrink_to_what_memory_holds(model, monkeypatch):
     small = engine._rows(64, 0)
     monkeypatch.setattr(harness, "_free_memory", lambda device: 1 << 40)
     assert 1 <= small < engine._rows(64, 0) == harness.TOKENS["cpu"] // 64
+    engine.budget = 32
+    assert engine._rows(64, 0) == 1 and harness.Engine(run_of(config, 8, params), 0)._rows(2048, 0) == 8
 
 
 # ---- whole suites ----
@@ -205,8 +270,8 @@ def data(tmp_path_factory):
                                            for n in range(count))
     types_ = ("Algebra", "Counting & Probability", "Geometry", "Intermediate Algebra", "Number Theory", "Prealgebra",
               "Precalculus")
-    jsonl("math/test.jsonl", [{"problem": f"{n}+1", "solution": f"It is $\\boxed{{{n + 1}}}$.", "level": "Level 1",
-                               "type": t} for t in types_ for n in range(7)])
+    jsonl("math/test.jsonl", [{"problem": f"{n}+1", "solution": f"It is $\\boxed{{[{n}, {n + 1}]}}$.",
+                               "level": "Level 1", "type": t} for t in types_ for n in range(7)])
     jsonl("lambada/lambada_test.jsonl", [{"text": f"number {n} is the last word{n}"} for n in range(7)])
     jsonl("piqa/valid.jsonl", [{"goal": f"open {n}", "sol1": "pull", "sol2": "push"} for n in range(7)])
     (root / "piqa" / "valid-labels.lst").write_text("0\n1\n" * 3 + "0\n")
@@ -215,8 +280,8 @@ def data(tmp_path_factory):
                            "answerB": ["b"] * 7, "answerC": ["c"] * 7, "label": ["1", "2", "3", "1", "2", "3", "1"]})
     with pyarrow.ipc.new_stream(str(root / "siqa" / "validation.arrow"), table.schema) as writer:
         writer.write_table(table)
-    jsonl("triviaqa/triviaqa_sm_sub.jsonl", [{"context": f"Question: Which {n}?\nAnswer:", "answer": str(n),
-                                              "aliases": [str(n), f"no. {n}"]} for n in range(7)])
+    jsonl("triviaqa/triviaqa_sm_sub.jsonl", [{"context": f'Question: "Which ""{n}""?"\nAnswer:', "answer": str(n),
+                                              "aliases": [f"no. {n}", str(n)]} for n in range(7)])
     for name in ("aqua-rat", "gaokao-english", "lsat-ar", "sat-en", "sat-math"):
         jsonl(f"agieval/{name}.jsonl", [{"passage": "A passage." if n % 2 else None, "question": f"{n}?", "label": "B",
                                          "options": ["(A)x", "(B)y", "(C)z"]} for n in range(7)])
@@ -265,13 +330,14 @@ def test_every_family_runs_on_local_files_and_two_runs_compare(trained, data):
             rows = [json.loads(line) for line in tasks.samples_path(pathlib.Path(workdir), 2, 2, name)
                     .read_text().splitlines()]
             assert len({(r["task"], r["document"]) for r in rows}) == record["documents"]
-            mean = np.mean([r["acc"] for r in rows]) if "acc" in rows[0] else None
+            mean = np.mean([r["metrics"]["acc"] for r in rows]) if "acc" in rows[0]["metrics"] else None
             assert mean is None or mean == pytest.approx(next(s["value"] for s in record["scores"]
                                                               if s["metric"] == "acc"))
     text = "".join(shown)
     assert all(name in text for name in FAMILIES) and "modse, step 2" in text
     table = tasks.compare(tuple(trained.values()), 0, (), 2)
-    assert "piqa_generated" in table and "seconds of computing" in table
+    assert "piqa_generated" in table and "seconds of computing" in table and "steps modse: 2, equal: 2" in table
+    assert "log p" in table and "perplexity" not in table
     again = tasks.run((trained["modse"],), 2, ("piqa",), str(data), 2, 4)    # other results stay
     assert set(again[0]["tasks"]) == {*FAMILIES, *OTHERS}
 
@@ -309,6 +375,23 @@ def test_prompts_show_their_shots_and_never_the_answer_asked(data):
         assert context.count("A: Among A through C, the answer is (B)y") == 5 and choice in (" (A)x", " (B)y", " (C)z")
 
 
+def test_prompts_of_the_generated_and_the_rest(data):
+    for context, kwargs in prompts("gsm8k", data):
+        assert context.count("Question: ") == 9 and context.endswith("?\nAnswer:") and "Question:" in kwargs["until"]
+    for context, _ in prompts("math", data, 1):
+        assert context.count("Problem: ") == 6 and context.count("Answer: [") == 5    # an interval is no list
+    for context, word in prompts("lambada", data):
+        examples = context.split("\n\n")
+        assert len(examples) == 6 and "  " not in context and word == " word" + examples[-1].split()[1]
+        assert examples[-1] + word not in examples[:-1]
+    for context, _ in prompts("triviaqa", data):
+        assert context.count('Question: Which "') == 6 and "no. " not in context and '"?\nAnswer:' in context
+    for context, choice in prompts("siqa", data)[:3]:
+        assert context.count(" met Why?\nA:") == 6 and choice in (" a", " b", " c")
+    seen = [context for context, _ in prompts("agieval", data, 1)]
+    assert any(c.count("\u95ee\u9898\uff1a") == 6 and c.endswith("\n\u7b54\u6848\uff1a") for c in seen)
+
+
 def test_a_task_of_ones_own(trained, data, tmp_path):
     rows = [{"text": f"t{n}", "label": n % 2} for n in range(9)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -326,7 +409,8 @@ def test_a_task_of_ones_own(trained, data, tmp_path):
 def test_without_local_data_tasks_name_the_hub():
     """Nothing of a "# local" line is left, and the stock data set is asked for."""
     with tempfile.TemporaryDirectory() as folder:
-        ours, = tasks._resolved(pathlib.Path(folder), pathlib.Path(lm_eval.tasks.__file__).parent, "")
+        (ours,), broken = tasks._resolved(pathlib.Path(folder), pathlib.Path(lm_eval.tasks.__file__).parent, "")
+        assert not broken
         for path in ours.glob("*.yaml"):
             assert path.stem == "intent" or "columns" not in path.read_text()
         manager = lm_eval.tasks.TaskManager(include_path=ours, include_defaults=False)
@@ -355,7 +439,6 @@ def test_bad_input_is_told_before_anything_runs(trained, data, tmp_path):
         return str(error.value)
 
     before = sorted(pathlib.Path(run, "eval").rglob("*"))
-    assert "'piqua' is unknown; close: " in message("piqua") and "piqa" in message("piqua")
     assert "--tasks is empty" in message()
     assert "is not a directory" in message("piqa", tasks_dir=tmp_path / "none")
     empty = tmp_path / "empty"
@@ -366,12 +449,35 @@ def test_bad_input_is_told_before_anything_runs(trained, data, tmp_path):
     assert "has no documents" in message("gsm8k", tasks_dir=empty)
     (empty / "gsm8k" / "train.jsonl").write_text("{\n")
     assert "train.jsonl is not jsonl" in message("gsm8k", tasks_dir=empty)
+    (empty / "gsm8k" / "train.jsonl").write_text('{"question": "1?", "answer": "#### 1"}\n')
+    (empty / "gsm8k" / "test.jsonl").write_text('{"question": "1?", "answer": "#### 1"}\n')
+    assert "task gsm8k cannot be read: ValueError: Sample larger" in message("gsm8k", tasks_dir=empty)    # 8 shots of 1
     (empty / "broken.yaml").write_text("task: [")
-    assert "broken.yaml: " in message("gsm8k", tasks_dir=empty)
+    told = message("piqua", tasks_dir=empty)
+    assert "'piqua' is unknown; close: " in told and "piqa" in told and "cannot be read: broken.yaml: " in told
+    (empty / "piqa").mkdir()
+    (empty / "piqa" / "valid.jsonl").write_text("{}\n")
+    (empty / "piqa" / "valid-labels.lst").write_text("")
+    assert "valid-labels.lst has 0 lines, valid.jsonl 1" in message("piqa", tasks_dir=empty)
     assert "holds no run" in message("piqa", workdirs=(str(tmp_path),))
     assert sorted(pathlib.Path(run, "eval").rglob("*")) == before
     with pytest.raises(UserError, match="has no results of tasks with --limit=7"):
         tasks.compare(tuple(trained.values()), 0, (), 7)
+
+
+def test_a_task_that_fails_leaves_those_before_it(trained, data, monkeypatch):
+    real = lm_eval.simple_evaluate
+
+    def fail(adapter, tasks, **rest):
+        if tasks[0].task_name == "siqa":
+            raise ZeroDivisionError("a task's own code")
+        return real(adapter, tasks=tasks, **rest)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", fail)
+    with pytest.raises(RunError, match="task siqa failed: ZeroDivisionError: a task's own code"):
+        tasks.run((trained["equal"],), 0, ("piqa", "siqa"), str(data), 3, 0)
+    assert set(json.loads((pathlib.Path(trained["equal"]) / "eval" / "2.first3.json").read_text())["tasks"]) == {"piqa"}
+    with pytest.raises(UserError, match="has results of piqa at step 2 with --limit=3, not of siqa"):
+        tasks.compare((trained["equal"], trained["equal"]), 0, ("siqa",), 3)
 
 
 def test_a_stock_task_without_internet_says_how_to_go_without(trained, tmp_path):

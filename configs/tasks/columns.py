@@ -45,8 +45,10 @@ def piqa(data, **_):
     """piqa/valid.jsonl: goal, sol1, sol2; piqa/valid-labels.lst: 0 or 1, line by line."""
     with _open(data, "piqa/valid-labels.lst") as file:
         labels = [int(line) for line in file]
-    return _splits(validation=[{**row, "label": label} for row, label in zip(_jsonl(data, "piqa/valid.jsonl"), labels,
-                                                                            strict=True)])
+    rows = _jsonl(data, "piqa/valid.jsonl")
+    if len(labels) != len(rows):
+        raise UserError(f"{data}/piqa: valid-labels.lst has {len(labels)} lines, valid.jsonl {len(rows)}")
+    return _splits(validation=[{**row, "label": label} for row, label in zip(rows, labels)])
 
 
 def siqa(data, **_):
@@ -57,10 +59,16 @@ def siqa(data, **_):
 
 def triviaqa(data, **_):
     """triviaqa/triviaqa_sm_sub.jsonl: context ("Question: ...?\\nAnswer:"), answer, aliases."""
-    return _splits(validation=[
-        {"question": row["context"].removeprefix("Question: ").removesuffix("\nAnswer:").removesuffix("?"),
-         "answer": {"value": row["answer"], "aliases": row["aliases"]}}
-        for row in _jsonl(data, "triviaqa/triviaqa_sm_sub.jsonl")])
+    def question(row):
+        return _unquoted(row["context"].removeprefix("Question: ").removesuffix("\nAnswer:"))
+    rows = _jsonl(data, "triviaqa/triviaqa_sm_sub.jsonl")
+    return _splits(validation=[{"question": question(row),
+                                "answer": {"value": row["answer"], "aliases": row["aliases"]}} for row in rows])
+
+
+def _unquoted(text):
+    """Without the quotes of a CSV field, which some questions of that file have kept."""
+    return text[1:-1].replace('""', '"') if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
 def agieval(data, config_source, **_):
@@ -70,12 +78,13 @@ def agieval(data, config_source, **_):
 
 
 def _agieval_row(row):
+    """AGIEval's own prompts; its only cloze task here is in Chinese."""
     passage = row["passage"] or ""
     if not row["options"]:
-        return {"query": f"{passage}Q: {row['question']}\nA: The answer is", "answer": row["answer"]}
+        return {"query": f"{passage}\u95ee\u9898\uff1a{row['question']}\n\u7b54\u6848\uff1a", "answer": row["answer"]}
     letters = "ABCDEFG"[:len(row["options"])]
-    return {"query": f"{passage} Q: {row['question']} Answer Choices: {' '.join(row['options'])}\n"
-                     f"A: Among A through {letters[-1]}, the answer is".lstrip(),
+    return {"query": f"{passage}Q: {row['question']} Answer Choices: {' '.join(row['options'])}\n"
+                     f"A: Among A through {letters[-1]}, the answer is",
             "choices": row["options"], "gold": [letters.index(row["label"])]}
 
 

@@ -46,8 +46,7 @@ class Adapter(TemplateLM):
     """A checkpoint to the harness: log-likelihoods and generated text.
 
     What the context cannot hold is cut from the left, as the harness does for its own models; `counts` says how often.
-    `seconds` is the time spent computing, `compile_seconds` the time spent compiling. An answer does not depend on the
-    other requests, their order or padding.
+    Scores and greedy text do not depend on the other requests, their order or padding; sampled text does.
     """
     backend = "causal"
 
@@ -55,7 +54,12 @@ class Adapter(TemplateLM):
         super().__init__()
         self.model, self.tokens = Engine(run, batch_size), run.data.tokenizer
         self.max_length, self.seed = run.config.model.context_length, run.config.seed
-        self.counts = collections.Counter()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets counts and times: of what the task before has asked."""
+        self.counts, self._truncated = collections.Counter(), set()
+        self.model.seconds = self.model.compile_seconds = 0.0
 
     @property
     def eot_token_id(self):
@@ -67,7 +71,7 @@ class Adapter(TemplateLM):
 
     def tok_encode(self, string, add_special_tokens=None, **_):
         """Token ids after the document-begin token, with which every document of the training data began."""
-        ids = self.tokens.encode(string.encode()).tolist()
+        ids = self.tokens.encode(string.encode(errors="replace")).tolist()
         return ids if add_special_tokens is False else [self.tokens.bos_id, *ids]
 
     def loglikelihood(self, requests, disable_tqdm=False):
@@ -106,7 +110,7 @@ class Adapter(TemplateLM):
             return (tuple(context[-self.max_length:]), min(len(context), self.max_length)), None
         whole = [*context, *continuation][-self.max_length - 1:]
         self.counts["requests"] += 1
-        self.counts["contexts_truncated"] += len(context) + len(continuation) > len(whole)
+        self._note(context, len(context) + len(continuation) > len(whole))
         self.counts["continuations_truncated"] += len(continuation) >= len(whole)
         start = max(len(whole) - len(continuation), 1)
         return (tuple(whole[:-1]), start), whole[-1]
@@ -119,6 +123,7 @@ class Adapter(TemplateLM):
         texts = [""] * len(requests)
         for numbers in groups.values():
             asked = normalize_gen_kwargs(requests[numbers[0]].args[1])
+            asked["until"] = [stop for stop in asked["until"] if stop]
             prompts = [self._prompt(requests[n].args[0], asked) for n in numbers]
             done = self.model.generate(prompts, self._room(asked), _settings(asked), self.seed, asked["until"],
                                        "generating", disable_tqdm)
@@ -126,20 +131,27 @@ class Adapter(TemplateLM):
                 texts[numbers[place]] = postprocess_generated_text(text, asked["until"], None)
         return texts
 
+    def _note(self, context, truncated):
+        """Counts a prompt that is cut, once for all its choices."""
+        if truncated:
+            self._truncated.add(tuple(context))
+            self.counts["contexts_truncated"] = len(self._truncated)
+
     def _room(self, asked):
         return min(asked["max_gen_toks"], self.max_length // 2)    # what is not room for the prompt
 
     def _prompt(self, text, asked):
         tokens, room = self.tok_encode(text), self.max_length - self._room(asked)
         self.counts["requests"] += 1
-        self.counts["contexts_truncated"] += len(tokens) > room
+        self._note(tokens, len(tokens) > room)
         self.counts["generations_shortened"] += asked["max_gen_toks"] > self._room(asked)
         return tokens[-room:]
 
 
 def _settings(asked):
-    return sampling.Settings(float(asked.get("temperature", 0.0)), int(asked.get("top_k", 0) or 0),
-                             float(asked.get("top_p", 1.0)))
+    """The harness's words for sampling: no temperature is 1 where sampling is asked for; top_k below 1 is all."""
+    temperature = float(asked.get("temperature") or asked["do_sample"])
+    return sampling.Settings(temperature, max(int(asked.get("top_k") or 0), 0), float(asked.get("top_p") or 1.0))
 
 
 class Engine:
@@ -155,7 +167,8 @@ class Engine:
         mesh = run.mesh if run.mesh.size > 1 else None
         self.graph, _ = transformer.build_abstract(transformer.for_evaluation(run.config), mesh)
         self.pad_id, self.eos_id = run.data.tokenizer.pad_id, run.data.tokenizer.eos_id
-        self.programs, self.seconds, self.compile_seconds = {}, 0.0, 0.0
+        self.programs, self.sizes, self.state = {}, {}, None
+        self.seconds = self.compile_seconds = 0.0    # spent computing, and compiling
 
     def score(self, rows: list[Row], what: str, quiet: bool) -> Iterator[tuple[Row, list[tuple[float, bool]]]]:
         """Each row with a (log p, greedy) per candidate, in no order. A candidate of None is the row without one."""
@@ -195,6 +208,7 @@ class Engine:
                     ended_B[i] = len(new) < len(row) or any(stop in text for stop in stops)
             if ended_B.all():
                 break
+        self.state = None    # the cache is not to count as taken when the next batch is measured
         return [self._text(row) for row in out]
 
     def _text(self, ids):
@@ -213,18 +227,23 @@ class Engine:
     def _cut(self, rows, length, room):
         while rows:
             bucket = next(b for b in self.buckets if b >= length(rows[0]))
-            size = self._rows(bucket, room)
+            if (bucket, room) not in self.sizes:
+                self.sizes[bucket, room] = self._rows(bucket, room)
+            size = self.sizes[bucket, room]
             fitting = next((i for i, row in enumerate(rows) if bucket != next(
                 b for b in self.buckets if b >= length(row))), len(rows))
             members, rows = rows[:min(size, fitting)], rows[min(size, fitting):]
             yield members, bucket, size
 
     def _rows(self, bucket, room):
-        """Rows of a batch: the given number, or the most that half of the free memory holds, from self.budget down."""
+        """Rows of a batch: the given number, or the most that half of the free memory holds, from self.budget down. Not
+        tried with several processes, where a compilation may wait for the others."""
         if self.batch_size:
             return self.batch_size
         ways = self.mesh.size
-        size = ways * max(1, 1 << (min(self.budget // bucket, MOST_ROWS) // ways).bit_length() - 1)
+        size = ways * (1 << max(1, min(self.budget // bucket, MOST_ROWS) // ways).bit_length() - 1)
+        if processes.several():
+            return size
         kind, shapes = ("prefill", (bucket - room,)) if room else ("score", (bucket,))
         while size > ways and not self._fits(kind, (_slots(room),) if room else (), size, *shapes):
             size //= 2

@@ -4,6 +4,7 @@ Task files may say $harness for the harness's own folder of tasks, $tasks for th
 A line that ends with "# local" holds only where --tasks_dir is given; without it, data comes from the hub.
 """
 import difflib
+import hashlib
 import importlib.util
 import json
 import logging
@@ -11,6 +12,7 @@ import os
 import pathlib
 import re
 import tempfile
+import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,11 +21,12 @@ import numpy as np
 import scipy.stats
 
 from modse_jax import processes
-from modse_jax.config import UserError
+from modse_jax.config import RunError, UserError
 from modse_jax.evaluation import scoring
 
 OURS = pathlib.Path(__file__).parents[2] / "configs" / "tasks"
 STOCK = ("mmlu/default", "agieval", "hendrycks_math")    # what our groups are made of: all of them are slow to read
+LARGEST = 2**20     # bytes of a task file
 BOOTSTRAP = 1000    # for the standard error of a perplexity
 RECIPE = ("where there is no internet, --tasks_dir=DIR takes a file DIR/NAME.yaml with `include: $harness/PATH.yaml` "
           "of the stock task, `task: NAME`, `dataset_path: json`, `dataset_name: null` and `dataset_kwargs: "
@@ -45,14 +48,14 @@ def run(workdirs: tuple[str, ...], step: int, names: tuple[str, ...], tasks_dir:
     beside it. Args: step: 0 for the newest. limit: documents of each task, 0 for all. batch_size: 0 for what memory
     holds.
     """
+    tasks_dir = str(pathlib.Path(tasks_dir).expanduser().absolute()) if tasks_dir else ""
     _prepare(tasks_dir)
+    paths = [pathlib.Path(workdir).expanduser().absolute() for workdir in workdirs]
+    for path in paths:    # before hours are spent on the first
+        scoring.read_config(path)
+        scoring.open_checkpoints(path).close()
     manager, tasks = processes.together(lambda: load(names, tasks_dir) if processes.first() else (None, []))
-    out = []
-    for workdir in workdirs:
-        path = pathlib.Path(workdir).expanduser().absolute()
-        opened = scoring.open_run(path, step, batch_size or len(jax.devices()))
-        out.append(_evaluate(opened, path, manager, tasks, limit, batch_size, show))
-    return out
+    return [_evaluate(path, step, manager, tasks, limit, batch_size, show) for path in paths]
 
 
 def _prepare(tasks_dir):
@@ -76,16 +79,17 @@ def load(names: tuple[str, ...], tasks_dir: str):
         raise UserError("--tasks is empty; give for example --tasks=piqa,mmlu")
     root = pathlib.Path(harness.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
-        ours = _resolved(pathlib.Path(folder), root, tasks_dir)
-        manager = harness.TaskManager(include_path=[*(root / name for name in STOCK), *ours], include_defaults=False)
-        if not set(names) <= set(manager.all_tasks):
-            manager = harness.TaskManager(include_path=ours)
+        places, broken = _resolved(pathlib.Path(folder), root, tasks_dir)
+        ours = sorted(p.stem for p in OURS.glob("*.yaml"))
+        if set(names) <= set(ours):
+            places = [*(root / name for name in STOCK), *places]
+        manager = harness.TaskManager(include_path=places, include_defaults=not set(names) <= set(ours))
         for name in names:
             if name not in manager.all_tasks:
                 close = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
                 raise UserError(f"--tasks: {name!r} is unknown; close: {', '.join(close) or 'none'}; this project's "
-                                f"own are {', '.join(sorted(p.stem for p in OURS.glob('*.yaml')))}")
-        return manager, [_load(manager, name) for name in names]
+                                f"own are {', '.join(ours)}" + "".join(f"; cannot be read: {b}" for b in broken))
+        return manager, [_load(manager, name) for name in dict.fromkeys(names)]
 
 
 def _load(manager, name):
@@ -94,42 +98,57 @@ def _load(manager, name):
     except UserError:
         raise
     except Exception as error:    # whatever the harness, a task's own code or the hub raise
-        text = str(error).splitlines()[0] if str(error) else ""
-        raise UserError(f"task {name} cannot be read: {type(error).__name__}: {text}; {RECIPE}") from None
+        raise UserError(_told(name, error)) from None
     for part, task in loaded["tasks"].items():
         if not len(task.eval_docs):
             raise UserError(f"task {part} has no documents")
+        try:
+            task.build_all_requests(limit=1, rank=0, world_size=1)
+        except Exception as error:    # too few examples for its shots, a column that is not there
+            raise UserError(_told(part, error)) from None
     group = loaded.get("groups", {}).get(name)
     return Task(name, [group] if group else list(loaded["tasks"].values()), tuple(loaded["tasks"]))
 
 
-def _resolved(folder, harness, tasks_dir):
-    """Copies of our task files, and of those in tasks_dir, with their names of folders filled in."""
+def _told(name, error):
+    text = str(error).splitlines()[0] if str(error) else ""
+    remote = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("datasets", "huggingface_hub")
+    return f"task {name} cannot be read: {type(error).__name__}: {text}" + (f"; {RECIPE}" if remote else "")
+
+
+def _resolved(folder, harness, data):
+    """(folders, what could not be read): copies of our task files, and of those in the folder `data`, with their names
+    of folders filled in. A file that includes a task does not take its tags: the tag would be of it alone."""
     from lm_eval.tasks._yaml_loader import load_yaml
-    data = str(pathlib.Path(tasks_dir).expanduser().absolute()) if tasks_dir else ""
     names = {"harness": str(harness), "tasks": str(folder / "ours"), "data": data}
     places = {OURS: folder / "ours"} | ({pathlib.Path(data): folder / "theirs"} if data else {})
     for source, target in places.items():
-        for path in [*source.rglob("*.yaml"), *source.rglob("*.py")]:
-            text = path.read_text()
-            if path.suffix == ".yaml":
-                lines = [line for line in text.splitlines() if data or not line.endswith("# local")]
-                text = re.sub(r"\$(harness|tasks|data)\b", lambda m: names[m[1]], "\n".join(lines))
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_text(text)
+        target.mkdir()
+        for path in source.rglob("*"):
+            if path.suffix in ("", ".yaml", ".py") and path.is_file() and path.stat().st_size < LARGEST:
+                text = path.read_text(errors="replace")
+                if path.suffix == ".yaml":
+                    lines = [line for line in text.splitlines() if data or not line.endswith("# local")]
+                    text = re.sub(r"\$(harness|tasks|data)\b", lambda m: names[m[1]], "\n".join(lines))
+                    if re.search("^include:", text, re.M) and not re.search("^tag:", text, re.M):
+                        text += "\ntag: []"
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_text(text)
+    broken = []
     for copy in folder.rglob("*.yaml"):    # the harness passes over what it cannot parse
         try:
             load_yaml(copy, resolve_func=False)
         except Exception as error:
-            raise UserError(f"{copy.name}: {' '.join(str(error).split())[:300]}") from None
-    return list(places.values())
+            broken.append(f"{copy.name}: {' '.join(str(error).split())[:300]}")
+    return list(places.values()), broken
 
 
 # ---- evaluation ----
 
-def _evaluate(opened, workdir, manager, tasks, limit, batch_size, show):
+def _evaluate(workdir, step, manager, tasks, limit, batch_size, show):
     from modse_jax.evaluation import harness
+    opened = scoring.open_run(workdir, step, batch_size or len(jax.devices()))
     adapter = harness.Adapter(opened, batch_size)
     if not processes.first():
         trouble = adapter.model.follow()
@@ -137,26 +156,31 @@ def _evaluate(opened, workdir, manager, tasks, limit, batch_size, show):
             raise UserError(trouble)
         return {}
     show(f"{workdir.name}, step {opened.step}\n{HEAD}\n")
-    records = {}
-    for task in tasks:
-        records[task.name], samples = _record(adapter, manager, task, limit)
-        show(lines(task.name, records[task.name]) + "\n")
-        _write_samples(samples_path(workdir, opened.step, limit, task.name), samples)
-    adapter.model.release()
     path = scoring.results_path(workdir, opened.step, limit)
-    before = json.loads(path.read_text()).get("tasks", {}) if path.exists() else {}
-    return scoring.write(workdir, opened.step, limit, {"step": opened.step, "limit": limit,
-                                                       "tasks": {**before, **records}})
+    result = {}
+    for task in tasks:    # each is written as soon as it is whole
+        record, samples = _record(adapter, manager, task, limit)
+        _write_samples(samples_path(workdir, opened.step, limit, task.name), samples)
+        before = json.loads(path.read_text()).get("tasks", {}) if path.exists() else {}
+        result = scoring.write(workdir, opened.step, limit, {"step": opened.step, "limit": limit,
+                                                             "tasks": {**before, task.name: record}})
+        show(lines(task.name, record) + "\n")
+    adapter.model.release()
+    return result
 
 
 def _record(adapter, manager, task, limit):
     """(what eval/STEP.json says of a task, a row per document)."""
     import lm_eval
     engine = adapter.model
-    adapter.counts.clear()
-    engine.seconds = engine.compile_seconds = 0.0
-    result = lm_eval.simple_evaluate(adapter, tasks=task.built, task_manager=manager, limit=limit or None,
-                                     bootstrap_iters=BOOTSTRAP)
+    adapter.reset()
+    try:
+        result = lm_eval.simple_evaluate(adapter, tasks=task.built, task_manager=manager, limit=limit or None,
+                                         bootstrap_iters=BOOTSTRAP)
+    except Exception as error:    # of a task's own code as of ours: say which task, keep what is whole
+        traceback.print_exc()
+        raise RunError(f"task {task.name} failed: {type(error).__name__}: {error}; the tasks before it are written"
+                       ) from None
     shown = [task.name] if task.name in result.get("groups", {}) else list(task.parts)
     scores = [score for part in dict.fromkeys([*shown, *task.parts]) for score in _scores(part, result)]
     shots = sorted({result["n-shot"][part] for part in task.parts})
@@ -178,9 +202,10 @@ def _scores(part, result):
 
 
 def _sample(part, row):
-    metrics = {m: row[m][0] if isinstance(row[m], (tuple, list)) else row[m] for m in row["metrics"]}
-    return {"task": part, "document": row["doc_id"], "hash": row["prompt_hash"], "filter": row["filter"], **metrics,
-            "target": row["target"], "answer": row["filtered_resps"]}
+    identity = "".join(row[name] for name in ("doc_hash", "prompt_hash", "target_hash"))
+    return {"task": part, "document": row["doc_id"], "hash": hashlib.sha256(identity.encode()).hexdigest()[:16],
+            "filter": row["filter"], "metrics": {m: row[m] for m in row["metrics"]}, "target": row["target"],
+            "answer": row["filtered_resps"]}
 
 
 def samples_path(workdir: pathlib.Path, step: int, limit: int, name: str) -> pathlib.Path:
@@ -194,6 +219,7 @@ def _write_samples(path, samples):
     temporary.replace(path)
 
 
+NOTED = ("continuations_truncated", "generations_shortened", "empty_continuations")
 HEAD = (f"{'task':26} {'shots':>5} {'documents':>9}  {'metric':32} {'value':>8} {'+-':>7} {'seconds':>8} "
         f"{'truncated':>9}")
 
@@ -209,7 +235,8 @@ def lines(name: str, record: dict) -> str:
                  f"{s['task'] if s['task'] != name else '':26} {'':>5} {'':>9}")
         rest = f" {record['seconds']:8.1f} {record.get('contexts_truncated', 0):9}" if i == 0 else ""
         out.append(f"{first}  {metric:32} {_number(s['value']):>8} {stderr:>7}{rest}")
-    return "\n".join(out)
+    other = {name: record[name] for name in NOTED if record.get(name)}
+    return "\n".join(out + [f"{'':43} {name.replace('_', ' ')}: {count}" for name, count in other.items()])
 
 
 def _number(value):
@@ -218,26 +245,31 @@ def _number(value):
 
 # ---- comparison ----
 
+LOG_P = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+
 def compare(workdirs: tuple[str, ...], step: int, names: tuple[str, ...], limit: int) -> str:
-    """A table of several runs' results on the same documents, paired: each against the first."""
+    """A table of several runs' results on the same documents, paired: each against the first. step: 0 for each run's
+    newest with results of tasks. Raises UserError where documents, shots or answers differ, or a result is missing."""
     paths = [pathlib.Path(w).expanduser().absolute() for w in workdirs]
     records = [_records(path, step, limit) for path in paths]
-    common = [n for n in records[0][1] if all(n in r for _, r in records)]
-    out = [f"{'task':26} {'metric':32} {'documents':>9} {_columns(paths)} {'difference':>11} {'+-':>7} {'p':>7}"]
-    for name in names or common:
+    names = names or tuple(n for n in records[0][1] if all(n in r for _, r in records))
+    for path, (s, done) in zip(paths, records):
+        if not names or not set(names) <= set(done):
+            raise UserError(f"{path} has results of {', '.join(done)} at step {s} with --limit={limit}, not of "
+                            f"{', '.join(names) or 'what the others have'}; run eval.py --suite=tasks on it first")
+    runs = " ".join(f"{p.name[-12:]:>12}" for p in paths)
+    out = ["steps " + ", ".join(f"{p.name}: {s}" for p, (s, _) in zip(paths, records)),
+           f"{'task':26} {'metric':32} {'documents':>9} {runs} {'difference':>11} {'+-':>7} {'p':>7}"]
+    for name in names:
         tables = [_values(samples_path(p, s, limit, name)) for p, (s, _) in zip(paths, records)]
         for metric in tables[0]:
             out += _rows(name, metric, [_paired(t, metric, tables[0], name, p) for t, p in zip(tables, paths)])
-    out += ["", f"{'seconds of computing':69} {_columns(paths)} {'ratio':>11}"]
-    for name in names or common:
+    out += ["", f"{'seconds of computing':69} {runs} {'ratio':>11}"]
+    for name in names:
         seconds = [r[name]["seconds"] for _, r in records]
         ratios = " ".join(f"{s / seconds[0]:11.3f}" for s in seconds[1:])
         out.append(f"{name:69} " + " ".join(f"{s:12.1f}" for s in seconds) + f" {ratios}")
     return "\n".join(out)
-
-
-def _columns(paths):
-    return " ".join(f"{p.name[-12:]:>12}" for p in paths)
 
 
 def _records(path, step, limit):
@@ -248,7 +280,8 @@ def _records(path, step, limit):
         raise UserError(f"{path} has no results of tasks{f' of step {step}' if step else ''} with --limit={limit}; run "
                         "eval.py --suite=tasks on it first")
     step = step or found[-1]
-    return step, json.loads(scoring.results_path(path, step, limit).read_text())["tasks"]
+    results = scoring.results_path(path, step, limit)
+    return step, json.loads(results.read_text()).get("tasks", {}) if results.exists() else {}
 
 
 def paired(first: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
@@ -266,14 +299,17 @@ def paired(first: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
 
 
 def _values(path):
-    """{(metric, filter): {(task, document): (hash, value)}}."""
+    """{(metric, filter): {(task, document): (hash, value)}}. A perplexity is no mean over documents: their log p is.
+    Others that are none (f1 has a pair a document) are left out."""
     if not path.is_file():
         raise UserError(f"{path} is missing; run eval.py --suite=tasks --tasks={path.stem} on that workdir first")
     out = {}
     for row in map(json.loads, path.read_text().splitlines()):
-        for metric in set(row) - {"task", "document", "hash", "filter", "target", "answer"}:
-            if isinstance(row[metric], (int, float)):
-                out.setdefault((metric, row["filter"]), {})[row["task"], row["document"]] = row["hash"], row[metric]
+        for metric, value in row["metrics"].items():
+            if metric in LOG_P:
+                metric, value = "log p", value[0] if isinstance(value, list) else value
+            if isinstance(value, (int, float)):
+                out.setdefault((metric, row["filter"]), {})[row["task"], row["document"]] = row["hash"], value
     return dict(sorted(out.items()))
 
 

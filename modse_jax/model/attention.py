@@ -86,9 +86,11 @@ def chosen(kind: str, shape: tuple[int, int, int, int], chip: str, dtype: str) -
     if kind == "splash" and not able:
         raise UserError(f"model.attention=splash needs a TPU ({', '.join(chips.TPUS)}), sequences and heads of a "
                         f"multiple of 128; this is {chip}, {shape[1]} and {shape[3]}; take model.attention=auto")
-    if kind == "cudnn" and (chip not in chips.GPUS or dtype != "bfloat16" or shape[3] % 8 or shape[3] > 128):
-        raise UserError(f"model.attention=cudnn needs an NVIDIA GPU, model.dtype=bfloat16 and heads of a multiple of 8 "
-                        f"up to 128; this is {chip}, {dtype} and {shape[3]}; take model.attention=auto")
+    if kind == "cudnn" and (chip not in chips.GPUS or dtype != "bfloat16" or shape[1] % 2 or shape[3] % 8
+                            or shape[3] > 128):
+        raise UserError(f"model.attention=cudnn needs one of {', '.join(chips.GPUS)}, model.dtype=bfloat16, sequences "
+                        f"of an even length and heads of a multiple of 8 up to 128; this is {chip}, {dtype}, "
+                        f"{shape[1]} and {shape[3]}; take model.attention=auto")
     return kind if kind != "auto" else "splash" if able else "blocks"
 
 
@@ -111,8 +113,8 @@ def attend_splash(query_BLAC: jax.Array, key_BLGC: jax.Array, value_BLGC: jax.Ar
 
 def attend_cudnn(query_BLAC: jax.Array, key_BLGC: jax.Array, value_BLGC: jax.Array, segments_BL: jax.Array,
                  implementation: str = "cudnn") -> jax.Array:
-    """`attend_packed` by cuDNN's flash attention. Documents are kept apart by a mask [B, 1, L, L], which it reads;
-    scores are never written."""
+    """`attend_packed` by cuDNN's flash attention. Documents are kept apart by a mask, which it takes as a bias: with
+    the bias's gradient, 4 L bytes a token."""
     same_B1LS = (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
     return jax.nn.dot_product_attention(query_BLAC, key_BLGC, value_BLGC, mask=same_B1LS, is_causal=True,
                                         implementation=implementation)

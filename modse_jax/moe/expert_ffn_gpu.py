@@ -13,8 +13,8 @@ Work whose length differs (B, C) is begun with the longest. Every visit stores i
 of two: what is not an expert's own is never stored (A, B), or set to 0 by a select before it is summed (C). So rows
 past the last expert's, and columns past an expert's width, may hold NaN. Gate and up activations are kept for the
 backward pass, [N, M] each; it begins by transposing the weights, x and dy, by estimate 3% of its time, so that every
-product has its operands as they lie in memory. Checked in interpret mode, and by lowering for CUDA without one; never
-run on hardware (LOG.md).
+product has its operands as they lie in memory. Checked in interpret mode, which knows
+nothing of waiting, and by lowering for CUDA without one; never run on hardware (LOG.md).
 
 Legend: N routed rows, D model, E experts, H flat hidden axis, M widest expert, V visits; tiles: R rows, T tasks.
 """
@@ -57,7 +57,18 @@ def tiles_for(widths: Sequence[int], dim: int, chip: str) -> Tiles:
     if bad or dim % MODEL:
         what = f"widths {bad} do not divide by {UNIT}" if bad else f"model.dim={dim} does not divide by {MODEL}"
         raise ValueError(f"pallas_gpu on {chip}: {what}; backends that take any: blocked, reference")
-    return Tiles(wide=128 if all(w % 128 == 0 for w in widths) else UNIT, blocks=CHIPS[chip])
+    return Tiles(wide=128 if all(w % 128 == 0 for w in widths) else UNIT, blocks=_multiprocessors(chip))
+
+
+def _multiprocessors(chip):
+    """Of this machine's GPU, which may have fewer than others of its name; else the usual number."""
+    device = jax.local_devices()[0]
+    return device.core_count if device.platform == "gpu" else CHIPS[chip]
+
+
+def check_rows(tiles: Tiles) -> int:
+    """Rows of an expert that use a kernel in every way: whole tiles, more steps than are in flight, a rest."""
+    return 2 * tiles.rows + (tiles.stages + 2) * UNIT + 5
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
@@ -153,6 +164,7 @@ class _Run:
                     def step(_, x_smem, *w_smem):
                         for total, tile in zip(sums, w_smem):
                             plgpu.wgmma(total, x_smem, tile)
+                        plgpu.wgmma_wait(len(sums))    # the step before is done with its tiles: they are released
 
                     w_spec = plgpu.BlockSpec((UNIT, t.hidden), lambda k: (k, f), delay_release=1)
                     plgpu.emit_pipeline(
@@ -204,11 +216,15 @@ class _Run:
 
                 def products(total):
                     for hidden, w in zip(operands[::2], operands[1::2]):
+                        def step(_, hidden_smem, w_smem):
+                            plgpu.wgmma(total, hidden_smem, w_smem)
+                            plgpu.wgmma_wait(1)
+
                         plgpu.emit_pipeline(
-                            lambda _, hidden_smem, w_smem: plgpu.wgmma(total, hidden_smem, w_smem),
-                            grid=(steps[visit],), max_concurrent_steps=t.stages,
+                            step, grid=(steps[visit],), max_concurrent_steps=t.stages,
                             in_specs=[plgpu.BlockSpec((t.rows, UNIT), lambda k: (r, k), delay_release=1),
                                       plgpu.BlockSpec((UNIT, MODEL), lambda k: (f + k, q), delay_release=1)])(hidden, w)
+                        plgpu.wgmma_wait(0)    # the next pipeline begins by overwriting this one's tiles
                     return total[...]
 
                 value = pl.run_scoped(products, plgpu.ACC((t.rows, MODEL)))
@@ -253,6 +269,7 @@ class _Run:
                             plgpu.commit_smem()
 
                         plgpu.wgmma(total, x_smem, hidden_smem)
+                        plgpu.wgmma_wait(1)
 
                     @pl.when(hi > lo)
                     def _():

@@ -81,6 +81,11 @@ def tiles_for(widths: Sequence[int], dim: int, chip: str) -> Tiles:
     return Tiles(rows, _divisor(math.gcd(*widths), unit, hidden), _divisor(dim, 128, model), outer, cores)
 
 
+def check_rows(tiles: Tiles) -> int:
+    """Rows of an expert that use a kernel in every way: whole tiles and a rest."""
+    return 2 * tiles.rows + 5
+
+
 def _divisor(number, unit, largest):
     return max(d for d in range(unit, min(number, largest) + 1, unit) if number % d == 0)
 

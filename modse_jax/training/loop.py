@@ -34,7 +34,7 @@ from modse_jax.config import (
 from modse_jax.data import loader, prepare, tokenizers
 from modse_jax.lock import Lock
 from modse_jax.model import accounting, attention
-from modse_jax.moe import expert_ffn, sizing
+from modse_jax.moe import expert_ffn, expert_ffn_virtual, sizing
 from modse_jax.training import metrics, validation
 from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints, Found
@@ -402,8 +402,9 @@ def memory_line(compiled, abstract, seconds: float) -> str:
 
 def _check_backend(config, placement, mesh):
     backend, dim, chip = config.moe.backend, config.model.dim, meshes.chip(mesh)
+    fused = backend == "virtual" and processes.from_first(lambda: expert_ffn_virtual.fused(mesh.local_devices[0]))
     try:
-        expert_ffn.check_backend(backend, placement, dim, chip, config.model.dtype, mesh.local_devices[0])
+        expert_ffn.check_backend(backend, placement, dim, chip, config.model.dtype, fused)
     except ValueError as error:
         raise UserError(str(error)) from None
     heads = config.model.num_heads
