@@ -130,7 +130,7 @@ def test_a_fingerprint_sees_every_bit_and_no_mesh(dtype):
         there = jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
         assert int(jax.jit(module._fingerprint)(there)) == plain
     for place in ((0, 0), (3, 2), (7, 5)):
-        assert int(jax.jit(module._fingerprint)(array.at[place].set(1 - array[place]))) != plain
+        assert int(jax.jit(module._fingerprint)(array.at[place].set((1 - array[place]).astype(array.dtype)))) != plain
     assert int(jax.jit(module._fingerprint)(array[::-1])) != plain
 
 
