@@ -168,6 +168,14 @@ def test_rotary_scores_depend_on_distance_only():
     assert abs(score(3, 1) - score(3, 2)) > 1e-3
 
 
+def generate(graph, params, prompts, room, *rest, chunk=4):
+    """All new tokens of each prompt."""
+    rows = [[] for _ in prompts]
+    for pieces in sampling.stream(graph, params, prompts, room, *rest, chunk):
+        rows = [row + piece for row, piece in zip(rows, pieces)]
+    return rows
+
+
 @pytest.mark.parametrize("extra", [dict(moe=dict(backend="blocked")),
                                    dict(model=dict(num_kv_heads=1, tie_embeddings=True)),
                                    dict(moe=dict(gate_term="learned", gate="softmax_top_k"))])
@@ -177,7 +185,7 @@ def test_decoding_through_the_cache_equals_the_full_forward(extra):
     params, forward = build(config)
     graph, _ = transformer.build_abstract(config)
     prompts = [tokens((n,), n).tolist() for n in (1, 5, 8)]
-    got = sampling.generate(graph, params, prompts, 6, sampling.Settings(0.0), jax.random.key(0), 0, 2)
+    got = generate(graph, params, prompts, 6, sampling.Settings(0.0), jax.random.key(0), 0, 2)
     for prompt, out in zip(prompts, got):
         text = list(prompt)
         for _ in range(6):
@@ -208,10 +216,10 @@ def test_generation_stops_at_the_end_token_and_refuses_empty_prompts():
     params, _ = build()
     graph, _ = transformer.build_abstract(CONFIG)
     params = {**params, "head": jnp.zeros_like(params["head"])}    # all logits 0: the first id is the likeliest
-    out = sampling.generate(graph, params, [[5, 6]], 4, sampling.Settings(0.0), jax.random.key(0), 9, 0)
+    out = generate(graph, params, [[5, 6]], 4, sampling.Settings(0.0), jax.random.key(0), 9, 0)
     assert out == [[]]
     with pytest.raises(ValueError, match="at least one token"):
-        sampling.generate(graph, params, [[]], 4, sampling.Settings(), jax.random.key(0), 0, 2)
+        generate(graph, params, [[]], 4, sampling.Settings(), jax.random.key(0), 0, 2)
 
 
 def test_scoring_is_dropless_whatever_the_capacity():

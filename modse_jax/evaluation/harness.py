@@ -93,10 +93,9 @@ class Adapter(TemplateLM):
         rows, wanted = {}, []
         for _, context, continuation in requests:
             row, last = self._row(context, continuation)
-            members = rows.setdefault(row, [])
-            members.append(last) if last not in members else None
+            rows.setdefault(row, {})[last] = None    # a set that keeps its order
             wanted.append((row, last))
-        split = [Row(*row, last[i:i + CANDIDATES]) for row, last in rows.items()
+        split = [Row(*row, list(last)[i:i + CANDIDATES]) for row, last in rows.items()
                  for i in range(0, len(last), CANDIDATES)]
         found = {}
         for row, scores in self.model.score(split, "scoring", disable_tqdm):

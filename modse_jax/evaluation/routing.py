@@ -107,12 +107,15 @@ def difficult(select_T: np.ndarray, base_T: np.ndarray, model: Trace, widths: Se
     model's own loss, and by a second baseline's.
     Returns a row per bin: {"above", "below", "tokens", "reduction" (mean of base - model, nats), "counts"}.
     """
+    return _bins(select_T, base_T - model.nll_T, thresholds, lambda mine_T: counts_of(model, widths, mine_T))
+
+
+def _bins(select, gain, thresholds, counts):
     rows, upper = [], np.inf
     for lower in thresholds:
-        mine = (select_T > lower) & (select_T <= upper)
-        gain = base_T[mine] - model.nll_T[mine]
+        mine = (select > lower) & (select <= upper)
         rows.append({"above": lower, "below": upper, "tokens": int(mine.sum()),
-                     "reduction": float(gain.mean()) if mine.any() else 0.0, "counts": counts_of(model, widths, mine)})
+                     "reduction": float(gain[mine].mean()) if mine.any() else 0.0, "counts": counts(mine)})
         upper = lower
     return rows
 
@@ -122,19 +125,13 @@ def difficult_entries(select_T: np.ndarray, base_T: np.ndarray, model: Trace, wi
     """`difficult` by vocabulary entry: an entry's loss is the mean over its occurrences, "tokens" counts entries, the
     reduction is their mean, and "counts" are of all their occurrences. The paper's 180 difficult tokens are probably
     such entries, since its counts are several times as many."""
-    entries, place_T, times = np.unique(model.target_T, return_inverse=True, return_counts=True)
+    _, place_T, times = np.unique(model.target_T, return_inverse=True, return_counts=True)
 
     def mean(values_T):
         return np.bincount(place_T, values_T) / times
 
-    select_V, gain_V, rows, upper = mean(select_T), mean(base_T) - mean(model.nll_T), [], np.inf
-    for lower in thresholds:
-        mine_V = (select_V > lower) & (select_V <= upper)
-        rows.append({"above": lower, "below": upper, "tokens": int(mine_V.sum()),
-                     "reduction": float(gain_V[mine_V].mean()) if mine_V.any() else 0.0,
-                     "counts": counts_of(model, widths, mine_V[place_T])})
-        upper = lower
-    return rows
+    return _bins(mean(select_T), mean(base_T - model.nll_T), thresholds,
+                 lambda mine_V: counts_of(model, widths, mine_V[place_T]))
 
 
 def by_source(trace: Trace, sources: int, experts: int) -> np.ndarray:

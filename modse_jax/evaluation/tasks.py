@@ -153,19 +153,29 @@ def _evaluate(workdir, step, manager, tasks, limit, batch_size, show):
     if not processes.first():
         trouble = adapter.model.follow()
         if trouble:
-            raise UserError(trouble)
+            raise RunError(trouble)
         return {}
     show(f"{workdir.name}, step {opened.step}\n{HEAD}\n")
-    path = scoring.results_path(workdir, opened.step, limit)
-    result = {}
-    for task in tasks:    # each is written as soon as it is whole
-        record, samples = _record(adapter, manager, task, limit)
-        _write_samples(samples_path(workdir, opened.step, limit, task.name), samples)
-        before = json.loads(path.read_text()).get("tasks", {}) if path.exists() else {}
-        result = scoring.write(workdir, opened.step, limit, {"step": opened.step, "limit": limit,
-                                                             "tasks": {**before, task.name: record}})
-        show(lines(task.name, record) + "\n")
+    try:
+        result = _evaluate_all(adapter, workdir, opened.step, manager, tasks, limit, show)
+    except RunError as error:
+        adapter.model.release(str(error))
+        raise
     adapter.model.release()
+    return result
+
+
+def _evaluate_all(adapter, workdir, step, manager, tasks, limit, show):
+    """The results of a step after the last task. Each task's are written as soon as they are whole."""
+    path = scoring.results_path(workdir, step, limit)
+    result = {}
+    for task in tasks:
+        record, samples = _record(adapter, manager, task, limit)
+        _write_samples(samples_path(workdir, step, limit, task.name), samples)
+        before = json.loads(path.read_text()).get("tasks", {}) if path.exists() else {}
+        result = scoring.write(workdir, step, limit, {"step": step, "limit": limit,
+                                                      "tasks": {**before, task.name: record}})
+        show(lines(task.name, record) + "\n")
     return result
 
 
@@ -209,6 +219,7 @@ def _sample(part, row):
 
 
 def samples_path(workdir: pathlib.Path, step: int, limit: int, name: str) -> pathlib.Path:
+    """Where the documents of a task are, a line each: metrics, target, answer."""
     return scoring.results_path(workdir, step, limit).with_suffix(".tasks") / f"{name}.jsonl"
 
 
@@ -246,6 +257,7 @@ def _number(value):
 # ---- comparison ----
 
 LOG_P = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+
 
 def compare(workdirs: tuple[str, ...], step: int, names: tuple[str, ...], limit: int) -> str:
     """A table of several runs' results on the same documents, paired: each against the first. step: 0 for each run's

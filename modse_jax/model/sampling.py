@@ -27,24 +27,15 @@ class Decoding(NamedTuple):
     done_B: jax.Array         # whether a text has ended: it goes on as padding, and costs no expert
 
 
-def generate(graph, params, prompts: Sequence[Sequence[int]], max_new_tokens: int, settings: Settings,
-             key: jax.Array, pad_id: int, eos_id: int) -> list[list[int]]:
-    """New tokens after each prompt, without the end token.
+def stream(graph, params, prompts: Sequence[Sequence[int]], max_new_tokens: int, settings: Settings, key: jax.Array,
+           pad_id: int, eos_id: int, chunk: int) -> Iterator[list[list[int]]]:
+    """New tokens after each prompt, without the end token, in pieces of `chunk` as they come; the same for any chunk.
 
     Args: graph, params: as from transformer.build_abstract. prompts: token ids, any lengths above 0, with
       prompt + max_new_tokens within the context. Prompts are padded on the right to a power of two, so that few shapes
       compile.
     Raises: ValueError for an empty prompt.
     """
-    rows = [[] for _ in prompts]
-    for pieces in stream(graph, params, prompts, max_new_tokens, settings, key, pad_id, eos_id, max_new_tokens):
-        rows = [row + piece for row, piece in zip(rows, pieces)]
-    return rows
-
-
-def stream(graph, params, prompts, max_new_tokens: int, settings: Settings, key, pad_id: int, eos_id: int,
-           chunk: int) -> Iterator[list[list[int]]]:
-    """`generate`, the same tokens, in pieces of `chunk` of each prompt as they come."""
     if not all(len(p) for p in prompts):
         raise ValueError("a prompt needs at least one token")
     tokens_BP, lengths_B = padded(prompts, 1 << (max(map(len, prompts)) - 1).bit_length(), pad_id)

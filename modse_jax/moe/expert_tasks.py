@@ -71,7 +71,7 @@ def columns_of(placement: sizing.Placement, shard, num_rows: int, tiles) -> Colu
 
 
 def hidden_in_work(rows_E, columns, tiles, num_tiles) -> Work:
-    """Kernel B: by visit, then column tile, which are summed."""
+    """By visit, then column tile of the visit's expert."""
     expert_V, row_tile_V, live_V = visit_list(rows_E, tiles, num_tiles)
     count_V = jnp.where(live_V, columns.count_E[expert_V], 0)
     visit, column = repeat(count_V, columns.bound)
@@ -90,11 +90,12 @@ def task_bound(num_rows: int, placement: sizing.Placement, tiles) -> int:
 
 
 def swiglu(gate, up):
+    """(silu(gate) * up,), the hidden activations, float32."""
     return (gate * jax.nn.sigmoid(gate) * up,)
 
 
 def swiglu_backward(gate, up, dhidden):
-    """(hidden, dgate, dup): the activations are recomputed, not kept."""
+    """(hidden, dgate, dup) of hidden = silu(gate) * up."""
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     return silu * up, dhidden * up * (sigmoid + silu * (1 - sigmoid)), dhidden * silu
