@@ -5,12 +5,15 @@ from whoever runs next.
 """
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
+from modse_jax import command_line
 from modse_jax.config import Config
 
 IMPLEMENTATIONS = ("grouped_mm", "eager", "compiled")    # of the experts; the last is grouped_mm under torch.compile
+TUNED = ", large pages"    # after the name: with GLIBC_TUNABLES as our own scripts set it
 
 
 def mixtral(config: Config) -> dict:
@@ -25,16 +28,24 @@ def mixtral(config: Config) -> dict:
                  num_experts_per_tok=config.moe.top_k, router_aux_loss_coef=config.moe.balance_loss_weight)
     rows = dict(batch=config.training.batch_size, length=config.data.sequence_length, learning_rate=o.learning_rate,
                 weight_decay=o.weight_decay, grad_clip=o.grad_clip)
-    return {f"mixtral {experts}": _Peer({**rows, "shape": shape, "experts": experts}) for experts in IMPLEMENTATIONS}
+    return {f"mixtral {experts}{memory}": _Peer({**rows, "shape": shape, "experts": experts}, memory == TUNED)
+            for experts in IMPLEMENTATIONS for memory in ("", TUNED)}
 
 
 class _Peer:
     """A step in another process, which waits for a line between steps."""
 
-    def __init__(self, task):
+    def __init__(self, task, large_pages):
+        environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+        if large_pages:
+            environment["GLIBC_TUNABLES"] = command_line.LARGE_PAGES
         self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.peers", json.dumps(task)], text=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._answer()
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
 
     def __call__(self):
         self._process.stdin.write("step\n")

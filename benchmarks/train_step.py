@@ -4,7 +4,8 @@
 
 Shapes A and B: dim 384, 4 layers, 6 heads, vocabulary 512, 8 rows of 512 tokens, fp32, AdamW; A has 8 experts of 960,
 top-2; B has 64 of 240, top-8; A-modse has A's experts in pairs 4.5:0.5 to 2.5:2.5. --peers adds a Hugging Face Mixtral
-of the same shape, in turn with ours (pip install -r requirements-peers.txt).
+of the same shape, in turn with ours (pip install -r requirements-peers.txt), as installed and with the memory settings
+that our scripts give themselves.
 """
 import json
 
@@ -52,6 +53,9 @@ class Ours:
         self.state, self.metrics = self.step(self.state, self.batch)
         return self.state, self.metrics
 
+    def close(self):
+        self.state = None
+
 
 def parts(ours: Ours) -> dict:
     """{part: (function, arguments)}: forward and backward of each part of a step, alone, of one layer."""
@@ -98,48 +102,68 @@ def parts(ours: Ours) -> dict:
         "dispatch": (both(dispatched, (0, 1)), (x_TD, gate)),
         "loss": (both(lambda x, w: losses.cross_entropy(x, w, targets, even, config.training.loss_chunk), (0, 1)),
                  (x, head)),
-        "optimiser": (lambda g, s, p: rule.update(g, s, p),
-                      (ours.state.params, ours.state.opt_state, ours.state.params))}
+        "optimiser": (lambda grads, state, good: step.updated(rule, grads, 1.0, state, good, mesh.chip(None) == "cpu"),
+                      (ours.state.params, ours.state, jnp.asarray(True)))}
 
 
-def measure(name: str, config: configs.Config, repeats: int, with_peers: bool) -> list[dict]:
-    """Rows of the result file of one shape: ours, and the peers that fit it."""
-    ours = Ours(config)
-    compiled = timing.compile_all(parts(ours))
-    runs = {"ours": ours}
-    if with_peers and len(set(config.widths)) == 1:
-        runs |= peers.mixtral(config)
-    alone = timing.interleaved(compiled, repeats)    # first: a whole step donates the state that parts read
+def measure(jobs: dict[str, configs.Config], repeats: int, with_peers: bool) -> list[dict]:
+    """Rows of the result file of some shapes, timed in turn: ours, and the peers of those with equal widths. A shape
+    NAME-VARIANT is compared with NAME, at equal FLOPs, since routing decides how wide the chosen experts are."""
+    ours = {name: Ours(config) for name, config in jobs.items()}
+    alone = {name: timing.interleaved(timing.compile_all(parts(o)), repeats) for name, o in ours.items()}
+    runs = {(name, "ours"): o for name, o in ours.items()}    # after the parts: a whole step donates what they read
+    for name, config in jobs.items():
+        if with_peers and len(set(config.widths)) == 1:
+            runs |= {(name, who): peer for who, peer in peers.mixtral(config).items()}
     seconds = timing.interleaved({k: dict(compiled=f, arguments=()) for k, f in runs.items()}, repeats, warmup=1,
                                  calls=4)
-    total = float(np.median(seconds["ours"]))
-    layers = {k: config.model.num_layers if k in ("attention", "experts", "dispatch") else 1 for k in alone}
-    tokens = config.training.batch_size * config.data.sequence_length
-    peak = accounting.peak_flops(jax.devices()[0])
-    width = accounting.realised_width(config, np.asarray(ours.metrics.statistics.counts_KE).sum(axis=1))
-    rows = [{"shape": name, "who": "ours", "tokens_per_second": tokens / total, "step_seconds": total,
-             "mfu_nominal": _mfu(config, accounting.nominal_width(config), tokens / total, peak),
-             "mfu_realised": _mfu(config, width, tokens / total, peak), "peak_tflops": peak / 1e12 if peak else None,
-             "share": {k: float(np.median(v)) * layers[k] / total for k, v in alone.items()}}]
-    return rows + [{"shape": name, "who": who, "tokens_per_second": tokens / float(np.median(s)),
-                    "step_seconds": float(np.median(s)), "ours_faster_by": timing.ratio(s, seconds["ours"])}
-                   for who, s in seconds.items() if who != "ours"]
+    peak, flops, rows = accounting.peak_flops(jax.devices()[0]), {name: _flops(o) for name, o in ours.items()}, []
+    for (name, who), of_run in seconds.items():
+        total = float(np.median(of_run))
+        row = {"shape": name, "who": who, "tokens_per_second": _tokens(jobs[name]) / total, "step_seconds": total}
+        if who != "ours":
+            rows.append(row | {"ours_faster_by": timing.ratio(of_run, seconds[name, "ours"])})
+            continue
+        nominal, realised = flops[name]
+        row |= {"mfu_nominal": peak and nominal / total / peak, "mfu_realised": peak and realised / total / peak,
+                "teraflops_realised": realised / total / 1e12, "peak_teraflops": peak and peak / 1e12}
+        equal = name.split("-")[0]
+        if equal != name and equal in jobs:
+            row["over_equal_width"] = timing.ratio(of_run, seconds[equal, "ours"]) * flops[equal][1] / realised
+        layers = {k: jobs[name].model.num_layers if k in ("attention", "experts", "dispatch") else 1
+                  for k in alone[name]}
+        row["share"] = {k: float(np.median(v)) * layers[k] / total for k, v in alone[name].items()}
+        rows.append(row)
+    for run in runs.values():
+        run.close()
+    return rows
 
 
-def _mfu(config, width, rate, peak):
-    return peak and accounting.train_flops_per_token(config, config.data.sequence_length, width) * rate / peak
+def _tokens(config):
+    return config.training.batch_size * config.data.sequence_length
+
+
+def _flops(ours):
+    """(nominal, realised) FLOPs of a step."""
+    c = ours.config
+    width = accounting.realised_width(c, np.asarray(ours.metrics.statistics.counts_KE).sum(axis=1))
+    return tuple(_tokens(c) * accounting.train_flops_per_token(c, c.data.sequence_length, w)
+                 for w in (accounting.nominal_width(c), width))
 
 
 def main(_):
+    groups = {}
     if CONFIG.value:
-        jobs = {flags.FLAGS["config"].config_filename: configs.from_dict(CONFIG.value.to_dict())}
+        file = flags.FLAGS["config"].config_filename
+        groups[file] = {file: configs.from_dict(CONFIG.value.to_dict())}
     else:
-        jobs = {name: shape(name) for name in SHAPES.value}
+        for name in SHAPES.value:    # not all at once: every peer is a process with a model of its own
+            groups.setdefault(name.split("-")[0], {})[name] = shape(name)
     rows = []
-    for name, config in jobs.items():
-        for row in measure(name, config, timing.REPEATS.value, PEERS.value):
+    for jobs in groups.values():
+        for row in measure(jobs, timing.REPEATS.value, PEERS.value):
             rows.append(row)
-            print(json.dumps(row))
+            print(json.dumps(row), flush=True)
     timing.write({"machine": timing.machine(), "rows": rows})
 
 

@@ -1,8 +1,10 @@
 """The benchmarks run, and their rows hold what they promise. Nothing here asks how fast anything is."""
+import dataclasses
 import json
 import types
 
 import numpy as np
+import pytest
 
 from benchmarks import evaluate, expert_ffn, scaling, timing, train_step
 from modse_jax.config import Mesh
@@ -39,10 +41,22 @@ def test_cases_have_the_rows_they_are_named_for():
     assert (cases["one empty"][1] == 0).sum() == 1 and (cases["all on one"][1] == 0).sum() == 7
 
 
-def test_training_step_rows():
-    row, = train_step.measure("tiny", tiny_config(), 2, False)
-    assert row["tokens_per_second"] > 0 and 0 < row["mfu_realised"] < 1 and 0 < row["mfu_nominal"] < 1
-    assert set(row["share"]) == {"attention", "experts", "dispatch", "loss", "optimiser"}
+def test_training_step_rows(monkeypatch):
+    def interleaved(cases, *args, **options):
+        seconds = run(cases, *args, **options)
+        return {k: [2.0 if "tiny-modse" in k else 1.0] * len(s) for k, s in seconds.items()}
+
+    run = timing.interleaved
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    config = tiny_config()
+    equal = dataclasses.replace(config, moe=dataclasses.replace(config.moe, widths=(), pairs=False))
+    rows = train_step.measure({"tiny": equal, "tiny-modse": config}, 2, False)
+    for row in rows:
+        assert row["tokens_per_second"] > 0 and 0 < row["mfu_realised"] < 1 and 0 < row["mfu_nominal"] < 1
+        assert set(row["share"]) == {"attention", "experts", "dispatch", "loss", "optimiser"}
+    assert "over_equal_width" not in rows[0] and rows[0]["mfu_realised"] == rows[0]["mfu_nominal"]
+    work = 2 * rows[1]["teraflops_realised"] / rows[0]["teraflops_realised"]
+    assert work != 1 and rows[1]["over_equal_width"] == pytest.approx(2 / work)
     a, modse, b = (train_step.shape(s) for s in ("A", "A-modse", "B"))
     assert sum(a.widths) == sum(modse.widths) and (len(b.widths), b.moe.top_k, b.widths[0]) == (64, 8, 240)
 

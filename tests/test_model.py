@@ -129,8 +129,9 @@ def test_grouped_query_heads_equal_repeated_ones():
     np.testing.assert_allclose(attention.attend(q, k, v, mask), whole, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("heads,min_block", [(2, 128), (2, 4), (6, 3)])
-def test_blocks_of_queries_equal_all_scores_at_once(heads, min_block):
+def test_blocks_of_queries_equal_all_scores_at_once(heads, min_block, keep):
     """Outputs and gradients, with shared keys, packed documents, padding, and a last block that is not full."""
     rng = np.random.default_rng(0)
     q, dy = (jnp.asarray(rng.normal(size=(2, 11, heads, 4)), jnp.float32) for _ in range(2))
@@ -140,7 +141,7 @@ def test_blocks_of_queries_equal_all_scores_at_once(heads, min_block):
     def values(f):
         return jax.jit(lambda *qkv: (f(*qkv), *jax.vjp(f, *qkv)[1](dy)))(q, k, v)
 
-    fast = values(lambda q, k, v: attention.attend_packed(q, k, v, segments, min_block))
+    fast = values(lambda q, k, v: attention.attend_packed(q, k, v, segments, keep, min_block))
     slow = values(lambda q, k, v: attention.attend(q, k, v, attention.packed_mask(segments)))
     for a, b in zip(fast, slow):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -160,7 +161,7 @@ def test_rotary_scores_depend_on_distance_only():
     config = tiny_config(model=dict(dim=8, num_heads=1)).model
 
     def rotate(x, position):
-        return attention.rotate(x, *attention.rotary(jnp.array([[position]]), config))
+        return attention.rotate(x, *(a[None, position:position + 1, None] for a in attention.rotary(41, config)))
 
     def score(i, j):
         return float(jnp.sum(rotate(q, i) * rotate(k, j)))

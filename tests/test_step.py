@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from modse_jax import mesh as meshes
@@ -50,6 +51,24 @@ def test_one_steps_numbers_are_pinned():
 
 
 PINNED = [5.815792, 4.014061, 6.151933, 0.405583, 41.444678]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("clip,good", [(1.0, True), (0.01, True), (0.01, False)])
+def test_an_update_is_optaxs_or_none(in_place, clip, good):
+    config = tiny_config()
+    state, keys = initial_state(config), iter(jax.random.split(jax.random.key(0), 99))
+    grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), state.params)
+    rule = optimizer.build(config)
+    state = state._replace(opt_state=rule.update(grads, state.opt_state, state.params)[1])    # moments that are not 0
+    limit = clip * optax.global_norm(grads)
+    got = jax.jit(lambda: steps.updated(rule, grads, clip, state, jnp.asarray(good), in_place))()
+    clipped = optax.clip_by_global_norm(limit).update(grads, optax.EmptyState())[0]
+    updates, opt_state = rule.update(clipped, state.opt_state, state.params)
+    want = (optax.apply_updates(state.params, updates), opt_state) if good else (state.params, state.opt_state)
+    for a, b, before in zip(*(jax.tree.leaves(t) for t in (got, want, (state.params, state.opt_state)))):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+        assert np.array_equal(a, before) == (not good)
 
 
 def test_accumulation_equals_one_large_batch():

@@ -3,16 +3,20 @@
 Legend: B batch, L length, S cached or key length, D model, A query heads, G key/value heads, R = A / G, C head size,
 Q queries that share a key head: R times those of a block of rows.
 """
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from modse_jax import chips
 from modse_jax import mesh as meshes
 from modse_jax.config import Model, UserError
+
+KEPT_LENGTH = 1024    # sequences up to here keep their softmax weights on CPU: less than an expert's activations
 
 
 class Place(NamedTuple):
@@ -25,14 +29,15 @@ class Place(NamedTuple):
 
 def packed_place(segments_BL: jax.Array, config: Model) -> Place:
     """Of packed rows. A document's positions start wherever it does: rotary attention sees differences only."""
-    positions_1L = jnp.arange(segments_BL.shape[1])[None, :]
-    return Place(positions_1L, rotary(positions_1L, config), segments_BL, None)
+    L = segments_BL.shape[1]
+    return Place(jnp.arange(L)[None, :], tuple(a[None, :, None] for a in rotary(L, config)), segments_BL, None)
 
 
 def cached_place(positions_BL: jax.Array, cache_length: int, config: Model) -> Place:
     """Of one document per row, behind a cache of S positions: a token sees everything at or before its own."""
     mask_BLS = jnp.arange(cache_length)[None, None, :] <= positions_BL[:, :, None]
-    return Place(positions_BL, rotary(positions_BL, config), None, mask_BLS)
+    table = (jnp.asarray(a).at[positions_BL].get(mode="clip")[:, :, None] for a in rotary(cache_length, config))
+    return Place(positions_BL, tuple(table), None, mask_BLS)
 
 
 class Attention(nnx.Module):
@@ -54,7 +59,8 @@ class Attention(nnx.Module):
     def __call__(self, x_BLD, place, cache=None):
         A, G = self.w_query.shape[1], self.w_key.shape[1]
         w_in = jnp.concatenate([self._weight(n) for n in ("w_query", "w_key", "w_value")], axis=1)    # one product
-        query_BLAC, key_BSGC, value_BSGC = jnp.split(jnp.einsum("bld,dac->blac", x_BLD, w_in), (A, A + G), axis=2)
+        in_BLAC = _product(x_BLD, w_in.reshape(w_in.shape[0], -1)).reshape(*x_BLD.shape[:2], A + 2 * G, -1)
+        query_BLAC, key_BSGC, value_BSGC = jnp.split(in_BLAC, (A, A + G), axis=2)
         query_BLAC, key_BSGC = (rotate(t, *place.rotary_BL1C) for t in (query_BLAC, key_BSGC))
         if cache is None:
             out_BLAC = self._packed(query_BLAC, key_BSGC, value_BSGC, place.segments_BL)
@@ -63,12 +69,15 @@ class Attention(nnx.Module):
             key_BSGC = cache[0].at[rows_B1, place.positions_BL].set(key_BSGC, mode="drop")
             value_BSGC = cache[1].at[rows_B1, place.positions_BL].set(value_BSGC, mode="drop")
             out_BLAC = attend(query_BLAC, key_BSGC, value_BSGC, place.mask_BLS)
-        y_BLD = jnp.einsum("blac,acd->bld", out_BLAC, self._weight("w_out"))
+        w_out = self._weight("w_out")
+        y_BLD = _product(out_BLAC.reshape(*x_BLD.shape[:2], -1), w_out.reshape(-1, w_out.shape[-1]))
         return y_BLD, (key_BSGC, value_BSGC)
 
     def _packed(self, query_BLAC, *rest):
-        kind = chosen(self.kind, query_BLAC.shape, meshes.chip(self.mesh), str(self.dtype))
-        function = {"blocks": attend_packed, "splash": attend_splash, "cudnn": attend_cudnn}[kind]
+        chip, length = meshes.chip(self.mesh), query_BLAC.shape[1]
+        kind = chosen(self.kind, query_BLAC.shape, chip, str(self.dtype))
+        blocks = functools.partial(attend_packed, keep=chip == "cpu" and length <= KEPT_LENGTH)
+        function = {"blocks": blocks, "splash": attend_splash, "cudnn": attend_cudnn}[kind]
         if kind == "blocks" or self.mesh is None or self.mesh.size == 1:
             return function(query_BLAC, *rest)
         rows = meshes.spec(("batch",))    # XLA cannot cut a kernel
@@ -77,6 +86,11 @@ class Attention(nnx.Module):
 
     def _weight(self, name):
         return getattr(self, name)[...].astype(self.dtype)
+
+
+def _product(x_BLX, w_XY):
+    """x w, as a product of two matrices: of more axes XLA for CPU would transpose the gradient, to multiply it by x."""
+    return jnp.dot(x_BLX.reshape(-1, x_BLX.shape[-1]), w_XY).reshape(*x_BLX.shape[:-1], -1)
 
 
 def chosen(kind: str, shape: tuple[int, int, int, int], chip: str, dtype: str) -> str:
@@ -134,76 +148,129 @@ def attend(query_BLAC: jax.Array, key_BSGC: jax.Array, value_BSGC: jax.Array, ma
     return out_BLGRC.reshape(query_BLAC.shape).astype(query_BLAC.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attend_packed(query_BLAC: jax.Array, key_BLGC: jax.Array, value_BLGC: jax.Array, segments_BL: jax.Array,
-                  min_block: int = 128) -> jax.Array:
+                  keep: bool = False, min_block: int = 128) -> jax.Array:
     """`attend` under packed_mask(segments), in at most eight blocks of queries, each over no more keys than precede
-    it, the scores recomputed in the backward pass: neither the masked half of the work nor [L, L] scores kept.
+    it. keep: softmax weights, half of [L, L] a head, for the backward pass; else scores are computed again there.
 
-    Written out rather than jax.nn.dot_product_attention: 1.8 times as fast forward and backward on 2 CPU cores.
+    Scores stand as [keys, queries]: no product then has to turn a large operand around, which XLA for CPU does at half
+    speed. Written out rather than jax.nn.dot_product_attention: LOG.md, 2026-11-22.
     """
-    B, L, A, C = query_BLAC.shape
-    G, size = key_BLGC.shape[2], max(min_block, -(-L // 8))
-    query_BGRLC = query_BLAC.reshape(B, L, G, A // G, C).transpose(0, 2, 3, 1, 4)
-    key_BGLC, value_BGLC = key_BLGC.transpose(0, 2, 1, 3), value_BLGC.transpose(0, 2, 1, 3)
-    out = []
-    for first in range(0, L, size):
-        stop = min(first + size, L)
-        mask_BQS = jnp.tile(packed_mask(segments_BL[:, :stop], first), (1, A // G, 1))
-        query_BGQC = query_BGRLC[:, :, :, first:stop].reshape(B, G, -1, C)
-        out_BGQC = _block(query_BGQC, key_BGLC[:, :, :stop], value_BGLC[:, :, :stop], mask_BQS)
-        out.append(out_BGQC.reshape(B, G, A // G, stop - first, C))
-    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(query_BLAC.shape)
+    return _attend_forward(query_BLAC, key_BLGC, value_BLGC, segments_BL, keep, min_block)[0]
 
 
-@jax.custom_vjp
-def _block(query_BGQC, key_BGSC, value_BGSC, mask_BQS):
-    return _block_forward(query_BGQC, key_BGSC, value_BGSC, mask_BQS)[0]
+def _attend_forward(query_BLAC, key_BLGC, value_BLGC, segments_BL, keep, min_block):
+    query_BGCRL = _across(_scaled(query_BLAC), key_BLGC.shape[2])
+    key_BGSC, value_BGCS = key_BLGC.transpose(0, 2, 1, 3), value_BLGC.transpose(0, 2, 3, 1)
+    out, sums, kept = [], [], []
+    for first, stop in _blocks(query_BLAC.shape[1], min_block):
+        scores_BGSQ = _scores(query_BGCRL[..., first:stop], key_BGSC[:, :, :stop], segments_BL, first)
+        max_BG1Q = jnp.max(scores_BGSQ, axis=2, keepdims=True)
+        weights_BGSQ = jnp.exp(scores_BGSQ - max_BG1Q)
+        sum_BG1Q = jnp.sum(weights_BGSQ, axis=2, keepdims=True)
+        weights_BGSQ = weights_BGSQ.astype(value_BLGC.dtype)
+        out_BGCQ = jnp.einsum("bgcs,bgsq->bgcq", value_BGCS[..., :stop], weights_BGSQ,
+                              preferred_element_type=jnp.float32) / sum_BG1Q
+        out.append(_apart(out_BGCQ, query_BGCRL))
+        sums.append(_apart(sum_BG1Q, query_BGCRL))
+        kept.append(weights_BGSQ if keep else max_BG1Q)
+    out_BLAC, sum_BLA1 = (_from_across(jnp.concatenate(parts, axis=4)) for parts in (out, sums))
+    out_BLAC = out_BLAC.astype(query_BLAC.dtype)
+    return out_BLAC, (query_BLAC, key_BLGC, value_BLGC, segments_BL, out_BLAC, sum_BLA1, kept)
 
 
-def _block_forward(query_BGQC, key_BGSC, value_BGSC, mask_BQS):
-    scores_BGQS = _scores(query_BGQC, key_BGSC, mask_BQS)
-    max_BGQ1 = jnp.max(scores_BGQS, axis=-1, keepdims=True)
-    weights_BGQS = jnp.exp(scores_BGQS - max_BGQ1)
-    sum_BGQ1 = jnp.sum(weights_BGQS, axis=-1, keepdims=True)
-    out_BGQC = jnp.einsum("bgqs,bgsc->bgqc", weights_BGQS.astype(value_BGSC.dtype), value_BGSC,
-                          preferred_element_type=jnp.float32)
-    out_BGQC = (out_BGQC / sum_BGQ1).astype(query_BGQC.dtype)
-    return out_BGQC, (query_BGQC, key_BGSC, value_BGSC, mask_BQS, max_BGQ1 + jnp.log(sum_BGQ1), out_BGQC)
+def _attend_backward(keep, min_block, saved, dout_BLAC):
+    query_BLAC, key_BLGC, value_BLGC, segments_BL, out_BLAC, sum_BLA1, kept = saved
+    G, C, dtype = *key_BLGC.shape[2:], query_BLAC.dtype
+    dout_BLAC = dout_BLAC / sum_BLA1    # once, in place of every weight
+    inner_BG1RL = _across(jnp.sum(dout_BLAC * out_BLAC.astype(jnp.float32), axis=3, keepdims=True), G)
+    dout_BLAC = dout_BLAC.astype(dtype)
+    query_BGRLC, query_BGCRL = _down(_scaled(query_BLAC), G), _across(_scaled(query_BLAC), G)
+    dout_BGRLC, dout_BGCRL = _down(dout_BLAC, G), _across(dout_BLAC, G)
+    key_BGSC, key_BGCS = key_BLGC.transpose(0, 2, 1, 3), key_BLGC.transpose(0, 2, 3, 1)
+    value_BGSC = value_BLGC.transpose(0, 2, 1, 3)
+    dquery, dkey, dvalue = [], [], []
+    for (first, stop), of_block in zip(_blocks(query_BLAC.shape[1], min_block), kept):
+        weights_BGSQ = of_block if keep else jnp.exp(
+            _scores(query_BGCRL[..., first:stop], key_BGSC[:, :, :stop], segments_BL, first) - of_block).astype(dtype)
+        dweights_BGSQ = jnp.einsum("bgsc,bgcq->bgsq", value_BGSC[:, :, :stop], _flat(dout_BGCRL[..., first:stop]),
+                                   preferred_element_type=jnp.float32)
+        dscores_BGSQ = (weights_BGSQ * (dweights_BGSQ - _flat(inner_BG1RL[..., first:stop]))).astype(dtype)
+        dquery.append(_apart(jnp.einsum("bgcs,bgsq->bgcq", key_BGCS[..., :stop], dscores_BGSQ,
+                                        preferred_element_type=jnp.float32), query_BGCRL))
+        for parts, a_BGSQ, b_BGRLC in ((dkey, dscores_BGSQ, query_BGRLC), (dvalue, weights_BGSQ, dout_BGRLC)):
+            b_BGQC = b_BGRLC[:, :, :, first:stop].reshape(*key_BGSC.shape[:2], -1, C)
+            parts.append(jnp.einsum("bgsq,bgqc->bgsc", a_BGSQ, b_BGQC, preferred_element_type=jnp.float32))
+    dquery_BLAC = _scaled(_from_across(jnp.concatenate(dquery, axis=4)))
+    dkey_BLGC, dvalue_BLGC = (_sum_of_prefixes(parts).transpose(0, 2, 1, 3) for parts in (dkey, dvalue))
+    return dquery_BLAC.astype(dtype), dkey_BLGC.astype(dtype), dvalue_BLGC.astype(dtype), None
 
 
-def _block_backward(saved, dout_BGQC):
-    query_BGQC, key_BGSC, value_BGSC, mask_BQS, lse_BGQ1, out_BGQC = saved
-    dtype = query_BGQC.dtype
-    weights_BGQS = jnp.exp(_scores(query_BGQC, key_BGSC, mask_BQS) - lse_BGQ1)
-    inner_BGQ1 = jnp.sum(dout_BGQC.astype(jnp.float32) * out_BGQC.astype(jnp.float32), axis=-1, keepdims=True)
-    dweights_BGQS = jnp.einsum("bgqc,bgsc->bgqs", dout_BGQC, value_BGSC, preferred_element_type=jnp.float32)
-    dscores_BGQS = weights_BGQS * (dweights_BGQS - inner_BGQ1) * query_BGQC.shape[-1] ** -0.5
-    dscores_BGQS, weights_BGQS = dscores_BGQS.astype(dtype), weights_BGQS.astype(dtype)
-    return (jnp.einsum("bgqs,bgsc->bgqc", dscores_BGQS, key_BGSC), _sum_over_queries(query_BGQC, dscores_BGQS),
-            _sum_over_queries(dout_BGQC, weights_BGQS), None)
+attend_packed.defvjp(_attend_forward, _attend_backward)
 
 
-def _sum_over_queries(a_BGQC, b_BGQS):
-    """sum_q b a, [B, G, S, C], as its transpose: on CPU the product that transposes the large operand takes twice as
-    long (LOG.md, 2026-11-25). The barrier keeps XLA from turning it back."""
-    out_BGCS = jnp.einsum("bgqc,bgqs->bgcs", a_BGQC, b_BGQS)
-    return jax.lax.optimization_barrier(out_BGCS).swapaxes(2, 3)
+def _blocks(length, min_block):
+    size = max(min_block, -(-length // 8))
+    return [(first, min(first + size, length)) for first in range(0, length, size)]
 
 
-_block.defvjp(_block_forward, _block_backward)
+def _scaled(query_BLAC):
+    return query_BLAC * query_BLAC.shape[3] ** -0.5
 
 
-def _scores(query_BGQC, key_BGSC, mask_BQS):
-    scores_BGQS = jnp.einsum("bgqc,bgsc->bgqs", query_BGQC, key_BGSC, preferred_element_type=jnp.float32)
-    return jnp.where(mask_BQS[:, None], scores_BGQS * query_BGQC.shape[-1] ** -0.5, -1e30)
+def _across(x_BLAC, groups):
+    """x_BGCRL. Queries that share a key head stand side by side in a block of them: R, then L."""
+    B, L, A, C = x_BLAC.shape
+    return x_BLAC.reshape(B, L, groups, A // groups, C).transpose(0, 2, 4, 3, 1)
 
 
-def rotary(positions_BL: jax.Array, config: Model) -> tuple[jax.Array, jax.Array]:
-    """(sine, cosine) [B, L, 1, C / 2] of the rotary angles (RoFormer), float32."""
+def _down(x_BLAC, groups):
+    """x_BGRLC."""
+    B, L, A, C = x_BLAC.shape
+    return x_BLAC.reshape(B, L, groups, A // groups, C).transpose(0, 2, 3, 1, 4)
+
+
+def _from_across(x_BGCRL):
+    B, G, C, R, L = x_BGCRL.shape
+    return x_BGCRL.transpose(0, 4, 1, 3, 2).reshape(B, L, G * R, C)
+
+
+def _flat(x_BGCRL):
+    """x_BGCQ."""
+    return x_BGCRL.reshape(*x_BGCRL.shape[:3], -1)
+
+
+def _apart(x_BGCQ, like_BGCRL):
+    """x_BGCRL: the inverse of _flat."""
+    return x_BGCQ.reshape(*x_BGCQ.shape[:3], like_BGCRL.shape[3], -1)
+
+
+def _scores(query_BGCRL, key_BGSC, segments_BL, first):
+    """scores_BGSQ of queries that begin at `first`, in float32; -1e30 where the mask is."""
+    mask_BQS = packed_mask(segments_BL[:, :key_BGSC.shape[2]], first)
+    mask_B1SQ = jnp.tile(mask_BQS.swapaxes(1, 2), (1, 1, query_BGCRL.shape[3]))[:, None]
+    scores_BGSQ = jnp.einsum("bgsc,bgcq->bgsq", key_BGSC, _flat(query_BGCRL), preferred_element_type=jnp.float32)
+    return jnp.where(mask_B1SQ, scores_BGSQ, -1e30)
+
+
+def _sum_of_prefixes(parts):
+    """Sum over arrays [B, G, S, C] of rising S, each as if it went on with zeros. By ranges, and not padded."""
+    ends = [0] + [part.shape[2] for part in parts]
+    ranges = [functools.reduce(jnp.add, [part[:, :, first:stop] for part in parts[i:]])
+              for i, (first, stop) in enumerate(zip(ends, ends[1:]))]
+    return jnp.concatenate(ranges, axis=2)
+
+
+def rotary(length: int, config: Model) -> tuple[np.ndarray, np.ndarray]:
+    """(sine, cosine) [L, C / 2] of the rotary angles (RoFormer) of positions 0 to L - 1, float32.
+
+    A table known before compilation: XLA for CPU moves sines into what reads them, and works them out for every head.
+    """
     half = config.dim // config.num_heads // 2
-    frequency_C = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BL1C = positions_BL[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None, :]
-    return jnp.sin(angle_BL1C), jnp.cos(angle_BL1C)
+    frequency_C = config.rope_base ** (-np.arange(half) / half)
+    angle_LC = np.arange(length)[:, None] * frequency_C[None, :]
+    return np.sin(angle_LC).astype(np.float32), np.cos(angle_LC).astype(np.float32)
 
 
 def rotate(x_BLAC: jax.Array, sin_BL1C: jax.Array, cos_BL1C: jax.Array) -> jax.Array:

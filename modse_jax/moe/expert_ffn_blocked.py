@@ -78,7 +78,7 @@ def blocked(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks):
 def _forward_pass(x_ND, rows_E, weights, shard, placement, blocks):
     """(y_ND, saved gate and up activations [S]); S is 0 where none are to be kept."""
     sizes = _sizes(blocks, x_ND.shape[0], placement.num_experts)
-    saved_S = jnp.zeros((_saved_size(blocks, x_ND.shape[0], placement, sizes),), x_ND.dtype)
+    saved_S = _zeros((_saved_size(blocks, x_ND.shape[0], placement, sizes),), x_ND.dtype, rows_E)
 
     def expert(carry, e):
         y_ND, saved_S, base = carry
@@ -99,7 +99,7 @@ def _forward_pass(x_ND, rows_E, weights, shard, placement, blocks):
         y_ND, saved_S = _if_several(lambda c: _over_blocks(block, c, e, sizes), carry, e, sizes)
         return y_ND, saved_S, base
 
-    carry = (jnp.zeros_like(x_ND), saved_S, jnp.zeros((), jnp.int32))
+    carry = (_zeros(x_ND.shape, x_ND.dtype, rows_E), saved_S, jnp.zeros((), jnp.int32))
     return _over_experts(expert, carry, rows_E, shard, placement)[:2]
 
 
@@ -160,12 +160,18 @@ def _backward(placement, blocks, saved, dy_ND):
         dx_ND, flat = _if_several(several, _only_block(only, (dx_ND, flat), e, sizes), e, sizes)
         return dx_ND, flat, base
 
-    carry = (jnp.zeros_like(x_ND), tuple(jnp.zeros_like(w) for w in weights), jnp.zeros((), jnp.int32))
+    dx_ND, *dw = (_zeros(a.shape, a.dtype, rows_E) for a in (x_ND, *weights))
+    carry = (dx_ND, tuple(dw), jnp.zeros((), jnp.int32))
     dx_ND, dw, _ = _over_experts(expert, carry, rows_E, shard, placement)
     return (dx_ND, None, *dw, None)
 
 
 blocked.defvjp(_forward, _backward)
+
+
+def _zeros(shape, dtype, rows_E):
+    """Zeros of this layer. XLA would make those of several layers once, and then copy them: twice the bytes."""
+    return jnp.broadcast_to(jnp.minimum(rows_E[0], 0).astype(dtype), shape)
 
 
 def _over_experts(expert, carry, rows_E, shard, placement):

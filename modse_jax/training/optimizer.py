@@ -1,4 +1,4 @@
-"""AdamW as in the paper: clip, decoupled decay on matrices only, linear warm-up, cosine to a floor."""
+"""AdamW as in the paper: decoupled decay on matrices only, linear warm-up, cosine to a floor."""
 import jax
 import optax
 
@@ -14,9 +14,11 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def build(config: Config) -> optax.GradientTransformation:
+    """Without the clip, which the step has at hand as one number (step.updated); identity keeps its place in what
+    checkpoints hold."""
     o = config.optimizer
     return optax.chain(
-        optax.clip_by_global_norm(o.grad_clip),
+        optax.identity(),
         optax.adamw(learning_rate(config), o.beta1, o.beta2, o.eps, weight_decay=o.weight_decay, mask=is_matrix))
 
 

@@ -134,13 +134,11 @@ def make_train_step(config: Config, mesh=None) -> Callable:
     def step(state: State, batch) -> tuple[State, Metrics]:
         grads, (loss, balance, z, statistics), targets = gradient(state.params, batch)
         grad_norm = optax.global_norm(grads)
-        updates, opt_state = update_rule.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         spike = finite & _is_spike(grad_norm, state.norms, config.training.spike_factor)
+        clip = jnp.minimum(1, config.optimizer.grad_clip / grad_norm)
         # One NaN in Adam's moments never leaves them: a bad step changes nothing but its counters.
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite & ~spike, new, old),
-                                         (optax.apply_updates(state.params, updates), opt_state),
-                                         (state.params, state.opt_state))
+        params, opt_state = updated(update_rule, grads, clip, state, finite & ~spike, meshes.chip(mesh) == "cpu")
         skipped = state.skipped + (~finite | spike)
         in_a_row = jnp.where(finite, 0, state.nonfinite_in_a_row + 1)
         # A spike is remembered, so that a norm that stays high becomes the usual one; what is not finite never is.
@@ -151,6 +149,30 @@ def make_train_step(config: Config, mesh=None) -> Callable:
         return new, Metrics(loss, balance, z, grad_norm, rate, targets, skipped, in_a_row, fault, statistics)
 
     return step
+
+
+def updated(rule: optax.GradientTransformation, grads, clip, state: State, good, in_place: bool = False):
+    """(params, opt_state) after a step by the gradients times `clip`, or as they were where the step is not `good`.
+
+    in_place: by loops of at most one turn, for CPU, where XLA has no fusion of several outputs: new parameters and new
+    moments are each computed from the old moments, and unless one waits for the other both moments are copied first.
+    The gradients depend on the turn, or what is the same in every turn would be taken out of the loop.
+    """
+    def rule_of(params, opt_state, scale):
+        return rule.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
+
+    if not in_place:
+        updates, opt_state = rule_of(state.params, state.opt_state, clip)
+        new, old = (optax.apply_updates(state.params, updates), opt_state), (state.params, state.opt_state)
+        return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+
+    def params_turn(carry):
+        turn, params = carry
+        return turn + 1, optax.apply_updates(params, rule_of(params, state.opt_state, clip / (turn + 1))[0])
+
+    turns, params = jax.lax.while_loop(lambda carry: carry[0] < good, params_turn, (jnp.int32(0), state.params))
+    return params, jax.lax.fori_loop(0, turns, lambda turn, opt_state: rule_of(params, opt_state, clip / (turn + 1))[1],
+                                     state.opt_state)
 
 
 def _is_spike(norm, norms, factor):
