@@ -91,7 +91,7 @@ def run(names, backends, dim, tokens, dtype, repeats, blocks):
     results = []
     compiled = {(*key, i): job for i in range(2)
                 for key, job in timing.compile_all({k: (f[i], a) for k, (f, a) in jobs.items()}).items()}
-    seconds = timing.interleaved(compiled, repeats)
+    seconds = timing.interleaved(compiled, repeats, warmup=3, calls=4, alone_over=1)
     for case, backend in jobs:
         both = seconds[case, backend, 1]
         over_equal = None

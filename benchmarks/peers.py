@@ -13,7 +13,7 @@ from modse_jax import command_line
 from modse_jax.config import Config
 
 IMPLEMENTATIONS = ("grouped_mm", "eager", "compiled")    # of the experts; the last is grouped_mm under torch.compile
-TUNED = ", large pages"    # after the name: with GLIBC_TUNABLES as our own scripts set it
+TUNED = "grouped_mm, large pages"    # with GLIBC_TUNABLES as our own scripts set it; the others as installed
 
 
 def mixtral(config: Config) -> dict:
@@ -28,8 +28,8 @@ def mixtral(config: Config) -> dict:
                  num_experts_per_tok=config.moe.top_k, router_aux_loss_coef=config.moe.balance_loss_weight)
     rows = dict(batch=config.training.batch_size, length=config.data.sequence_length, learning_rate=o.learning_rate,
                 weight_decay=o.weight_decay, grad_clip=o.grad_clip)
-    return {f"mixtral {experts}{memory}": _Peer({**rows, "shape": shape, "experts": experts}, memory == TUNED)
-            for experts in IMPLEMENTATIONS for memory in ("", TUNED)}
+    return {f"mixtral {name}": _Peer({**rows, "shape": shape, "experts": name.split(",")[0]}, name == TUNED)
+            for name in (*IMPLEMENTATIONS, TUNED)}
 
 
 class _Peer:

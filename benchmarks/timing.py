@@ -1,5 +1,6 @@
 """Timing side by side: machines are noisy, so a figure is a ratio of medians over interleaved repeats."""
 import json
+import math
 import os
 import platform
 import time
@@ -35,22 +36,29 @@ def compile_all(cases: dict[str, tuple[Callable, tuple]]) -> dict[str, dict]:
     return out
 
 
-def interleaved(cases: dict[str, dict], repeats: int, warmup: int = 2, calls: int = 1) -> dict[str, list[float]]:
+def interleaved(cases: dict[str, dict], repeats: int, warmup: int = 2, calls: int = 1,
+                alone_over: float = math.inf) -> dict[str, list[float]]:
     """Seconds of every repeat of every compiled case, one after the other in turn, each waited for.
 
     calls: calls of a case at a time. Of several the first is not timed: after another program the caches and the memory
-    that a process holds are cold, which in a training run they never are.
+    that a process holds are cold, which in a training run they never are. alone_over: seconds from which the first is
+    the only one, and timed.
     """
     seconds = {name: [] for name in cases}
     for repeat in range(warmup + repeats):
         for name, case in cases.items():
-            for call in range(calls):
-                if call in (0, 1):
-                    start = time.perf_counter()
-                jax.block_until_ready(case["compiled"](*case["arguments"]))
+            took = _seconds(case)
+            if calls > 1 and took < alone_over:
+                took = sum(_seconds(case) for _ in range(calls - 1)) / (calls - 1)
             if repeat >= warmup:
-                seconds[name].append((time.perf_counter() - start) / max(calls - 1, 1))
+                seconds[name].append(took)
     return seconds
+
+
+def _seconds(case):
+    start = time.perf_counter()
+    jax.block_until_ready(case["compiled"](*case["arguments"]))
+    return time.perf_counter() - start
 
 
 def ratio(seconds: list[float], base: list[float]) -> float:

@@ -102,8 +102,8 @@ def parts(ours: Ours) -> dict:
         "dispatch": (both(dispatched, (0, 1)), (x_TD, gate)),
         "loss": (both(lambda x, w: losses.cross_entropy(x, w, targets, even, config.training.loss_chunk), (0, 1)),
                  (x, head)),
-        "optimiser": (lambda grads, state, good: step.updated(rule, grads, 1.0, state, good, mesh.chip(None) == "cpu"),
-                      (ours.state.params, ours.state, jnp.asarray(True)))}
+        "optimiser": (lambda g, s, p: rule.update(g, s, p),
+                      (ours.state.params, ours.state.opt_state, ours.state.params))}
 
 
 def measure(jobs: dict[str, configs.Config], repeats: int, with_peers: bool) -> list[dict]:
