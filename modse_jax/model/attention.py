@@ -183,9 +183,9 @@ def _attend_forward(query_BLAC, key_BLGC, value_BLGC, segments_BL, keep, min_blo
 def _attend_backward(keep, min_block, saved, dout_BLAC):
     query_BLAC, key_BLGC, value_BLGC, segments_BL, out_BLAC, sum_BLA1, kept = saved
     G, C, dtype = *key_BLGC.shape[2:], query_BLAC.dtype
-    dout_BLAC = dout_BLAC / sum_BLA1    # once, in place of every weight
-    inner_BG1RL = _across(jnp.sum(dout_BLAC * out_BLAC.astype(jnp.float32), axis=3, keepdims=True), G)
-    dout_BLAC = dout_BLAC.astype(dtype)
+    dout_BLAC = (dout_BLAC / sum_BLA1).astype(dtype)    # once, in place of every weight
+    inner_BLA1 = jnp.sum(dout_BLAC.astype(jnp.float32) * out_BLAC.astype(jnp.float32), axis=3, keepdims=True)
+    inner_BG1RL = _across(inner_BLA1, G)
     query_BGRLC, query_BGCRL = _down(_scaled(query_BLAC), G), _across(_scaled(query_BLAC), G)
     dout_BGRLC, dout_BGCRL = _down(dout_BLAC, G), _across(dout_BLAC, G)
     key_BGSC, key_BGCS = key_BLGC.transpose(0, 2, 1, 3), key_BLGC.transpose(0, 2, 3, 1)
