@@ -147,6 +147,23 @@ def test_blocks_of_queries_equal_all_scores_at_once(heads, min_block, keep):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_projections_are_products_with_gradients_on_every_chip(dtype, tolerance):
+    shapes = (2, 24, 8), (8, 12), (2, 24, 12)
+    x, w, dy = (jax.random.normal(jax.random.key(i), s, dtype) for i, s in enumerate(shapes))
+
+    def both(product):
+        y, pull = jax.vjp(product, x, w)
+        return y, *pull(dy)
+
+    want = both(lambda x, w: jnp.einsum("blx,xy->bly", x, w))
+    for chip in ("cpu", "v5e"):
+        got = jax.jit(lambda chip=chip: both(lambda x, w: attention._product(x, w, chip)))()
+        for a, b in zip(got, want):
+            a, b = (np.asarray(c, np.float32) for c in (a, b))
+            np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+
+
 def test_attention_equals_jax_nn():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 9, 2, 4)), jnp.float32) for _ in range(3))

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from modse_jax import mesh
+from modse_jax import command_line, mesh
 from modse_jax.config import Checkpoint, Config, Mesh, UserError, fields
 from modse_jax.data import loader, prepare
 from modse_jax.evaluation import analysis, report, routing, scoring, summary
@@ -401,3 +401,17 @@ def test_an_analysis_beside_a_baseline_and_an_earlier_step(finished, tmp_path):
     (tmp_path / "baseline" / "data" / "card.json").write_text(json.dumps(card))
     with pytest.raises(UserError, match="was prepared with source 'other'|was trained on other data"):
         analysis.write(str(workdir), 0, (str(tmp_path / "baseline"),), 0, 4, 0)
+
+
+@pytest.mark.parametrize("cores,one_arena", [(2, True), (64, False)])
+def test_scripts_start_themselves_anew_with_large_pages_once(cores, one_arena, monkeypatch):
+    started = []
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "execv", lambda *command: started.append((command, os.environ["GLIBC_TUNABLES"])))
+    monkeypatch.setattr(os, "environ", {})
+    command_line.use_large_pages()
+    command_line.use_large_pages()
+    (command, tunables), = started
+    assert command == (sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    assert "hugetlb=1" in tunables and ("arena_max=1" in tunables) == one_arena

@@ -113,23 +113,29 @@ def _backward(placement, blocks, saved, dy_ND):
     sizes = _sizes(blocks, x_ND.shape[0], placement.num_experts)
 
     def expert(carry, e):
-        dx_ND, flat, base = carry
+        dx_ND, flat, saved_S, base = carry
         w_gate, w_up, w_down = _slice_weights(weights, e)
         fits, here, base = _saved_place(saved_S.size, placement, sizes, e, base)
 
-        def block(dx_ND, start, count, whole):
-            """(dx with the block's rows, its part of the weights' gradients)."""
+        def block(dx_ND, saved_S, start, count, whole):
+            """(dx with the block's rows, saved activations, the block's part of the weights' gradients)."""
             rows = _Rows(x_ND.shape[0], start, count, whole, e)
             x_BD, dy_BD = rows.mine(rows.of(x_ND)), rows.mine(rows.of(dy_ND))
 
-            def recompute():
+            def gate_and_up(x_BD):
                 return _dot(x_BD, w_gate, 1, 0), _dot(x_BD, w_up, 1, 0)
 
-            def load():
-                parts = _load(saved_S, count, e.width, here + 2 * e.width * (start - e.first))
-                return tuple(rows.mine(p) for p in parts)    # a neighbour's were saved from rows that may hold anything
+            if saved_S.size:    # what did not fit as well: a conditional would copy what it returns
+                def again(turn, saved_S):
+                    x_BD = _Rows(x_ND.shape[0], start + turn * count, count, whole, e).of(x_ND)
+                    return _save(saved_S, gate_and_up(x_BD), at)
 
-            gate_BW, up_BW = lax.cond(fits, load, recompute) if saved_S.size else recompute()
+                at = here + jnp.where(fits, 2 * e.width * (start - e.first), 0)
+                saved_S = lax.fori_loop(0, (~fits).astype(jnp.int32), again, saved_S)
+                # A neighbour's were computed from rows that may hold anything.
+                gate_BW, up_BW = map(rows.mine, _load(saved_S, count, e.width, at))
+            else:
+                gate_BW, up_BW = gate_and_up(x_BD)
             sigmoid_BW = jax.nn.sigmoid(gate_BW)
             silu_BW = gate_BW * sigmoid_BW
             hidden_BW = (silu_BW * up_BW).astype(x_BD.dtype)
@@ -137,32 +143,32 @@ def _backward(placement, blocks, saved, dy_ND):
             dgate_BW = (dhidden_BW * up_BW * (sigmoid_BW + silu_BW * (1 - sigmoid_BW))).astype(x_BD.dtype)
             dup_BW = (dhidden_BW * silu_BW).astype(x_BD.dtype)
             dx_BD = _dot(dgate_BW, w_gate, 1, 1) + _dot(dup_BW, w_up, 1, 1)
-            new = (_dot(x_BD, dgate_BW, 0, 0), _dot(x_BD, dup_BW, 0, 0), _dot(hidden_BW, dy_BD, 0, 0))
-            return rows.store(dx_ND, dx_BD), new
+            x_DB = lax.optimization_barrier(x_BD.T)    # XLA for CPU is slower at products over both leading axes
+            new = (_dot(x_DB, dgate_BW, 1, 0), _dot(x_DB, dup_BW, 1, 0), _dot(hidden_BW, dy_BD, 0, 0))
+            return rows.store(dx_ND, dx_BD), saved_S, new
 
         def write(flat, new):
             return tuple(lax.dynamic_update_slice_in_dim(f, d.astype(f.dtype), e.offset, axis)
                          for f, d, axis in zip(flat, new, (1, 1, 0)))
 
         def only(carry, start, size):
-            dx_ND, new = block(carry[0], start, size, False)
-            return dx_ND, write(carry[1], new)
+            dx_ND, saved_S, new = block(carry[0], carry[2], start, size, False)
+            return dx_ND, write(carry[1], new), saved_S
 
         def several(carry):
             def add(carry, start, count, whole):
-                dx_ND, new = block(carry[0], start, count, whole)
-                return dx_ND, jax.tree.map(jnp.add, carry[1], new)
+                dx_ND, saved_S, new = block(carry[0], carry[2], start, count, whole)
+                return dx_ND, jax.tree.map(jnp.add, carry[1], new), saved_S
 
             zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in (w_gate, w_up, w_down))
-            dx_ND, sums = _over_blocks(add, (carry[0], zeros), e, sizes)
-            return dx_ND, write(carry[1], sums)
+            dx_ND, sums, saved_S = _over_blocks(add, (carry[0], zeros, carry[2]), e, sizes)
+            return dx_ND, write(carry[1], sums), saved_S
 
-        dx_ND, flat = _if_several(several, _only_block(only, (dx_ND, flat), e, sizes), e, sizes)
-        return dx_ND, flat, base
+        return *_if_several(several, _only_block(only, (dx_ND, flat, saved_S), e, sizes), e, sizes), base
 
     dx_ND, *dw = (_zeros(a.shape, a.dtype, rows_E) for a in (x_ND, *weights))
-    carry = (dx_ND, tuple(dw), jnp.zeros((), jnp.int32))
-    dx_ND, dw, _ = _over_experts(expert, carry, rows_E, shard, placement)
+    carry = (dx_ND, tuple(dw), saved_S, jnp.zeros((), jnp.int32))
+    dx_ND, dw, *_ = _over_experts(expert, carry, rows_E, shard, placement)
     return (dx_ND, None, *dw, None)
 
 

@@ -156,7 +156,7 @@ def updated(rule: optax.GradientTransformation, grads, clip, state: State, good,
 
     in_place: by loops of at most one turn, for CPU, where XLA has no fusion of several outputs: new parameters and new
     moments are each computed from the old moments, and unless one waits for the other both moments are copied first.
-    The gradients depend on the turn, or what is the same in every turn would be taken out of the loop.
+    Gradients and moments depend on the turn, or XLA would take what is the same in every turn out of the loop.
     """
     def rule_of(params, opt_state, scale):
         return rule.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
@@ -168,7 +168,9 @@ def updated(rule: optax.GradientTransformation, grads, clip, state: State, good,
 
     def params_turn(carry):
         turn, params = carry
-        return turn + 1, optax.apply_updates(params, rule_of(params, state.opt_state, clip / (turn + 1))[0])
+        one = 1 / (turn + 1)
+        moments = jax.tree.map(lambda a: a * one.astype(a.dtype), state.opt_state)
+        return turn + 1, optax.apply_updates(params, rule_of(params, moments, clip * one)[0])
 
     turns, params = jax.lax.while_loop(lambda carry: carry[0] < good, params_turn, (jnp.int32(0), state.params))
     return params, jax.lax.fori_loop(0, turns, lambda turn, opt_state: rule_of(params, opt_state, clip / (turn + 1))[1],
