@@ -43,15 +43,16 @@ class Ours:
     """A training step with a state of its own, donated from call to call."""
 
     def __init__(self, config):
-        self.config, self.state = config, step.initial_state(config)
+        self.config, self.state, self.counts = config, step.initial_state(config), []
         rng, size = np.random.default_rng(0), (config.training.batch_size, config.data.sequence_length + 1)
         self.batch = {"tokens": jnp.asarray(rng.integers(4, config.model.vocab_size, size, dtype=np.int32)),
                       "segments": jnp.ones(size, jnp.int32)}
         self.step = jax.jit(step.make_train_step(config), donate_argnums=0).lower(self.state, self.batch).compile()
 
     def __call__(self):
-        self.state, self.metrics = self.step(self.state, self.batch)
-        return self.state, self.metrics
+        self.state, metrics = self.step(self.state, self.batch)
+        self.counts.append(metrics.statistics.counts_KE)
+        return self.state, metrics
 
     def close(self):
         self.state = None
@@ -102,15 +103,14 @@ def parts(ours: Ours) -> dict:
         "dispatch": (both(dispatched, (0, 1)), (x_TD, gate)),
         "loss": (both(lambda x, w: losses.cross_entropy(x, w, targets, even, config.training.loss_chunk), (0, 1)),
                  (x, head)),
-        "optimiser": (lambda g, s, p: rule.update(g, s, p),
-                      (ours.state.params, ours.state.opt_state, ours.state.params))}
+        "optimiser": (lambda state: step.updated(rule, state.params, 0.5, state, True, True), (ours.state,))}
 
 
 def measure(jobs: dict[str, configs.Config], repeats: int, with_peers: bool) -> list[dict]:
     """Rows of the result file of some shapes, timed in turn: ours, and the peers of those with equal widths. A shape
     NAME-VARIANT is compared with NAME, at equal FLOPs, since routing decides how wide the chosen experts are."""
     ours = {name: Ours(config) for name, config in jobs.items()}
-    alone = {name: timing.interleaved(timing.compile_all(parts(o)), repeats) for name, o in ours.items()}
+    alone = {name: timing.interleaved(timing.compile_all(parts(o)), repeats, calls=4) for name, o in ours.items()}
     runs = {(name, "ours"): o for name, o in ours.items()}    # after the parts: a whole step donates what they read
     for name, config in jobs.items():
         if with_peers and len(set(config.widths)) == 1:
@@ -144,9 +144,9 @@ def _tokens(config):
 
 
 def _flops(ours):
-    """(nominal, realised) FLOPs of a step."""
+    """(nominal, realised) FLOPs of a step, the latter of all steps so far: routing moves while the model learns."""
     c = ours.config
-    width = accounting.realised_width(c, np.asarray(ours.metrics.statistics.counts_KE).sum(axis=1))
+    width = accounting.realised_width(c, np.sum(ours.counts, axis=0).sum(axis=1))
     return tuple(_tokens(c) * accounting.train_flops_per_token(c, c.data.sequence_length, w)
                  for w in (accounting.nominal_width(c), width))
 

@@ -147,6 +147,25 @@ def test_blocks_of_queries_equal_all_scores_at_once(heads, min_block, keep):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_attention_in_bfloat16_is_as_near_as_its_rounding(keep):
+    """Outputs and gradients against float32, with heads of 12, whose scale is no number of bfloat16."""
+    q, k, v, dy = (jax.random.normal(jax.random.key(i), (2, 24, 2, 12), jnp.bfloat16) for i in range(4))
+    q, segments = 8 * q, jnp.ones((2, 24), jnp.int32)
+
+    def values(f, *arrays):
+        *qkv, dy = arrays
+        return jax.jit(lambda: (f(*qkv), *jax.vjp(f, *qkv)[1](dy)))()
+
+    got = values(lambda q, k, v: attention.attend_packed(q, k, v, segments, keep, 8), q, k, v, dy)
+    want = values(lambda q, k, v: attention.attend(q, k, v, attention.packed_mask(segments)),
+                  *(a.astype(jnp.float32) for a in (q, k, v, dy)))
+    for a, b in zip(got, want):
+        assert a.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.asarray(a, np.float32) - b) < 1e-2 * np.linalg.norm(b)
+    np.testing.assert_array_equal(attention._scaled(q), (q.astype(jnp.float32) * 12**-0.5).astype(jnp.bfloat16))
+
+
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_projections_are_products_with_gradients_on_every_chip(dtype, tolerance):
     shapes = (2, 24, 8), (8, 12), (2, 24, 12)

@@ -71,6 +71,18 @@ def test_an_update_is_optaxs_or_none(in_place, clip, good):
         assert np.array_equal(a, before) == (not good)
 
 
+def test_a_steps_gradients_are_clipped():
+    """By Adam's first moment after one step: (1 - beta1) times the clipped gradients."""
+    loose, tight = (tiny_config(optimizer=dict(grad_clip=c)) for c in (100.0, 0.05))
+    (free, metrics), (clipped, same) = run(loose), run(tight)
+    assert metrics.grad_norm == same.grad_norm > 0.1
+    factor = 0.05 / metrics.grad_norm
+    moments = [next(s.mu for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
+                    if hasattr(s, "mu")) for state in (free, clipped)]
+    for a, b in zip(*map(jax.tree.leaves, moments)):
+        np.testing.assert_allclose(b, factor * a, rtol=1e-5, atol=1e-9)
+
+
 def test_accumulation_equals_one_large_batch():
     """But for the balance loss, which is nonlinear in the batch, and so is off here."""
     config = tiny_config(moe=dict(balance_loss_weight=0.0, z_loss_weight=0.0))

@@ -126,7 +126,7 @@ def chosen(kind: str, shape: tuple[int, int, int, int], chip: str, dtype: str) -
 
 def attend_splash(query_BLAC: jax.Array, key_BLGC: jax.Array, value_BLGC: jax.Array, segments_BL: jax.Array,
                   interpret: bool = False) -> jax.Array:
-    """`attend_packed` by JAX's splash attention kernels for TPU. Differs in rounding: queries are scaled beforehand."""
+    """`attend_packed` by JAX's splash attention kernels for TPU."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
     _, L, A, C = query_BLAC.shape
     block = next(b for b in (512, 256, 128) if L % b == 0)
@@ -135,8 +135,7 @@ def attend_splash(query_BLAC: jax.Array, key_BLGC: jax.Array, value_BLGC: jax.Ar
         "block_kv_dq"), block))
     kernel = splash.make_splash_mha(mask=splash.MultiHeadMask([splash.CausalMask((L, L))] * A), block_sizes=sizes,
                                     head_shards=1, q_seq_shards=1, interpret=interpret)
-    scaled_BLAC = (query_BLAC.astype(jnp.float32) * C**-0.5).astype(query_BLAC.dtype)
-    heads_first = (a.transpose(0, 2, 1, 3) for a in (scaled_BLAC, key_BLGC, value_BLGC))
+    heads_first = (a.transpose(0, 2, 1, 3) for a in (_scaled(query_BLAC), key_BLGC, value_BLGC))
     out_BALC = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(*heads_first, segments_BL)
     return out_BALC.transpose(0, 2, 1, 3).astype(query_BLAC.dtype)
 
@@ -232,7 +231,8 @@ def _blocks(length, min_block):
 
 
 def _scaled(query_BLAC):
-    return query_BLAC * query_BLAC.shape[3] ** -0.5
+    """In float32: most scales are no numbers of bfloat16, and all scores would be off alike."""
+    return (query_BLAC.astype(jnp.float32) * query_BLAC.shape[3] ** -0.5).astype(query_BLAC.dtype)
 
 
 def _across(x_BLAC, groups):

@@ -118,7 +118,7 @@ def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, place
         way = reference if backend == "reference" else expert_ffn_virtual.virtual
         ways = [functools.partial(way, widths=widths) for widths in placement.widths]
         return jax.lax.switch(shard, ways, x_ND, rows_E, weights)
-    return blocked(x_ND, rows_E, *weights, shard, placement, blocks)
+    return blocked(x_ND, rows_E, *weights, shard, placement, blocks, chip)
 
 
 def _all_widths(placement):

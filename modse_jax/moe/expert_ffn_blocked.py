@@ -68,8 +68,8 @@ class _Rows:
         return lax.dynamic_update_slice_in_dim(out_ND, new_BD, self.at, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def blocked(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def blocked(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks, chip):
     """See expert_ffn.expert_ffn. shard: which one of the placement this is, int32 []."""
     weights = w_gate, w_up, w_down
     return _forward_pass(x_ND, rows_E, weights, shard, placement, blocks._replace(saved=0))[0]
@@ -103,12 +103,12 @@ def _forward_pass(x_ND, rows_E, weights, shard, placement, blocks):
     return _over_experts(expert, carry, rows_E, shard, placement)[:2]
 
 
-def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks):
+def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks, chip):
     y_ND, saved_S = _forward_pass(x_ND, rows_E, (w_gate, w_up, w_down), shard, placement, blocks)
     return y_ND, (x_ND, rows_E, w_gate, w_up, w_down, shard, saved_S)
 
 
-def _backward(placement, blocks, saved, dy_ND):
+def _backward(placement, blocks, chip, saved, dy_ND):
     x_ND, rows_E, *weights, shard, saved_S = saved
     sizes = _sizes(blocks, x_ND.shape[0], placement.num_experts)
 
@@ -143,7 +143,8 @@ def _backward(placement, blocks, saved, dy_ND):
             dgate_BW = (dhidden_BW * up_BW * (sigmoid_BW + silu_BW * (1 - sigmoid_BW))).astype(x_BD.dtype)
             dup_BW = (dhidden_BW * silu_BW).astype(x_BD.dtype)
             dx_BD = _dot(dgate_BW, w_gate, 1, 1) + _dot(dup_BW, w_up, 1, 1)
-            x_DB = lax.optimization_barrier(x_BD.T)    # XLA for CPU is slower at products over both leading axes
+            # XLA for CPU is slower at products over both leading axes; others need no transposed copy.
+            x_DB = lax.optimization_barrier(x_BD.T) if chip == "cpu" else x_BD.T
             new = (_dot(x_DB, dgate_BW, 1, 0), _dot(x_DB, dup_BW, 1, 0), _dot(hidden_BW, dy_BD, 0, 0))
             return rows.store(dx_ND, dx_BD), saved_S, new
 
