@@ -38,7 +38,7 @@ class _Peer:
     def __init__(self, task, large_pages):
         environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
         if large_pages:
-            environment["GLIBC_TUNABLES"] = command_line.large_pages(os.cpu_count())
+            environment["GLIBC_TUNABLES"] = command_line.LARGE_PAGES
         self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.peers", json.dumps(task)], text=True,
                                          env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._answer()

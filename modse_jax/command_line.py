@@ -19,22 +19,15 @@ DETECT = flags.DEFINE_bool("distributed", False, "Ask the machine (TPU pod, Kube
 
 
 # On Linux CPUs: large pages for arrays, kept from step to step rather than returned and faulted in again: steps are 1.1
-# to 1.5 times as fast (LOG.md). glibc alone reads it, once, when a process starts. A thread's own arena cannot hold a
-# step's memory, so one arena for all where threads are too few to wait for each other in it.
+# to 1.5 times as fast (LOG.md). glibc alone reads it, once, when a process starts.
 LARGE_PAGES = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:"
                "glibc.malloc.trim_threshold=8589934592")
-ONE_ARENA, FEW_CORES = "glibc.malloc.arena_max=1", 8
-
-
-def large_pages(cores: int) -> str:
-    """GLIBC_TUNABLES for a machine with so many cores."""
-    return f"{LARGE_PAGES}:{ONE_ARENA}" if cores <= FEW_CORES else LARGE_PAGES
 
 
 def use_large_pages() -> None:
-    """Starts this process anew with `large_pages`, unless GLIBC_TUNABLES says something already."""
+    """Starts this process anew with LARGE_PAGES, unless GLIBC_TUNABLES says something already."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = large_pages(os.cpu_count() or 1)
+        os.environ["GLIBC_TUNABLES"] = LARGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
