@@ -103,7 +103,8 @@ def parts(ours: Ours) -> dict:
         "dispatch": (both(dispatched, (0, 1)), (x_TD, gate)),
         "loss": (both(lambda x, w: losses.cross_entropy(x, w, targets, even, config.training.loss_chunk), (0, 1)),
                  (x, head)),
-        "optimiser": (lambda state: step.updated(rule, state.params, 0.5, state, True, True), (ours.state,))}
+        "optimiser": (lambda state, good: step.updated(rule, state.params, 0.5, state, good, True),
+                      (ours.state, jnp.asarray(True)))}
 
 
 def measure(jobs: dict[str, configs.Config], repeats: int, with_peers: bool) -> list[dict]:

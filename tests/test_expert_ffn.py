@@ -49,11 +49,11 @@ def numpy_value_and_grads(widths, rows, w, x, dy):
     return y, dx, dw
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def value_and_grads(x, rows, w, dy, widths, backend, saved=0.0):
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7))
+def value_and_grads(x, rows, w, dy, widths, backend, saved=0.0, chip="cpu"):
     def f(x, w):
         return ef.expert_ffn(x, rows, ef.ExpertWeights(**w), sizing.place(widths, 1, "pairs"), backend,
-                             ef.Blocks(8, 4, saved), "cpu")
+                             ef.Blocks(8, 4, saved), chip)
     y, pull = jax.vjp(f, x, w)
     return (y, *pull(dy))
 
@@ -168,7 +168,16 @@ def test_blocks_are_for_even_shares_that_a_block_can_hold():
     assert expert_ffn_blocked._sizes(ef.Blocks(1024, 64), 2, 8) == ((), (2,))    # decoding
 
 
-def test_random_widths_and_routings_agree_with_the_reference():
+def test_rows_are_turned_on_cpu_only():
+    """Before the gradients by weights; other devices multiply transposed operands as fast, and need no copy."""
+    widths, rows, w, x, dy = numbers("unequal")
+    text = {c: value_and_grads.lower(x, np.asarray(rows), w, dy, widths, "blocked", 0.0, c).as_text()
+            for c in ("cpu", "h100")}
+    assert "optimization_barrier" in text["cpu"] and "optimization_barrier" not in text["h100"]
+
+
+@pytest.mark.parametrize("chip", ["cpu", "h100"])
+def test_random_widths_and_routings_agree_with_the_reference(chip):
     rng = np.random.default_rng(0)
     widths = tuple(int(w) for w in rng.integers(1, 12, 4))
     for _ in range(5):
@@ -176,7 +185,7 @@ def test_random_widths_and_routings_agree_with_the_reference():
         w = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in
              dict(w_gate=(D, sum(widths)), w_up=(D, sum(widths)), w_down=(sum(widths), D)).items()}
         x, dy = (jnp.asarray(rng.normal(size=(64, D)), jnp.float32) for _ in range(2))
-        got = value_and_grads(x, jnp.asarray(rows), w, dy, widths, "blocked")
+        got = value_and_grads(x, jnp.asarray(rows), w, dy, widths, "blocked", 0.5, chip)
         want = value_and_grads(x, jnp.asarray(rows), w, dy, widths, "reference")
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
             np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))

@@ -89,7 +89,7 @@ def _forward_pass(x_ND, rows_E, weights, shard, placement, blocks):
             y_ND, saved_S = carry
             rows = _Rows(x_ND.shape[0], start, count, whole, e)
             x_BD = rows.of(x_ND)
-            gate_BW, up_BW = _dot(x_BD, w_gate, 1, 0), _dot(x_BD, w_up, 1, 0)
+            gate_BW, up_BW = _gate_and_up(x_BD, w_gate, w_up)
             at = here + jnp.where(fits, 2 * e.width * (start - e.first), 0)
             saved_S = _save(saved_S, (gate_BW, up_BW), at)
             hidden_BW = (jax.nn.silu(gate_BW) * up_BW).astype(x_BD.dtype)
@@ -122,26 +122,19 @@ def _backward(placement, blocks, chip, saved, dy_ND):
             rows = _Rows(x_ND.shape[0], start, count, whole, e)
             x_BD, dy_BD = rows.mine(rows.of(x_ND)), rows.mine(rows.of(dy_ND))
 
-            def gate_and_up(x_BD):
-                return _dot(x_BD, w_gate, 1, 0), _dot(x_BD, w_up, 1, 0)
-
             if saved_S.size:    # what did not fit as well: a conditional would copy what it returns
                 def again(turn, saved_S):
                     x_BD = _Rows(x_ND.shape[0], start + turn * count, count, whole, e).of(x_ND)
-                    return _save(saved_S, gate_and_up(x_BD), at)
+                    return _save(saved_S, _gate_and_up(x_BD, w_gate, w_up), at)
 
                 at = here + jnp.where(fits, 2 * e.width * (start - e.first), 0)
                 saved_S = lax.fori_loop(0, (~fits).astype(jnp.int32), again, saved_S)
                 # A neighbour's were computed from rows that may hold anything.
                 gate_BW, up_BW = map(rows.mine, _load(saved_S, count, e.width, at))
             else:
-                gate_BW, up_BW = gate_and_up(x_BD)
-            sigmoid_BW = jax.nn.sigmoid(gate_BW)
-            silu_BW = gate_BW * sigmoid_BW
-            hidden_BW = (silu_BW * up_BW).astype(x_BD.dtype)
-            dhidden_BW = _dot(dy_BD, w_down, 1, 1)
-            dgate_BW = (dhidden_BW * up_BW * (sigmoid_BW + silu_BW * (1 - sigmoid_BW))).astype(x_BD.dtype)
-            dup_BW = (dhidden_BW * silu_BW).astype(x_BD.dtype)
+                gate_BW, up_BW = _gate_and_up(x_BD, w_gate, w_up)
+            hidden_BW, dgate_BW, dup_BW = (a.astype(x_BD.dtype) for a in _swiglu_backward(
+                gate_BW, up_BW, _dot(dy_BD, w_down, 1, 1)))
             dx_BD = _dot(dgate_BW, w_gate, 1, 1) + _dot(dup_BW, w_up, 1, 1)
             # XLA for CPU is slower at products over both leading axes; others need no transposed copy.
             x_DB = lax.optimization_barrier(x_BD.T) if chip == "cpu" else x_BD.T
@@ -297,6 +290,18 @@ def _save(saved_S, parts, at):
 def _load(saved_S, count, width, at):
     flat = (lax.dynamic_slice_in_dim(saved_S, at + i * count * width, count * width) for i in range(2))
     return (f.reshape(count, width).astype(jnp.float32) for f in flat)
+
+
+def _gate_and_up(x_BD, w_gate, w_up):
+    return _dot(x_BD, w_gate, 1, 0), _dot(x_BD, w_up, 1, 0)
+
+
+def _swiglu_backward(gate_BW, up_BW, dhidden_BW):
+    """(hidden, dgate, dup), float32."""
+    sigmoid_BW = jax.nn.sigmoid(gate_BW)
+    silu_BW = gate_BW * sigmoid_BW
+    dgate_BW = dhidden_BW * up_BW * (sigmoid_BW + silu_BW * (1 - sigmoid_BW))
+    return silu_BW * up_BW, dgate_BW, dhidden_BW * silu_BW
 
 
 def _slice_weights(weights, e):
