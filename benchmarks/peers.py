@@ -13,7 +13,7 @@ from modse_jax import command_line
 from modse_jax.config import Config
 
 IMPLEMENTATIONS = ("grouped_mm", "eager", "compiled")    # of the experts; the last is grouped_mm under torch.compile
-TUNED = "grouped_mm, large pages"    # with GLIBC_TUNABLES as our own scripts set it; the others as installed
+TUNED = ("grouped_mm, large pages", "compiled, large pages")    # GLIBC_TUNABLES as our scripts'; others as installed
 
 
 def mixtral(config: Config) -> dict:
@@ -28,12 +28,12 @@ def mixtral(config: Config) -> dict:
                  num_experts_per_tok=config.moe.top_k, router_aux_loss_coef=config.moe.balance_loss_weight)
     rows = dict(batch=config.training.batch_size, length=config.data.sequence_length, learning_rate=o.learning_rate,
                 weight_decay=o.weight_decay, grad_clip=o.grad_clip)
-    return {f"mixtral {name}": _Peer({**rows, "shape": shape, "experts": name.split(",")[0]}, name == TUNED)
-            for name in (*IMPLEMENTATIONS, TUNED)}
+    return {f"mixtral {name}": _Peer({**rows, "shape": shape, "experts": name.split(",")[0]}, name in TUNED)
+            for name in (*IMPLEMENTATIONS, *TUNED)}
 
 
 class _Peer:
-    """A step in another process, which waits for a line between steps."""
+    """A step in another process, which waits for a line between steps. versions: what runs there."""
 
     def __init__(self, task, large_pages):
         environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
@@ -41,7 +41,7 @@ class _Peer:
             environment["GLIBC_TUNABLES"] = command_line.LARGE_PAGES
         self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.peers", json.dumps(task)], text=True,
                                          env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._answer()
+        self.versions = self._answer()
 
     def close(self):
         self._process.stdin.close()
@@ -56,14 +56,21 @@ class _Peer:
         line = self._process.stdout.readline()
         if not line:
             sys.exit("a peer's process has ended; its own output says why")
-        return float(line)
+        return json.loads(line)
 
 
 def _serve(task):
     step = _step(task)
-    print(step(), flush=True)
+    step()
+    print(json.dumps(_versions()), flush=True)
     for _ in sys.stdin:
         print(step(), flush=True)
+
+
+def _versions():
+    import torch
+    import transformers
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
 
 
 def _step(task):

@@ -123,7 +123,8 @@ def measure(jobs: dict[str, configs.Config], repeats: int, with_peers: bool) -> 
         total = float(np.median(of_run))
         row = {"shape": name, "who": who, "tokens_per_second": _tokens(jobs[name]) / total, "step_seconds": total}
         if who != "ours":
-            rows.append(row | {"ours_faster_by": timing.ratio(of_run, seconds[name, "ours"])})
+            row |= {"ours_faster_by": timing.ratio(of_run, seconds[name, "ours"]), **runs[name, who].versions}
+            rows.append(row)
             continue
         nominal, realised = flops[name]
         row |= {"mfu_nominal": peak and nominal / total / peak, "mfu_realised": peak and realised / total / peak,

@@ -58,7 +58,8 @@ class Model:
     attention: str = option("auto", "over packed rows: XLA, in blocks of queries; JAX's splash kernels; or cuDNN's; "
                             "auto = splash on TPU where it runs", choices=("auto", "blocks", "splash", "cudnn"))
     unroll: int = option(0, "blocks per turn of the loop over blocks. In a turn, what is kept for the backward pass is "
-                         "not copied; many take long to compile. 0 = on CPU all, up to 4; elsewhere 1", minimum=0)
+                         "not copied; many take long to compile. 0 = on CPU all, up to 4, where nothing is "
+                         "recomputed; else 1", minimum=0)
     remat: str = option("none", "what the backward pass recomputes: nothing; every block but its routing; or that, but "
                         "for products", choices=("none", "full", "save_routing_and_dots"))
 

@@ -72,6 +72,15 @@ def test_outputs_and_gradients_equal_numpy(case, backend, saved):
 
 
 @pytest.mark.parametrize("saved", [0.0, 1.0])
+def test_nothing_empty_is_kept_for_the_backward_pass(saved):
+    """A jaxlib died of it, on a mesh."""
+    widths, rows, w, x, _ = numbers("unequal")
+    _, pull = jax.vjp(lambda x: ef.expert_ffn(x, jnp.asarray(rows), ef.ExpertWeights(**w), sizing.place(
+        widths, 1, "pairs"), "blocked", ef.Blocks(8, 4, saved), "cpu"), jnp.asarray(x, jnp.float32))
+    assert all(leaf.size for leaf in jax.tree.leaves(pull))
+
+
+@pytest.mark.parametrize("saved", [0.0, 1.0])
 @pytest.mark.parametrize("kind, shards", [("pairs", 2), ("columns", 2)])
 def test_shards_of_unlike_experts_run_one_program(kind, shards, saved):
     """The shard is an argument of the compiled program; NaN fills rows of nobody."""

@@ -84,6 +84,21 @@ def test_what_is_recomputed(remat, recomputed):
     assert text.count("dot_general[") - plain.count("dot_general[") == recomputed
 
 
+def test_what_is_recomputed_is_not_kept():
+    """XLA for CPU would begin to recompute all blocks at once, were they not in a loop."""
+    def memory(remat, length=64, unroll=0):
+        config = tiny_config(model=dict(remat=remat, num_layers=4, unroll=unroll, vocab_size=32, context_length=2048))
+        graph, params = transformer.build_abstract(config)
+        t = jax.ShapeDtypeStruct((2048 // length, length), jnp.int32)
+
+        def loss(params, t):
+            return jnp.sum(nnx.merge(graph, params)(t, jnp.ones_like(t))[0])
+        return jax.jit(jax.grad(loss)).lower(params, t).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory("full") < 0.6 * memory("none")
+    assert memory("none", length=2048) < 0.75 * memory("none", length=2048, unroll=4)    # scores, block by block
+
+
 @pytest.mark.parametrize("remat", ["none", "full", "save_routing_and_dots"])
 def test_scanned_layers_equal_unrolled_ones_with_gradients(remat):
     config = tiny_config(model=dict(remat=remat, num_layers=3))

@@ -150,20 +150,28 @@ class Transformer(nnx.Module):
                                                                   trace)
             return x_BLD, (layer_cache if cache is not None else None, *rest)
 
-        if self.config.remat != "none":
-            block = jax.checkpoint(block, prevent_cse=False, policy=_saved(self.config.remat))
-        elif self.mesh is not None and self.mesh.shape[meshes.FSDP] > 1:    # else every layer's whole weights are kept
-            block = jax.checkpoint(block, prevent_cse=False, policy=_all_but_gathered_weights)
+        unroll, policy = self._unroll(x_BLD.shape[1]), self._policy()
+        if policy is not None:
+            block = jax.checkpoint(block, prevent_cse=unroll > 1, policy=policy)
         x_BLD, (cache, balance_loss, z_loss, statistics, choices) = jax.lax.scan(block, x_BLD, (stacked, cache),
-                                                                                 unroll=self._unroll())
+                                                                                 unroll=unroll)
         return self.final_norm(x_BLD), Output(jnp.sum(balance_loss), jnp.sum(z_loss), statistics, cache, choices)
 
-
-    def _unroll(self):
+    def _unroll(self, length):
+        """Blocks side by side, where few, are faster on CPU. But XLA then begins whatever it can, and what is computed
+        again for a backward pass saves no memory."""
         if self.config.unroll:
             return min(self.config.unroll, self.config.num_layers)
         few = self.config.num_layers <= MOST_UNROLLED and meshes.chip(self.mesh) == "cpu"
-        return self.config.num_layers if few else 1
+        return self.config.num_layers if few and self._policy() is None and length <= attention.KEPT_LENGTH else 1
+
+    def _policy(self):
+        """What a block keeps for its backward pass; None: everything."""
+        if self.config.remat != "none":
+            return _saved(self.config.remat)
+        if self.mesh is not None and self.mesh.shape[meshes.FSDP] > 1:    # else every layer's whole weights are kept
+            return _all_but_gathered_weights
+        return None
 
 
 def _all_but_gathered_weights(primitive, *_, **params):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from modse_jax.moe import sizing
@@ -105,11 +106,13 @@ def _forward_pass(x_ND, rows_E, weights, shard, placement, blocks):
 
 def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks, chip):
     y_ND, saved_S = _forward_pass(x_ND, rows_E, (w_gate, w_up, w_down), shard, placement, blocks)
-    return y_ND, (x_ND, rows_E, w_gate, w_up, w_down, shard, saved_S)
+    # jaxlib 0.11.2 dies of an empty array that leaves a shard_map.
+    return y_ND, (x_ND, rows_E, w_gate, w_up, w_down, shard, saved_S if saved_S.size else None)
 
 
 def _backward(placement, blocks, chip, saved, dy_ND):
     x_ND, rows_E, *weights, shard, saved_S = saved
+    saved_S = jnp.zeros((0,), x_ND.dtype) if saved_S is None else saved_S
     sizes = _sizes(blocks, x_ND.shape[0], placement.num_experts)
 
     def expert(carry, e):
@@ -179,16 +182,20 @@ def _over_experts(expert, carry, rows_E, shard, placement):
     shard is data: all of them run one program."""
     rows_E = jnp.append(rows_E, 0)    # the place of experts that a shard has fewer of
     first_E = jnp.cumsum(rows_E) - rows_E
-    for group in sizing.size_classes(placement):
-        ids = jnp.asarray(group.places, jnp.int32)[shard]
-        columns = jnp.asarray(group.offsets, jnp.int32)[shard]
-        busy = jnp.argsort(rows_E[ids] == 0, stable=True)
+    groups = sizing.size_classes(placement)
+    ids = jnp.asarray(np.concatenate([g.places for g in groups], axis=1, dtype=np.int32))[shard]
+    columns = jnp.asarray(np.concatenate([g.offsets for g in groups], axis=1, dtype=np.int32))[shard]
+    kinds = np.repeat(np.arange(len(groups)), [len(g.places[0]) for g in groups])
+    busy = rows_E[ids] > 0
+    order = jnp.argsort(2 * kinds + ~busy, stable=True)    # class by class, those with rows first
+    ids, columns = ids[order], columns[order]
+    for kind, group in enumerate(groups):
+        members = slice(*np.searchsorted(kinds, (kind, kind + 1)))
 
-        def one(i, carry, ids=ids, columns=columns, busy=busy, width=group.width):
-            e = ids[busy[i]]
-            return expert(carry, _Expert(first_E[e], rows_E[e], columns[busy[i]], width))
+        def one(i, carry, ids=ids[members], columns=columns[members], width=group.width):
+            return expert(carry, _Expert(first_E[ids[i]], rows_E[ids[i]], columns[i], width))
 
-        carry = lax.fori_loop(0, jnp.sum(rows_E[ids] > 0, dtype=jnp.int32), one, carry)
+        carry = lax.fori_loop(0, jnp.sum(busy[members], dtype=jnp.int32), one, carry)
     return carry
 
 
