@@ -16,11 +16,14 @@ IMPLEMENTATIONS = ("grouped_mm", "eager", "compiled")    # of the experts; the l
 TUNED = ("grouped_mm, large pages", "compiled, large pages")    # GLIBC_TUNABLES as our scripts'; others as installed
 
 
-def mixtral(config: Config) -> dict:
-    """{name: a training step} of Hugging Face's Mixtral with AdamW, fp32."""
+def check_installed() -> None:
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             sys.exit(f"--peers needs {package}: pip install -r requirements-peers.txt")
+
+
+def mixtral(config: Config) -> dict:
+    """{name: a training step} of Hugging Face's Mixtral with AdamW, fp32."""
     m, o = config.model, config.optimizer
     shape = dict(vocab_size=m.vocab_size, hidden_size=m.dim, intermediate_size=config.moe.width,
                  num_hidden_layers=m.num_layers, num_attention_heads=m.num_heads,

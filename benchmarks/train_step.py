@@ -118,7 +118,7 @@ def measure(jobs: dict[str, configs.Config], repeats: int, with_peers: bool) -> 
             runs |= {(name, who): peer for who, peer in peers.mixtral(config).items()}
     seconds = timing.interleaved({k: dict(compiled=f, arguments=()) for k, f in runs.items()}, repeats, warmup=1,
                                  calls=4)
-    peak, flops, rows = accounting.peak_flops(jax.devices()[0]), {name: _flops(o) for name, o in ours.items()}, []
+    peak, flops, rows = accounting.peak_flops(jax.devices()[:1]), {name: _flops(o) for name, o in ours.items()}, []
     for (name, who), of_run in seconds.items():
         total = float(np.median(of_run))
         row = {"shape": name, "who": who, "tokens_per_second": _tokens(jobs[name]) / total, "step_seconds": total}
@@ -154,6 +154,8 @@ def _flops(ours):
 
 
 def main(_):
+    if PEERS.value:
+        peers.check_installed()
     groups = {}
     if CONFIG.value:
         file = flags.FLAGS["config"].config_filename

@@ -74,7 +74,9 @@ def test_flops_equal_the_products_of_the_built_model():
 
 
 def test_a_cpus_peak_is_measured():
-    assert 1e8 < accounting.peak_flops(jax.devices()[0]) < 1e14
+    """Once; virtual devices share the cores."""
+    peak = accounting.peak_flops(jax.devices()[:1])
+    assert 1e8 < peak < 1e14 and accounting.peak_flops(jax.devices()) == peak
 
 
 @pytest.mark.parametrize("kind,platform,name,tflops", [
@@ -84,4 +86,4 @@ def test_a_cpus_peak_is_measured():
 def test_chips_are_known_by_their_kind(kind, platform, name, tflops):
     device = types.SimpleNamespace(device_kind=kind, platform=platform)
     assert chips.name(device) == name
-    assert accounting.peak_flops(device) == (tflops and tflops * 1e12)
+    assert accounting.peak_flops([device] * 2) == (tflops and 2 * tflops * 1e12)

@@ -136,15 +136,15 @@ def test_cores_share_the_outputs_of_every_kernel():
     """Kernel A's tasks are split; B and C have one tile of the model axis for each core."""
     for chip, cores in (("v4", 2), ("v5p", 2), ("v5e", 1), ("v6e", 1)):
         for dim in (1536, 2048):
-            tiles = tpu.tiles_for((768, 1536), dim, chip)
+            tiles = tpu.tiles_for((768, 1536), dim, chip, "bfloat16")
             assert (tiles.inner, tiles.outer, tiles.cores) == (dim, dim // cores, cores)
 
 
 def test_what_cannot_be_tiled_is_refused():
     with pytest.raises(ValueError, match=r"widths \[100\] do not divide by 128; backends that take any: blocked"):
-        tpu.tiles_for((256, 100), 256, "v5e")
+        tpu.tiles_for((256, 100), 256, "v5e", "float32")
     with pytest.raises(ValueError, match=r"widths \[128\] do not divide by 256"):
-        tpu.tiles_for((256, 128), 256, "v6e")
+        tpu.tiles_for((256, 128), 256, "v6e", "float32")
     with pytest.raises(ValueError, match="more than the 50000 that fit"):
         jax.eval_shape(lambda: tpu.pallas_tpu(*(jnp.zeros(s) for s in ((2**18, 128), (8,), (128, 8192), (128, 8192),
                                                                        (8192, 128))),
@@ -153,14 +153,14 @@ def test_what_cannot_be_tiled_is_refused():
 
 def test_a_device_whose_kernels_are_wrong_is_found(monkeypatch):
     placement = sizing.place((128, 128, 256), 1, "pairs")
-    ef.check_kernels("pallas_tpu", placement, 128, "v5e", interpret=True)
+    ef.check_kernels("pallas_tpu", placement, 128, "v5e", "bfloat16", interpret=True)
     alone = sizing.place((128, 128), 2, "pairs")    # an expert a device
-    ef.check_kernels("pallas_tpu", alone, 128, "v5e", interpret=True)
+    ef.check_kernels("pallas_tpu", alone, 128, "v5e", "float32", interpret=True)
     right = tpu.pallas_tpu
     monkeypatch.setattr(tpu, "pallas_tpu", lambda x, rows, w_gate, *rest: right(x, rows, w_gate.at[:, -64:].mul(2),
                                                                                       *rest))
     with pytest.raises(RuntimeError, match="kernels of pallas_tpu are wrong on this device: y differs"):
-        ef.check_kernels("pallas_tpu", placement, 128, "v5e", interpret=True)
+        ef.check_kernels("pallas_tpu", placement, 128, "v5e", "bfloat16", interpret=True)
 
 
 @pytest.mark.parametrize("backend, widths, rows, chip, choice", [
@@ -168,4 +168,13 @@ def test_a_device_whose_kernels_are_wrong_is_found(monkeypatch):
     ("auto", (256, 100), 4096, "v5e", "blocked"), ("auto", (25600, 128), 2**24, "v5e", "blocked"),
     ("auto", (256, 128), 4096, "h200", "blocked"), ("reference", (256, 128), 4096, "v5e", "reference")])
 def test_auto_takes_the_kernels_where_they_run(backend, widths, rows, chip, choice):
-    assert ef.chosen(backend, sizing.place(widths, 1, "pairs"), (rows, 256), chip) == choice
+    took, why = ef.chosen(backend, sizing.place(widths, 1, "pairs"), (rows, 256), chip, "bfloat16")
+    assert took == choice and bool(why) == (backend == "auto" and took == "blocked" and chip == "v5e")
+
+
+def test_equal_widths():
+    widths, rows = (8,) * 5, (13, 0, 19, 7, 20)
+    x, rows, w, dy = numbers(rows, widths)
+    got = value_and_grads(x, rows, w, dy, tpu.Tiles(8, 4, 8, 8, 2), widths)
+    assert_equal(got, value_and_grads(x, rows, w, dy, None, widths))
+

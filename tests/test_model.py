@@ -290,12 +290,14 @@ def test_bfloat16_compute_keeps_float32_parameters():
     assert float(jnp.abs(low - full).mean()) < 0.1 * float(jnp.abs(full).mean())
 
 
-@pytest.mark.parametrize("function", [functools.partial(attention.attend_splash, interpret=True),
-                                      functools.partial(attention.attend_cudnn, implementation="xla")])
-def test_kernels_for_attention_equal_ours_with_gradients(function):
+@pytest.mark.parametrize("function, size", [
+    (functools.partial(attention.attend_splash, interpret=True), 64),
+    (functools.partial(attention.attend_splash, interpret=True), 128),
+    (functools.partial(attention.attend_cudnn, implementation="xla"), 128)])
+def test_kernels_for_attention_equal_ours_with_gradients(function, size):
     """Splash in interpret mode, the call for cuDNN through XLA: packed documents, padding, grouped heads."""
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = ((2, 256, 4, 128), (2, 256, 2, 128), (2, 256, 2, 128))
+    shapes = ((2, 256, 4, size), (2, 256, 2, size), (2, 256, 2, size))
     arrays = [jax.random.normal(k, s) for k, s in zip(keys, shapes)]
     segments = jnp.asarray(np.array([[1] * 100 + [2] * 156, [1] * 30 + [2] * 150 + [0] * 76]), jnp.int32)
     weight = jax.random.normal(keys[3], shapes[0])
@@ -310,8 +312,9 @@ def test_kernels_for_attention_equal_ours_with_gradients(function):
 
 
 def test_splash_attention_is_taken_where_it_runs():
-    assert attention.chosen("auto", (1, 256, 2, 128), "v5e", "bfloat16") == "splash"
-    for shape, chip in (((1, 250, 2, 128), "v5e"), ((1, 256, 2, 64), "v5e"), ((1, 256, 2, 128), "cpu")):
+    for size in (64, 128):    # the heads of 700Mx8 and of 300Mx8
+        assert attention.chosen("auto", (1, 256, 2, size), "v5e", "bfloat16") == "splash"
+    for shape, chip in (((1, 250, 2, 128), "v5e"), ((1, 256, 2, 32), "v5e"), ((1, 256, 2, 128), "cpu")):
         assert attention.chosen("auto", shape, chip, "float32") == "blocks"
         assert attention.chosen("blocks", shape, "v5e", "float32") == "blocks"
         with pytest.raises(UserError, match="model.attention=splash needs a TPU"):

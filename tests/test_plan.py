@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from modse_jax import config as configs
+from modse_jax import mesh as meshes
 from modse_jax.config import UserError
+from modse_jax.model import transformer
 from modse_jax.training import collectives, plan
+from tests.conftest import tiny_config
 from tests.test_run import command
 from tests.test_sharding import MESHES, compiled, config_on
 
@@ -149,3 +153,23 @@ def test_bad_plans_end_in_one_line():
         plan.check(["cpu:2"], "/nowhere/plan.json")
     with pytest.raises(UserError, match="does not divide over mesh.data=3"):
         plan.plan(config_on((-1, 1, 1)), "cpu:3")
+
+
+def test_what_multiplies_is_known_before_anything_is_compiled(monkeypatch):
+    """Rows past a kernel's list of tasks, type and widths that it does not take: what would do, in one line."""
+    def kernels(chip, width=128, **moe):
+        monkeypatch.setattr(meshes, "chip", lambda _: chip)
+        config = tiny_config(model=dict(dim=128, num_heads=2), training=dict(batch_size=moe.pop("batch", 8)),
+                             moe=dict(width=width, widths=(), pairs=False, **moe), mesh=configs.Mesh(1, 1, 1))
+        return transformer.kernels(config, meshes.build(config, jax.devices()[:1]), fused=False)
+
+    assert kernels("v5e", backend="auto") == ("pallas_tpu", "blocks", "")
+    backend, _, why = kernels("v5e", backend="auto", batch=2**20)
+    assert backend == "blocked" and "67108864 rows over widths" in why
+    with pytest.raises(UserError, match="lower training.batch_size, or use a backend without a list: blocked, ref"):
+        kernels("v5e", backend="pallas_tpu", batch=2**20)
+    with pytest.raises(UserError, match=r"widths \[96\] do not divide by 128; backends that take any: blocked"):
+        kernels("v5e", backend="pallas_tpu", width=96)
+    with pytest.raises(UserError, match="not float32; set model.dtype=bfloat16, or use a backend that takes any"):
+        kernels("h100", backend="pallas_gpu")
+    assert kernels("cpu", backend="auto") == ("blocked", "blocks", "")

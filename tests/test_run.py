@@ -327,6 +327,7 @@ def test_bad_options_end_in_one_line(change, message, corpus, tmp_path):
     (dict(model=dict(vocab_size=200)), "more than model.vocab_size=200"),
     (dict(checkpoint=Checkpoint(keep=10**9)), "MiB free"),
     (dict(model=dict(attention="splash")), "model.attention=splash needs a TPU"),
+    (dict(moe=dict(backend="pallas_gpu")), "needs one of h100, h200, this is cpu"),
     (dict(moe=dict(backend="pallas_tpu")), "needs one of v4, v5e, v5p, v6e, this is cpu; backends that run anywhere"),
 ])
 def test_what_a_run_cannot_do_is_found_before_anything_is_written(change, message, corpus, tmp_path):

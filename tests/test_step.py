@@ -1,6 +1,7 @@
 """The training step: accumulation, non-finite gradients, and one step's numbers pinned."""
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,19 @@ def test_one_steps_numbers_are_pinned():
 
 
 PINNED = [5.815792, 4.014061, 6.151933, 0.405583, 41.444678]
+
+
+@pytest.mark.parametrize("chunk", [32, 256])
+def test_a_compiled_step_donates_stays_on_the_device_and_holds_no_logits(chunk):
+    """Of 256 tokens and 300 pieces, in chunks; all at once, the logits are found."""
+    config = tiny_config(mesh=Mesh(1, 1, 1), training=dict(loss_chunk=chunk))
+    mesh = meshes.build(config, jax.devices()[:1])
+    compiled, state = steps.lower(config, mesh).compile(), steps.abstract_state(config, mesh)
+    text = compiled.as_text()
+    assert bool(re.search(r"f32\[(256|8,32),300\]", text)) == (chunk == 256)
+    assert not re.search("infeed|outfeed|send|recv|callback", text)
+    held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes >= held
 
 
 @pytest.mark.parametrize("in_place", [False, True])

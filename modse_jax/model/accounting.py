@@ -3,6 +3,8 @@
 FLOPs count multiplications and additions of matrix products, attention scores over the whole context included (the
 convention of PaLM, appendix B, which most published MFU use). Legend: D model, E experts, K top-k, H flat hidden axis.
 """
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -77,14 +79,16 @@ def train_flops_per_token(config: Config, sequence_length: int, mean_width: floa
     return 6 * (weights + active_experts(config, mean_width)) + 12 * m.num_layers * m.dim * sequence_length
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """FLOP/s of one device: from the table, on a CPU measured by a float32 matrix product; None where unknown."""
-    chip = chips.name(device)
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """FLOP/s of devices of one kind together: from the table, on CPU measured by a float32 matrix product (the devices
+    of a process share its cores); None where unknown."""
+    chip = chips.name(devices[0])
     if chip == "cpu":
-        return _measure_cpu()
-    return chips.CHIPS[chip].teraflops * 1e12 if chip in chips.CHIPS else None
+        return _measure_cpu() * len({device.process_index for device in devices})
+    return chips.CHIPS[chip].teraflops * 1e12 * len(devices) if chip in chips.CHIPS else None
 
 
+@functools.cache
 def _measure_cpu(size: int = 1536, repeats: int = 5) -> float:
     """Best of a few products of square matrices: what this machine reaches, not what its maker prints."""
     import time

@@ -112,10 +112,11 @@ _product_on_cpu.defvjp(lambda x_NX, w_XY: (jnp.dot(x_NX, w_XY), (x_NX, w_XY)), _
 def chosen(kind: str, shape: tuple[int, int, int, int], chip: str, dtype: str) -> str:
     """model.attention for queries of a shape [B, L, A, C] and type on a chip: "auto" is splash where it runs, and not
     cuDNN, which has not been timed. Raises UserError where what is asked for does not run."""
-    able = chip in chips.TPUS and shape[1] % 128 == 0 and shape[3] % 128 == 0
+    able = chip in chips.TPUS and shape[1] % 128 == 0 and shape[3] % 64 == 0
     if kind == "splash" and not able:
-        raise UserError(f"model.attention=splash needs a TPU ({', '.join(chips.TPUS)}), sequences and heads of a "
-                        f"multiple of 128; this is {chip}, {shape[1]} and {shape[3]}; take model.attention=auto")
+        raise UserError(f"model.attention=splash needs a TPU ({', '.join(chips.TPUS)}), sequences of a multiple of "
+                        f"128 and heads of one of 64; this is {chip}, {shape[1]} and {shape[3]}; take "
+                        "model.attention=auto")
     if kind == "cudnn" and (chip not in chips.GPUS or dtype != "bfloat16" or shape[1] % 2 or shape[3] % 8
                             or shape[3] > 128):
         raise UserError(f"model.attention=cudnn needs one of {', '.join(chips.GPUS)}, model.dtype=bfloat16, sequences "

@@ -11,9 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modse_jax import mesh as meshes
-from modse_jax.config import ANYWHERE, Config
+from modse_jax.config import ANYWHERE, Config, UserError
 from modse_jax.model import attention
-from modse_jax.moe.layer import MoELayer
+from modse_jax.moe import expert_ffn, layer
 from modse_jax.moe.router import ROUTING, RouterStatistics
 
 MOST_UNROLLED = 4    # blocks, where model.unroll is 0: a step in seven size classes then compiles in 45 s on 2 cores
@@ -26,6 +26,26 @@ class Output(NamedTuple):
     statistics: RouterStatistics    # every array with a leading axis of layers
     cache: tuple | None             # keys, values [layers, B, S, G, C]
     choices: tuple | None           # gates, expert ids [layers, B, L, K], where asked for
+
+
+class Kernels(NamedTuple):
+    """What multiplies in training, "auto" decided. why: the reason, where a TPU's kernels do not take the experts."""
+    experts: str
+    attention: str
+    why: str
+
+
+def kernels(config: Config, mesh: Mesh, fused: bool) -> Kernels:
+    """Raises UserError where what is asked for does not run on the mesh. fused: see expert_ffn.check_backend."""
+    m, chip, placement = config.model, meshes.chip(mesh), meshes.placement(config, mesh)
+    job = config.moe.backend, placement, (layer.rows_at_once(config, mesh), m.dim), chip, m.dtype
+    try:
+        expert_ffn.check_backend(*job, fused)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    experts, why = expert_ffn.chosen(*job)
+    shape = 1, config.data.sequence_length, m.num_heads, m.dim // m.num_heads
+    return Kernels(experts, attention.chosen(m.attention, shape, chip, m.dtype), why)
 
 
 def build(config: Config, mesh: Mesh | None = None) -> "Transformer":
@@ -64,7 +84,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.attention = attention.Attention(config.model, mesh, rngs)
         self.moe_norm = RMSNorm(config.model.dim, config.model.norm_eps)
-        self.moe = MoELayer(config, mesh, rngs)
+        self.moe = layer.MoELayer(config, mesh, rngs)
 
     def __call__(self, x_BLD, place, valid_BL, cache=None, trace=False):
         y_BLD, cache = self.attention(self.attention_norm(x_BLD), place, cache)
@@ -144,8 +164,8 @@ class Transformer(nnx.Module):
     def _run(self, x_BLD, place, valid_BL, cache, trace=False):
         graph, stacked = nnx.split(self.blocks)
 
-        def block(x_BLD, layer):
-            weights, layer_cache = layer
+        def block(x_BLD, of_layer):
+            weights, layer_cache = of_layer
             x_BLD, layer_cache, *rest = nnx.merge(graph, weights)(self._spread(x_BLD), place, valid_BL, layer_cache,
                                                                   trace)
             return x_BLD, (layer_cache if cache is not None else None, *rest)

@@ -26,13 +26,13 @@ class ExpertWeights(NamedTuple):
 KERNELS = {"pallas_tpu": expert_ffn_tpu, "pallas_gpu": expert_ffn_gpu}
 
 
-def check_backend(backend: str, placement: sizing.Placement, dim: int, chip: str, dtype: str, fused: bool) -> None:
-    """Raises ValueError, naming what would do, where a backend cannot run these widths and this type on this chip
-    (mesh.chip). fused: whether XLA multiplies groups in one kernel there (expert_ffn_virtual.fused)."""
+def check_backend(backend: str, placement: sizing.Placement, shape: tuple[int, int], chip: str, dtype: str,
+                  fused: bool) -> None:
+    """Raises ValueError, naming what would do, where a backend cannot multiply rows of a shape [N, D] and this type
+    with these widths on this chip (mesh.chip). fused: whether XLA multiplies groups in one kernel there
+    (expert_ffn_virtual.fused)."""
     if backend in KERNELS:
-        KERNELS[backend].tiles_for(_all_widths(placement), dim, chip)
-    if backend == "pallas_gpu":
-        expert_ffn_gpu.check_dtype(dtype)
+        _tiles(backend, placement, shape, chip, dtype)
     if backend == "virtual":
         for widths in placement.widths:
             expert_ffn_virtual.chunk(widths)
@@ -41,34 +41,42 @@ def check_backend(backend: str, placement: sizing.Placement, dim: int, chip: str
                              "one of every row with every expert; backends that run anywhere: auto, blocked, reference")
 
 
-def chosen(backend: str, placement: sizing.Placement, shape: tuple[int, int], chip: str) -> str:
-    """The backend of a product over rows of a shape [N, D]. "auto" is pallas_tpu on chips and widths that it takes,
-    since `blocked` takes minutes to compile there (LOG.md); else "blocked": nothing else has been measured."""
-    if backend != "auto":
-        return backend
+def _tiles(backend, placement, shape, chip, dtype):
+    """Of a kernel backend. Raises ValueError where it does not take the rows."""
+    widths = [w for widths in placement.widths for w in widths]
+    tiles = KERNELS[backend].tiles_for(widths, shape[1], chip, dtype)
+    KERNELS[backend].check_tasks(shape[0], placement, tiles)
+    return tiles
+
+
+def chosen(backend: str, placement: sizing.Placement, shape: tuple[int, int], chip: str, dtype: str) -> tuple[str, str]:
+    """(the backend of a product over rows of a shape [N, D], why "auto" does not take kernels where a chip has them).
+    "auto" is pallas_tpu on chips and widths that it takes, since `blocked` takes minutes to compile there (LOG.md);
+    else "blocked": nothing else has been measured."""
+    if backend != "auto" or chip not in expert_ffn_tpu.TILINGS:
+        return backend.replace("auto", "blocked"), ""
     try:
-        tiles = expert_ffn_tpu.tiles_for(_all_widths(placement), shape[1], chip)
-    except ValueError:
-        return "blocked"
-    fits = expert_ffn_tpu.task_bound(shape[0], placement, tiles) <= expert_ffn_tpu.MAX_TASKS
-    return "pallas_tpu" if fits else "blocked"
+        _tiles("pallas_tpu", placement, shape, chip, dtype)
+    except ValueError as error:
+        return "blocked", str(error)
+    return "pallas_tpu", ""
 
 
-def check_kernels(backend: str, placement: sizing.Placement, dim: int, chip: str, interpret=False) -> None:
+def check_kernels(backend: str, placement: sizing.Placement, dim: int, chip: str, dtype: str, interpret=False) -> None:
     """Runs a backend's kernels on this device, over some random rows of these widths, against the reference: outputs
     and gradients, rows that belong to nobody, an expert with many rows, one without. Raises RuntimeError where they
     differ by more than bfloat16 explains."""
     module = KERNELS[backend]
-    widths, tiles = placement.widths[0], module.tiles_for(_all_widths(placement), dim, chip)
+    widths, tiles = placement.widths[0], _tiles(backend, placement, (0, dim), chip, dtype)
     # None, few, many that begin anywhere, a whole tile, few again: as much of it as there are experts.
     rows = [0, 7, module.check_rows(tiles), tiles.rows, *range(1, len(widths))]
     rows_E = np.zeros(placement.slots, np.int64)
     rows_E[:len(widths)] = rows[max(0, 3 - len(widths)):][:len(widths)]
     N = -(-int(rows_E.sum()) // 8) * 8 + 8
     keys = jax.random.split(jax.random.key(0), 5)
-    x_ND, dy_ND = (jax.random.normal(k, (N, dim), jnp.bfloat16) for k in keys[:2])
+    x_ND, dy_ND = (jax.random.normal(k, (N, dim), dtype) for k in keys[:2])
     x_ND = jnp.where(jnp.arange(N)[:, None] < rows_E.sum(), x_ND, jnp.nan)
-    weights = ExpertWeights(*(0.05 * jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(
+    weights = ExpertWeights(*(0.05 * jax.random.normal(k, s, dtype) for k, s in zip(
         keys[2:], ((dim, sum(widths)), (dim, sum(widths)), (sum(widths), dim)))))
 
     def kernels(x, w):
@@ -110,19 +118,15 @@ def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, place
         raise ValueError(f"widths {placement.widths} do not fit weights {weights.w_gate.shape} and rows {rows_E.shape}")
     weights = ExpertWeights(*(w.astype(x_ND.dtype) for w in weights))
     shard = jnp.asarray(shard, jnp.int32)
-    backend = chosen(backend, placement, x_ND.shape, chip)
+    backend, _ = chosen(backend, placement, x_ND.shape, chip, str(x_ND.dtype))
     if backend in KERNELS:
-        tiles = KERNELS[backend].tiles_for(_all_widths(placement), x_ND.shape[1], chip)
+        tiles = _tiles(backend, placement, x_ND.shape, chip, str(x_ND.dtype))
         return getattr(KERNELS[backend], backend)(x_ND, rows_E, *weights, shard, placement, tiles)
     if backend in ("reference", "virtual"):
         way = reference if backend == "reference" else expert_ffn_virtual.virtual
         ways = [functools.partial(way, widths=widths) for widths in placement.widths]
         return jax.lax.switch(shard, ways, x_ND, rows_E, weights)
     return blocked(x_ND, rows_E, *weights, shard, placement, blocks, chip)
-
-
-def _all_widths(placement):
-    return [w for widths in placement.widths for w in widths]
 
 
 def reference(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, widths: Sequence[int]) -> jax.Array:

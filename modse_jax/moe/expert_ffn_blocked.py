@@ -73,12 +73,12 @@ class _Rows:
 def blocked(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks, chip):
     """See expert_ffn.expert_ffn. shard: which one of the placement this is, int32 []."""
     weights = w_gate, w_up, w_down
-    return _forward_pass(x_ND, rows_E, weights, shard, placement, blocks._replace(saved=0))[0]
+    return _forward_pass(x_ND, rows_E, weights, shard, placement, blocks._replace(saved=0), chip)[0]
 
 
-def _forward_pass(x_ND, rows_E, weights, shard, placement, blocks):
+def _forward_pass(x_ND, rows_E, weights, shard, placement, blocks, chip):
     """(y_ND, saved gate and up activations [S]); S is 0 where none are to be kept."""
-    sizes = _sizes(blocks, x_ND.shape[0], placement.num_experts)
+    sizes = _sizes(blocks, x_ND.shape[0], placement.num_experts, chip)
     saved_S = _zeros((_saved_size(blocks, x_ND.shape[0], placement, sizes),), x_ND.dtype, rows_E)
 
     def expert(carry, e):
@@ -105,7 +105,7 @@ def _forward_pass(x_ND, rows_E, weights, shard, placement, blocks):
 
 
 def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks, chip):
-    y_ND, saved_S = _forward_pass(x_ND, rows_E, (w_gate, w_up, w_down), shard, placement, blocks)
+    y_ND, saved_S = _forward_pass(x_ND, rows_E, (w_gate, w_up, w_down), shard, placement, blocks, chip)
     # jaxlib 0.11.2 dies of an empty array that leaves a shard_map.
     return y_ND, (x_ND, rows_E, w_gate, w_up, w_down, shard, saved_S if saved_S.size else None)
 
@@ -113,7 +113,7 @@ def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks, chip)
 def _backward(placement, blocks, chip, saved, dy_ND):
     x_ND, rows_E, *weights, shard, saved_S = saved
     saved_S = jnp.zeros((0,), x_ND.dtype) if saved_S is None else saved_S
-    sizes = _sizes(blocks, x_ND.shape[0], placement.num_experts)
+    sizes = _sizes(blocks, x_ND.shape[0], placement.num_experts, chip)
 
     def expert(carry, e):
         dx_ND, flat, saved_S, base = carry
@@ -238,12 +238,13 @@ def _over_blocks(block, carry, e, sizes):
     return run(carry, -(-rest // size), size, False)
 
 
-def _sizes(blocks, num_rows, num_experts):
+def _sizes(blocks, num_rows, num_experts, chip):
     """The blocks for rows spread over experts; none that the rows cannot fill, none smaller than the tail but the
-    largest. No sizes for only blocks where an even share is too much for one: they would be compiled for nothing."""
+    largest. No sizes for only blocks where an even share is too much for one: they would be compiled for nothing; nor
+    off CPU, where each is one more loop whose turns are decided outside the chip."""
     share = max(8, -(-num_rows // num_experts))
     body = min(blocks.body, -(-share // 16) * 16, num_rows)
-    only = {body * n // 16 for n in SIXTEENTHS} if body >= 64 and share <= 1.5 * body else ()
+    only = {body * n // 16 for n in SIXTEENTHS} if chip == "cpu" and body >= 64 and share <= 1.5 * body else ()
     several = [body] + [s for s in (body // 2, body // 8) if s >= blocks.tail]
     return _Sizes(tuple(sorted(s for s in only if blocks.tail <= s <= num_rows)), tuple(several))
 
@@ -253,11 +254,8 @@ def _saved_size(blocks, num_rows, placement, sizes):
     if not blocks.saved:
         return 0
     columns = max(map(sum, placement.widths))
-    size = int(blocks.saved * num_rows * 2 * columns / placement.num_experts) + _room(placement, sizes)
-    if size >= 2**31:
-        raise ValueError(f"moe.saved_activations={blocks.saved} asks to keep {size} numbers, more than the {2**31 - 1} "
-                         "that 32 bits can index; lower it, or training.batch_size")
-    return size
+    budget = int(blocks.saved * num_rows * 2 * columns / placement.num_experts)
+    return min(budget + _room(placement, sizes), 2**31 - 1)    # as many as 32 bits can index
 
 
 def _rows_of_blocks(rows, sizes):

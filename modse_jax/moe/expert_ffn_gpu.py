@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from modse_jax.moe import expert_tasks
+from modse_jax.moe import expert_tasks, sizing
 
 CHIPS = {"h100": 132, "h200": 132}    # multiprocessors
 DTYPES = ("bfloat16", "float16")
@@ -47,12 +47,15 @@ class Tiles(NamedTuple):
     blocks: int = 132
 
 
-def tiles_for(widths: Sequence[int], dim: int, chip: str) -> Tiles:
-    """The tiles for a chip. Raises ValueError, naming what would do, for a chip without these kernels or widths that
-    cannot be cut into tiles."""
+def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
+    """The tiles for a chip. Raises ValueError, naming what would do, for a chip without these kernels, a type that they
+    do not multiply, or widths that cannot be cut into tiles."""
     if chip not in CHIPS:
         raise ValueError(f"moe.backend=pallas_gpu needs one of {', '.join(CHIPS)}, this is {chip}; backends that run "
                          "anywhere: auto, blocked, reference")
+    if dtype not in DTYPES:
+        raise ValueError(f"pallas_gpu multiplies {' and '.join(DTYPES)}, not {dtype}; set model.dtype=bfloat16, or use "
+                         "a backend that takes any: blocked, reference")
     bad = sorted({w for w in widths if w % UNIT})
     if bad or dim % MODEL:
         what = f"widths {bad} do not divide by {UNIT}" if bad else f"model.dim={dim} does not divide by {MODEL}"
@@ -71,18 +74,27 @@ def check_rows(tiles: Tiles) -> int:
     return 2 * tiles.rows + (tiles.stages + 2) * UNIT + 5
 
 
+def check_tasks(num_rows: int, placement: sizing.Placement, tiles: Tiles) -> None:
+    """Raises ValueError where the list of tasks for so many rows would be too long."""
+    bound = expert_tasks.task_bound(num_rows, placement, tiles)
+    if bound > MAX_TASKS:
+        raise ValueError(f"pallas_gpu: {num_rows} rows over widths {placement.widths} make {bound} tasks of tiles "
+                         f"{tiles.rows} x {tiles.hidden}, more than {MAX_TASKS}; lower training.batch_size, or use a "
+                         "backend without a list: blocked, reference")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def pallas_gpu(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret=False):
     """See expert_ffn.expert_ffn. Every width divides by 64, D by 128; bfloat16 or float16. shard: which one of the
     placement this is, int32 [].
 
-    Raises: ValueError for other types, and where the list of tasks would be too long.
+    Raises: ValueError where the list of tasks would be too long.
     """
     return _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret, keep=False)[0]
 
 
 def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret, keep=True):
-    _check(x_ND, placement, tiles)
+    check_tasks(x_ND.shape[0], placement, tiles)
     run = _Run(x_ND, rows_E, shard, placement, tiles, interpret)
     x = run.pad(x_ND)
     epilogue, outputs = (_swiglu_kept, 3) if keep else (expert_tasks.swiglu, 1)
@@ -102,21 +114,6 @@ def _backward(placement, tiles, interpret, saved, dy_ND):
 
 
 pallas_gpu.defvjp(_forward, _backward)
-
-
-def check_dtype(dtype) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"pallas_gpu multiplies {' and '.join(DTYPES)}, not {dtype}; set model.dtype=bfloat16, or use "
-                         "the backend blocked")
-
-
-def _check(x_ND, placement, tiles):
-    check_dtype(str(x_ND.dtype))
-    bound = expert_tasks.task_bound(x_ND.shape[0], placement, tiles)
-    if bound > MAX_TASKS:
-        raise ValueError(f"pallas_gpu: {x_ND.shape[0]} rows over widths {placement.widths} make {bound} tasks of tiles "
-                         f"{tiles.rows} x {tiles.hidden}, more than {MAX_TASKS}; lower training.batch_size, or use the "
-                         "backend blocked")
 
 
 def _swiglu_kept(gate, up):

@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from modse_jax.moe import sizing
 from modse_jax.moe.expert_tasks import (
     Work,
     columns_of,
@@ -58,17 +59,17 @@ class Tiles(NamedTuple):
 # on v5e and v5p (benchmarks/tpu_report.py) and compile in half the time of 768; v6e has 256 x 256 matrix units and
 # needs 768, or rows are fetched too often.
 TILINGS = {
-    "v4": (512, 256, 2048, 128, 2),
+    "v4": (512, 128, 2048, 128, 2),
     "v5e": (512, 256, 2048, 128, 1),
     "v5p": (512, 256, 2048, 128, 2),
     "v6e": (512, 768, 2048, 256, 1),
 }
-VMEM_LIMIT = 48 * 2**20
+VMEM_LIMIT = 48 * 2**20    # v4 has 16 MiB whatever is asked for, hence its smaller tiles
 
 
-def tiles_for(widths: Sequence[int], dim: int, chip: str) -> Tiles:
-    """The tiles for a chip. Raises ValueError, naming what would do, for a chip that has none or widths that cannot be
-    cut into tiles."""
+def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
+    """The tiles for a chip and type; of float32 they are half as large. Raises ValueError, naming what would do, for a
+    chip that has none or widths that cannot be cut into tiles."""
     if chip not in TILINGS:
         raise ValueError(f"moe.backend=pallas_tpu needs one of {', '.join(TILINGS)}, this is {chip}; backends that run "
                          "anywhere: auto, blocked, reference")
@@ -77,8 +78,18 @@ def tiles_for(widths: Sequence[int], dim: int, chip: str) -> Tiles:
     if bad or dim % 128:
         what = f"widths {bad} do not divide by {unit}" if bad else f"model.dim={dim} does not divide by 128"
         raise ValueError(f"pallas_tpu on {chip}: {what}; backends that take any: blocked, reference")
+    hidden, model = (size * 2 // jnp.dtype(dtype).itemsize for size in (hidden, model))
     outer = _divisor(dim, 128, max(128, min(model, dim // cores)))
-    return Tiles(rows, _divisor(math.gcd(*widths), unit, hidden), _divisor(dim, 128, model), outer, cores)
+    return Tiles(rows, _divisor(math.gcd(*widths), unit, max(unit, hidden)), _divisor(dim, 128, model), outer, cores)
+
+
+def check_tasks(num_rows: int, placement: sizing.Placement, tiles: Tiles) -> None:
+    """Raises ValueError where the list of tasks for so many rows would not fit in scalar memory."""
+    bound = task_bound(num_rows, placement, tiles)
+    if bound > MAX_TASKS:
+        raise ValueError(f"pallas_tpu: {num_rows} rows over widths {placement.widths} make {bound} tasks of tiles "
+                         f"{tiles.rows} x {tiles.hidden}, more than the {MAX_TASKS} that fit in scalar memory; lower "
+                         "training.batch_size, or use a backend without a list: blocked, reference")
 
 
 def check_rows(tiles: Tiles) -> int:
@@ -101,11 +112,7 @@ def pallas_tpu(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, inte
 
 
 def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret):
-    bound = task_bound(x_ND.shape[0], placement, tiles)
-    if bound > MAX_TASKS:
-        raise ValueError(f"pallas_tpu: {x_ND.shape[0]} rows over widths {placement.widths} make {bound} tasks of tiles "
-                         f"{tiles.rows} x {tiles.hidden}, more than the {MAX_TASKS} that fit in scalar memory; lower "
-                         "training.batch_size, or use the backend blocked")
+    check_tasks(x_ND.shape[0], placement, tiles)
     run = _Run(rows_E, shard, placement, tiles, interpret)
     x = run.pad(x_ND)
     hidden_NM, = run.hidden_out([x], [(0, w_gate, False), (0, w_up, False)], swiglu, 1)

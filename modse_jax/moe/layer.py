@@ -124,6 +124,13 @@ class MoELayer(nnx.Module):
                                      meshes.chip(self.mesh), shard)
 
 
+def rows_at_once(config: Config, mesh: Mesh) -> int:
+    """The most rows that one device's experts are given at once in training, those that belong to nobody included."""
+    t = config.training
+    tokens = t.batch_size // t.gradient_accumulation * config.data.sequence_length // mesh.size
+    return mesh.shape[meshes.EXPERT] * tokens * config.moe.top_k
+
+
 def _slots(placement):
     """Slot of every expert over all shards, int32 [E]: shard * placement.slots + its place there."""
     table = np.zeros(placement.num_experts, np.int32)

@@ -33,7 +33,7 @@ from modse_jax.config import (
 )
 from modse_jax.data import loader, prepare, tokenizers
 from modse_jax.lock import Lock
-from modse_jax.model import accounting, attention
+from modse_jax.model import accounting, transformer
 from modse_jax.moe import expert_ffn, expert_ffn_virtual, sizing
 from modse_jax.training import metrics, validation
 from modse_jax.training import step as steps
@@ -66,7 +66,7 @@ def _train(config, workdir, stop, locks):
     t, started = config.training, time.monotonic()
 
     # ---- checks: nothing is written before all of them pass, on every process ----------------------------------------
-    mesh, placement, abstract = processes.together(lambda: _checked(config, workdir))
+    mesh, placement, abstract, kernels = processes.together(lambda: _checked(config, workdir))
     processes.agree({**{name: repr(value) for name, value in to_flat_dict(config).items()}, "--workdir": str(workdir),
                      "the code of modse_jax": processes.source_digest()})
     say = _say if processes.first() else _silent
@@ -96,8 +96,7 @@ def _train(config, workdir, stop, locks):
         seconds = time.monotonic() - compile_start
         processes.together(lambda: _check_memory(train_step, mesh))
     score = jax.jit(steps.make_score_step(config, mesh), out_shardings=meshes.replicated(mesh))
-    peak = accounting.peak_flops(mesh.devices.flat[0])
-    peak = peak and peak * mesh.size
+    peak = accounting.peak_flops(mesh.devices.flat)
 
     # ---- workdir: from here on the run writes ------------------------------------------------------------------------
     for line in checkpoints.start_writing(damaged, rewind_to):
@@ -117,6 +116,7 @@ def _train(config, workdir, stop, locks):
         state = steps.first_state(config, mesh)
     if not finished:
         say(parameter_table(config))
+        say(f"experts: {kernels.experts}; attention: {kernels.attention}" + (kernels.why and f" ({kernels.why})"))
         say(memory_line(train_step, abstract, seconds))
     processes.wait()
 
@@ -330,15 +330,15 @@ def _check_memory(compiled, mesh):
 
 
 def _checked(config, workdir):
-    """(mesh, placement, abstract state), after every check that can be made before data is read."""
+    """(mesh, placement, abstract state, kernels), after every check that can be made before data is read."""
     mesh = meshes.build(config)
     placement = meshes.placement(config, mesh)
-    _check_backend(config, placement, mesh)
+    kernels = _check_kernels(config, placement, mesh)
     _check_workdir(workdir, config)
     loader.check_source(config, workdir)
     abstract = steps.abstract_state(config, mesh)
     _check_space(workdir, abstract, config)
-    return mesh, placement, abstract
+    return mesh, placement, abstract, kernels
 
 
 def _say(text, file=None):
@@ -400,19 +400,14 @@ def memory_line(compiled, abstract, seconds: float) -> str:
             f"compiled in {seconds:.0f} s")
 
 
-def _check_backend(config, placement, mesh):
-    backend, dim, chip = config.moe.backend, config.model.dim, meshes.chip(mesh)
-    fused = backend == "virtual" and processes.from_first(lambda: expert_ffn_virtual.fused(mesh.local_devices[0]))
-    try:
-        expert_ffn.check_backend(backend, placement, dim, chip, config.model.dtype, fused)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    heads = config.model.num_heads
-    attention.chosen(config.model.attention, (1, config.data.sequence_length, heads, dim // heads), chip,
-                     config.model.dtype)
-    backend = expert_ffn.chosen(backend, placement, (0, dim), chip)
-    if backend in expert_ffn.KERNELS:    # never yet run on hardware
-        expert_ffn.check_kernels(backend, placement, dim, chip)
+def _check_kernels(config, placement, mesh):
+    """(transformer.Kernels, those that have never yet run on hardware checked on this device)."""
+    fused = config.moe.backend == "virtual" and processes.from_first(
+        lambda: expert_ffn_virtual.fused(mesh.local_devices[0]))
+    kernels = transformer.kernels(config, mesh, fused)
+    if kernels.experts in expert_ffn.KERNELS:
+        expert_ffn.check_kernels(kernels.experts, placement, config.model.dim, meshes.chip(mesh), config.model.dtype)
+    return kernels
 
 
 def _check_workdir(workdir, config):

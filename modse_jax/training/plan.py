@@ -20,7 +20,7 @@ import numpy as np
 from modse_jax import chips
 from modse_jax import mesh as meshes
 from modse_jax.config import Config, UserError
-from modse_jax.model import accounting
+from modse_jax.model import accounting, transformer
 from modse_jax.moe import sizing
 from modse_jax.training import collectives
 from modse_jax.training import step as steps
@@ -69,6 +69,7 @@ def plan(config: Config, name: str) -> dict:
     chip, topology, count = parse(name)
     devices = _tpu_devices(topology) if topology else jax.devices()[:count]
     mesh = meshes.build(config, devices)
+    transformer.kernels(config, mesh, fused=True)    # whether XLA's product is, only the device can say
     state = steps.abstract_state(config, mesh)
     row = dict.fromkeys(FIELDS)
     row.update(topology=name, devices=mesh.size, mesh={a: mesh.shape[a] for a in meshes.AXES},
