@@ -95,7 +95,8 @@ class MoE:
                              "one block", minimum=1)
     tail_rows: int = option(64, "blocked: no block has fewer rows, if experts have as many on average", minimum=1)
     saved_activations: float = option(1.25, "blocked: hidden activations kept for the backward pass, over those "
-                                      "of evenly spread rows; the rest is recomputed", minimum=0)
+                                      "of evenly spread rows, at most 2^31 numbers a layer; the rest is recomputed",
+                                      minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)

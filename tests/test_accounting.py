@@ -81,7 +81,8 @@ def test_a_cpus_peak_is_measured():
 
 @pytest.mark.parametrize("kind,platform,name,tflops", [
     ("TPU v5 lite", "tpu", "v5e", 197), ("TPU v5p", "tpu", "v5p", 459), ("TPU v5", "tpu", "v5p", 459),
-    ("NVIDIA H200", "gpu", "h200", 989), ("NVIDIA A100-SXM4-80GB", "gpu", "a100", 312),
+    ("NVIDIA H200", "gpu", "h200", 989), ("NVIDIA GH200 480GB", "gpu", "h100", 989),
+    ("NVIDIA A100-SXM4-80GB", "gpu", "a100", 312),
     ("TPU v9", "tpu", "TPU v9", None), ("Some GPU", "gpu", "gpu", None)])
 def test_chips_are_known_by_their_kind(kind, platform, name, tflops):
     device = types.SimpleNamespace(device_kind=kind, platform=platform)

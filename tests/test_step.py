@@ -11,7 +11,8 @@ import pytest
 
 from modse_jax import mesh as meshes
 from modse_jax.config import Mesh, UserError
-from modse_jax.training import optimizer
+from modse_jax.model import accounting
+from modse_jax.training import metrics, optimizer
 from modse_jax.training import step as steps
 from tests.conftest import tiny_config
 
@@ -52,6 +53,33 @@ def test_one_steps_numbers_are_pinned():
 
 
 PINNED = [5.815792, 4.014061, 6.151933, 0.405583, 41.444678]
+
+
+@pytest.mark.parametrize("capacity", [0.0, 0.5])
+def test_realised_flops_are_of_rows_that_were_multiplied(capacity):
+    """7 of 256 tokens are padding; half of an even share is dropped or more."""
+    config = tiny_config(moe=dict(widths=(), pairs=False, capacity_factor=capacity))
+    m = run(config)[1]
+    row = metrics.train_row(config, 1, m, 2.0, 1.0, 1e9)
+    dropped = int(m.statistics.dropped.sum())
+    assert (dropped > 0) == (capacity > 0) and row["mfu_realised"] < row["mfu_nominal"]
+    width = 12 * (249 * 4 - dropped) / (256 * 4)    # two layers, two choices
+    flops = 256 * accounting.train_flops_per_token(config, 32, width)
+    assert row["mfu_realised"] == pytest.approx(flops / 2e9, rel=1e-6)
+
+
+def test_a_slice_that_cannot_send_rows_says_what_would_do():
+    class Lowered:
+        def compile(self, compiler_options):
+            raise jax.errors.JaxRuntimeError(self.text)
+
+    lowered = Lowered()
+    lowered.text = "INTERNAL: Ragged all-to-all is currently not supported in limited ICI routing settings"
+    with pytest.raises(UserError, match="moe.exchange=gather"):
+        steps.compile_lowered(lowered)
+    lowered.text = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        steps.compile_lowered(lowered)
 
 
 @pytest.mark.parametrize("chunk", [32, 256])

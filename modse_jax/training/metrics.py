@@ -53,6 +53,9 @@ def train_row(config: Config, step: int, metrics, step_seconds: float, bytes_per
     t, length = config.training, config.data.sequence_length
     tokens = t.batch_size * length
     counts_E = np.asarray(metrics.statistics.counts_KE).sum(axis=(0, 1))
+    # Rows that were dropped, and those of padding, which are never routed, multiply nothing.
+    multiplied = counts_E.sum() - np.asarray(metrics.statistics.dropped).sum()
+    share = multiplied / (tokens * config.moe.top_k * config.model.num_layers)
 
     def mfu(width):
         flops = accounting.train_flops_per_token(config, length, width) * tokens
@@ -64,7 +67,7 @@ def train_row(config: Config, step: int, metrics, step_seconds: float, bytes_per
            "grad_norm": float(metrics.grad_norm), "learning_rate": float(metrics.learning_rate),
            "tokens_per_second": tokens / step_seconds,
            "mfu_nominal": mfu(accounting.nominal_width(config)),
-           "mfu_realised": mfu(accounting.realised_width(config, counts_E)),
+           "mfu_realised": mfu(accounting.realised_width(config, counts_E) * share),
            "step_seconds": step_seconds, "skipped_steps": int(metrics.skipped)}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 

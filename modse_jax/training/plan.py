@@ -164,11 +164,12 @@ def _compile(config, mesh):
     lowered = steps.lower(config, mesh)
     try:
         if mesh.devices.flat[0].platform == "cpu":
-            compiled = lowered.compile()
+            compiled = steps.compile_lowered(lowered)
             return compiled, compiled.as_text(), None
         # jaxlib cannot read back all that libtpu writes, so libtpu itself prints what it made.
         with tempfile.TemporaryDirectory() as folder:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+            compiled = steps.compile_lowered(lowered, options)
             file, = pathlib.Path(folder).glob("*.jit_step.*after_optimizations.txt")
             return compiled, file.read_text(), None
     except jax.errors.JaxRuntimeError as error:

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from modse_jax import mesh as meshes
-from modse_jax.config import Config
+from modse_jax.config import Config, UserError
 from modse_jax.model import transformer
 from modse_jax.moe.router import RouterStatistics
 from modse_jax.training import losses, optimizer
@@ -71,6 +71,17 @@ def lower(config: Config, mesh):
     step = jax.jit(make_train_step(config, mesh), donate_argnums=0,
                    out_shardings=(_places(config, mesh), meshes.replicated(mesh)))
     return step.lower(abstract_state(config, mesh), {"tokens": tokens, "segments": tokens})
+
+
+def compile_lowered(lowered, options: dict | None = None):
+    """The compiled step. Raises UserError where a TPU slice cannot send rows, which only its compiler knows."""
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "Ragged all-to-all is currently not supported" not in str(error):
+            raise
+        raise UserError("this TPU slice has no ragged all-to-all (its links do not close rings); take another "
+                        "topology, or moe.exchange=gather") from None
 
 
 def _places(config, mesh):
