@@ -190,12 +190,14 @@ def _over_experts(expert, carry, rows_E, shard, placement):
     order = jnp.argsort(2 * kinds + ~busy, stable=True)    # class by class, those with rows first
     ids, columns = ids[order], columns[order]
     for kind, group in enumerate(groups):
-        members = slice(*np.searchsorted(kinds, (kind, kind + 1)))
+        start, stop = np.searchsorted(kinds, (kind, kind + 1))
 
-        def one(i, carry, ids=ids[members], columns=columns[members], width=group.width):
+        # Out of the lists of all: in one of a single expert every turn would find the same, and XLA would slice its
+        # weights before the loop, rows or none.
+        def one(i, carry, width=group.width):
             return expert(carry, _Expert(first_E[ids[i]], rows_E[ids[i]], columns[i], width))
 
-        carry = lax.fori_loop(0, jnp.sum(busy[members], dtype=jnp.int32), one, carry)
+        carry = lax.fori_loop(int(start), start + jnp.sum(busy[start:stop], dtype=jnp.int32), one, carry)
     return carry
 
 
