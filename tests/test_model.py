@@ -326,5 +326,5 @@ def test_cudnn_attention_is_taken_where_it_runs():
     for length, size, chip, dtype in ((256, 64, "cpu", "bfloat16"), (256, 64, "h100", "float32"),
                                       (256, 60, "h100", "bfloat16"), (256, 256, "h100", "bfloat16"),
                                       (255, 64, "h100", "bfloat16")):
-        with pytest.raises(UserError, match="model.attention=cudnn needs one of h200, h100"):
+        with pytest.raises(UserError, match="model.attention=cudnn needs one of h100, h200"):
             attention.chosen("cudnn", (1, length, 2, size), chip, dtype)
