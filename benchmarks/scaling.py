@@ -44,7 +44,7 @@ class Step:
         shape = (config.training.batch_size, config.data.sequence_length + 1)
         tokens = np.random.default_rng(0).integers(4, config.model.vocab_size, shape, dtype=np.int32)
         self.batch = meshes.place(mesh, {"tokens": tokens, "segments": np.ones(shape, np.int32)}, shape[0])
-        self.state, self.compiled = step.first_state(config, mesh), step.lower(config, mesh).compile()
+        self.state, self.compiled = step.first_state(config, mesh), step.compiled(config, mesh)
 
     def __call__(self):
         self.state, metrics = self.compiled(self.state, self.batch)

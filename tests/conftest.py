@@ -57,6 +57,14 @@ def signals_restored():
 
 
 @pytest.fixture
+def compiled_with_care():
+    """As a user's programs are."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def corpus(tmp_path):
     """A folder of small text files in several scripts, one of them not UTF-8 and one empty."""
     folder = tmp_path / "corpus"

@@ -231,7 +231,7 @@ def test_random_widths_and_routings_agree_with_the_reference(chip):
             np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))
 
 
-def test_weights_are_sliced_where_there_are_rows():
+def test_weights_are_sliced_where_there_are_rows(compiled_with_care):
     """Not before the loop over a width's experts, which may have none: decoding would read all experts' weights."""
     placement = sizing.place((9, 4, 5), 1, "pairs")
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, D), (D, 18), (D, 18), (18, D))]
@@ -239,11 +239,7 @@ def test_weights_are_sliced_where_there_are_rows():
     def layer(rows, x, *w):
         return ef.expert_ffn(x, rows, ef.ExpertWeights(*w), placement, "blocked", ef.Blocks(8, 4), "cpu")
 
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        text = jax.jit(layer).lower(jax.ShapeDtypeStruct((3,), jnp.int32), *shapes).compile().as_text()
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+    text = jax.jit(layer).lower(jax.ShapeDtypeStruct((3,), jnp.int32), *shapes).compile().as_text()
     entry = text[text.index("ENTRY"):]
     assert "while(" in entry and not re.search(r"f32\[(6,[945]|[945],6)\]", entry)
 

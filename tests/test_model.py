@@ -84,6 +84,17 @@ def test_what_is_recomputed(remat, recomputed):
     assert text.count("dot_general[") - plain.count("dot_general[") == recomputed
 
 
+def test_blocks_side_by_side_are_kept_apart_from_their_recomputation():
+    """By a barrier; in a loop there is no forward pass beside it, and it would cost fusions."""
+    def barriers(remat, unroll):
+        graph, params = transformer.build_abstract(tiny_config(model=dict(remat=remat, unroll=unroll, num_layers=3)))
+        t = jnp.ones((2, 8), jnp.int32)
+        grad = jax.grad(lambda p: jnp.sum(nnx.merge(graph, p)(t, t)[0]))
+        return jax.jit(grad).lower(params).as_text().count("optimization_barrier")
+
+    assert barriers("full", 3) > barriers("none", 3) and barriers("full", 1) == barriers("none", 1)
+
+
 def test_what_is_recomputed_is_not_kept():
     """XLA for CPU would begin to recompute all blocks at once, were they not in a loop."""
     def memory(remat, length=64, unroll=0):

@@ -153,6 +153,8 @@ def test_bad_plans_end_in_one_line():
         plan.check(["cpu:2"], "/nowhere/plan.json")
     with pytest.raises(UserError, match="does not divide over mesh.data=3"):
         plan.plan(config_on((-1, 1, 1)), "cpu:3")
+    with pytest.raises(UserError, match="moe.backend=pallas_gpu needs one of h100, h200, this is cpu"):
+        plan.plan(config_on(backend="pallas_gpu"), "cpu:1")
 
 
 def test_what_multiplies_is_known_before_anything_is_compiled(monkeypatch):

@@ -325,7 +325,7 @@ def test_a_signal_before_the_first_step_loses_nothing(corpus, tmp_path, monkeypa
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(steps, "lower", interrupted)
+    monkeypatch.setattr(steps, "compiled", interrupted)
     assert loop.train(config_for(corpus), str(tmp_path / "run")) == loop.STOPPED
     assert "stopped before the first step" in capsys.readouterr().err
     Lock(tmp_path / "run" / "checkpoints" / ".lock", "").release()    # it is free again

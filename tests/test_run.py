@@ -72,7 +72,8 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(corpus, tmp_path, cap
     with open(cut / "metrics.jsonl", "a") as file:    # what a killed run leaves past its checkpoint
         file.write('{"step": 6, "split": "train"}\n{"step": 6, "spl')
     assert loop.train(short, str(cut)) == loop.FINISHED
-    assert "resuming step" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "resuming step" in out and "experts: reference; attention: blocks\n" in out
     for a, b in zip(jax.tree.leaves(state_of(tmp_path / "straight", config)), jax.tree.leaves(state_of(cut, config))):
         np.testing.assert_array_equal(a, b)
     rows = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]

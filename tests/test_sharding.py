@@ -11,7 +11,7 @@ from flax import nnx
 
 from modse_jax import mesh as meshes
 from modse_jax.config import Mesh, UserError
-from modse_jax.moe import sizing
+from modse_jax.moe import layer, sizing
 from modse_jax.moe.layer import MoELayer
 from modse_jax.training import checkpoints
 from modse_jax.training import step as steps
@@ -39,7 +39,7 @@ def config_on(sizes=(1, 1, 1), placement="pairs", exchange="auto", **moe):
 def compiled(config):
     """(mesh, compiled step, first state on the host: a step donates its own) of a config's own mesh."""
     mesh = meshes.build(config)
-    return mesh, steps.lower(config, mesh).compile(), jax.device_get(steps.first_state(config, mesh))
+    return mesh, steps.compiled(config, mesh), jax.device_get(steps.first_state(config, mesh))
 
 
 def trained(config, count):
@@ -68,6 +68,16 @@ def test_every_mesh_trains_like_one_device(name):
     assert_close(jax.device_get(metrics), jax.device_get(one), 2e-4)
     assert_close(canonical(config, state).opt_state, jax.device_get(one_state.opt_state), 2e-4)
     assert trained(config, 3)[2] == losses[:3]    # bit for bit, on the same mesh
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_device_is_given_as_many_rows_as_are_checked_beforehand(name, monkeypatch):
+    config, seen = config_on(*MESHES[name]), []
+    mesh, real = meshes.build(config), layer.expert_ffn.expert_ffn
+    monkeypatch.setattr(layer.expert_ffn, "expert_ffn", lambda x, *rest: seen.append(x.shape[0]) or real(x, *rest))
+    params = steps.abstract_state(config, mesh).params
+    jax.eval_shape(steps.make_loss(config, mesh), params, jax.eval_shape(lambda: batch(config)), 1.0)
+    assert seen and set(seen) == {layer.rows_at_once(config, mesh)}
 
 
 @pytest.mark.parametrize("name", MESHES)

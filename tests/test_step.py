@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -68,18 +69,16 @@ def test_realised_flops_are_of_rows_that_were_multiplied(capacity):
     assert row["mfu_realised"] == pytest.approx(flops / 2e9, rel=1e-6)
 
 
-def test_a_slice_that_cannot_send_rows_says_what_would_do():
-    class Lowered:
-        def compile(self, compiler_options):
-            raise jax.errors.JaxRuntimeError(self.text)
+@pytest.mark.parametrize("text, error, message", [
+    ("INTERNAL: Ragged all-to-all is currently not supported in limited ICI routing settings", UserError,
+     "moe.exchange=gather"), ("INTERNAL: something else", jax.errors.JaxRuntimeError, "something else")])
+def test_a_slice_that_cannot_send_rows_says_what_would_do(text, error, message, monkeypatch):
+    def fail(compiler_options):
+        raise jax.errors.JaxRuntimeError(text)
 
-    lowered = Lowered()
-    lowered.text = "INTERNAL: Ragged all-to-all is currently not supported in limited ICI routing settings"
-    with pytest.raises(UserError, match="moe.exchange=gather"):
-        steps.compile_lowered(lowered)
-    lowered.text = "INTERNAL: something else"
-    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        steps.compile_lowered(lowered)
+    monkeypatch.setattr(steps, "_lowered", lambda *_: types.SimpleNamespace(compile=fail))
+    with pytest.raises(error, match=message):
+        steps.compiled(tiny_config(), None)
 
 
 @pytest.mark.parametrize("chunk", [32, 256])
@@ -87,7 +86,7 @@ def test_a_compiled_step_donates_stays_on_the_device_and_holds_no_logits(chunk):
     """Of 256 tokens and 300 pieces, in chunks; all at once, the logits are found."""
     config = tiny_config(mesh=Mesh(1, 1, 1), training=dict(loss_chunk=chunk))
     mesh = meshes.build(config, jax.devices()[:1])
-    compiled, state = steps.lower(config, mesh).compile(), steps.abstract_state(config, mesh)
+    compiled, state = steps.compiled(config, mesh), steps.abstract_state(config, mesh)
     text = compiled.as_text()
     assert bool(re.search(r"f32\[(256|8,32),300\]", text)) == (chunk == 256)
     assert not re.search("infeed|outfeed|send|recv|callback", text)

@@ -1,6 +1,4 @@
-"""Compiled ahead of time for TPUs that are not there: what the compiler refuses (memory, shapes) fails here.
-
-With the compiler's usual care, which tests/conftest.py takes from the others."""
+"""Compiled ahead of time for TPUs that are not there: what the compiler refuses (memory, shapes) fails here."""
 import dataclasses
 import importlib.util
 import os
@@ -10,34 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
-os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true")    # before libtpu is loaded
-from jax.experimental import topologies  # noqa: E402
+from benchmarks import tpu_report
+from configs import modse_300m_x8
+from modse_jax import config as configs
+from modse_jax import mesh as meshes
+from modse_jax.moe import expert_ffn_tpu as tpu
+from modse_jax.moe import sizing
+from modse_jax.training import plan
 
-from benchmarks import tpu_report  # noqa: E402
-from configs import modse_300m_x8  # noqa: E402
-from modse_jax import config as configs  # noqa: E402
-from modse_jax import mesh as meshes  # noqa: E402
-from modse_jax.moe import expert_ffn_tpu as tpu  # noqa: E402
-from modse_jax.moe import sizing  # noqa: E402
-from modse_jax.training import plan  # noqa: E402
-
+os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true")    # read when a device is asked for
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
 ROWS = 131_072
-pytestmark = pytest.mark.skipif(
-    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu exists for Linux on x86-64 alone")
+pytestmark = [pytest.mark.usefixtures("compiled_with_care"), pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu exists for Linux on x86-64 alone")]
 
 
 def device(chip):
     assert importlib.util.find_spec("libtpu"), "libtpu is missing: pip install -r requirements-dev.txt"
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
-
-
-@pytest.fixture(autouse=True)
-def compiled_with_care():
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 # 300Mx8 and 700Mx8; and where there is least room: v4, and float32 on v6e.

@@ -171,7 +171,7 @@ class Transformer(nnx.Module):
             return x_BLD, (layer_cache if cache is not None else None, *rest)
 
         unroll, policy = self._unroll(x_BLD.shape[1]), self._policy()
-        if policy is not None:
+        if policy is not None:    # only a loop keeps XLA from finding the forward pass's numbers again
             block = jax.checkpoint(block, prevent_cse=unroll > 1, policy=policy)
         x_BLD, (cache, balance_loss, z_loss, statistics, choices) = jax.lax.scan(block, x_BLD, (stacked, cache),
                                                                                  unroll=unroll)

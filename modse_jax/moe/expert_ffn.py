@@ -53,8 +53,10 @@ def chosen(backend: str, placement: sizing.Placement, shape: tuple[int, int], ch
     """(the backend of a product over rows of a shape [N, D], why "auto" does not take kernels where a chip has them).
     "auto" is pallas_tpu on chips and widths that it takes, since `blocked` takes minutes to compile there (LOG.md);
     else "blocked": nothing else has been measured."""
-    if backend != "auto" or chip not in expert_ffn_tpu.TILINGS:
-        return backend.replace("auto", "blocked"), ""
+    if backend != "auto":
+        return backend, ""
+    if chip not in expert_ffn_tpu.TILINGS:
+        return "blocked", ""
     try:
         _tiles("pallas_tpu", placement, shape, chip, dtype)
     except ValueError as error:
@@ -112,7 +114,8 @@ def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, place
       placement: static, of all shards; sizing.place(widths, 1, "pairs") for one. rows_E and the weights are those
         of `shard`: its experts in the placement's order, rows_E filled up with 0 to placement.slots.
       backend: moe.backend; see `chosen` for "auto". blocks: how `blocked` cuts the work. chip: mesh.chip.
-    Raises: ValueError where the widths do not add up to the flat axis, or the backend cannot run them on the chip.
+    Raises: ValueError where the widths do not add up to the flat axis, or the backend cannot run them, or so many rows,
+      on the chip.
     """
     if {sum(w) for w in placement.widths} != {weights.w_gate.shape[1]} or placement.slots != rows_E.shape[0]:
         raise ValueError(f"widths {placement.widths} do not fit weights {weights.w_gate.shape} and rows {rows_E.shape}")

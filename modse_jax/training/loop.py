@@ -92,7 +92,7 @@ def _train(config, workdir, stop, locks):
     # ---- compile ----------------------------------------------------------------------------------------------------
     if not finished:
         compile_start = time.monotonic()
-        train_step = steps.compile_lowered(steps.lower(config, mesh))
+        train_step = steps.compiled(config, mesh)
         seconds = time.monotonic() - compile_start
         processes.together(lambda: _check_memory(train_step, mesh))
     score = jax.jit(steps.make_score_step(config, mesh), out_shardings=meshes.replicated(mesh))

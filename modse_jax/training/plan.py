@@ -161,15 +161,14 @@ def _flops(config, mesh):
 def _compile(config, mesh):
     """(compiled step, its HLO, None), or (None, "", bytes it would have needed) where the compiler finds too little
     memory."""
-    lowered = steps.lower(config, mesh)
     try:
         if mesh.devices.flat[0].platform == "cpu":
-            compiled = steps.compile_lowered(lowered)
+            compiled = steps.compiled(config, mesh)
             return compiled, compiled.as_text(), None
         # jaxlib cannot read back all that libtpu writes, so libtpu itself prints what it made.
         with tempfile.TemporaryDirectory() as folder:
             options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-            compiled = steps.compile_lowered(lowered, options)
+            compiled = steps.compiled(config, mesh, options)
             file, = pathlib.Path(folder).glob("*.jit_step.*after_optimizations.txt")
             return compiled, file.read_text(), None
     except jax.errors.JaxRuntimeError as error:

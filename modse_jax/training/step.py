@@ -64,24 +64,25 @@ def first_state(config: Config, mesh) -> State:
     return jax.jit(lambda: initial_state(config, mesh), out_shardings=_places(config, mesh))()
 
 
-def lower(config: Config, mesh):
-    """The lowered training step of a config on a mesh, its state donated: what is compiled, run, planned and timed."""
-    shape = (config.training.batch_size, config.data.sequence_length + 1)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=meshes.batch(mesh))
-    step = jax.jit(make_train_step(config, mesh), donate_argnums=0,
-                   out_shardings=(_places(config, mesh), meshes.replicated(mesh)))
-    return step.lower(abstract_state(config, mesh), {"tokens": tokens, "segments": tokens})
+def compiled(config: Config, mesh, options: dict | None = None):
+    """The compiled training step of a config on a mesh, its state donated: what is run, planned and timed.
 
-
-def compile_lowered(lowered, options: dict | None = None):
-    """The compiled step. Raises UserError where a TPU slice cannot send rows, which only its compiler knows."""
+    Args: options: of XLA. Raises: UserError where a TPU slice cannot send rows, which only its compiler knows."""
     try:
-        return lowered.compile(compiler_options=options)
+        return _lowered(config, mesh).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "Ragged all-to-all is currently not supported" not in str(error):
             raise
         raise UserError("this TPU slice has no ragged all-to-all (its links do not close rings); take another "
                         "topology, or moe.exchange=gather") from None
+
+
+def _lowered(config, mesh):
+    shape = (config.training.batch_size, config.data.sequence_length + 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=meshes.batch(mesh))
+    step = jax.jit(make_train_step(config, mesh), donate_argnums=0,
+                   out_shardings=(_places(config, mesh), meshes.replicated(mesh)))
+    return step.lower(abstract_state(config, mesh), {"tokens": tokens, "segments": tokens})
 
 
 def _places(config, mesh):
