@@ -8,7 +8,11 @@ DEMO := runs/demo
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 COMPILE_IMPORTED := PYTHONDONTWRITEBYTECODE= $(PY) -c
 
-.PHONY: demo test lint faults audit clean
+# XLA's CUDA compiler compiles for GPUs on a machine without one. It stays beside the environment: inside it, every run on
+# a CPU would try to start CUDA. It exists for Linux alone, and its version must be jax's.
+GPU_COMPILER := $(VENV)/gpu-compiler
+
+.PHONY: demo test lint faults audit clean gpu-compiler
 .DELETE_ON_ERROR:
 
 $(VENV)/base: requirements.txt
@@ -23,13 +27,20 @@ $(VENV)/dev: $(VENV)/base requirements-dev.txt
 	$(COMPILE_IMPORTED) "import pytest, xdist"
 	touch $@
 
+$(GPU_COMPILER)/installed: $(VENV)/base
+	$(PIP) --no-deps --upgrade --target=$(GPU_COMPILER) \
+		$$($(PY) -c 'import jax; print(*(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt")))')
+	touch $@
+
+gpu-compiler: $(GPU_COMPILER)/installed
+
 demo: export DEMO_START := $(shell date +%s)
 demo: $(VENV)/base
 	$(PY) train.py --config=configs/tiny.py --workdir=$(DEMO)
 	$(PY) eval.py --workdir=$(DEMO)
 	$(PY) -m modse_jax.evaluation.summary --workdir=$(DEMO) --since=$$DEMO_START
 
-test: $(VENV)/dev
+test: $(VENV)/dev $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(GPU_COMPILER)/installed)
 	$(PY) -m pytest
 
 lint: $(VENV)/dev
