@@ -35,12 +35,12 @@ class Kernels(NamedTuple):
     why: str
 
 
-def kernels(config: Config, mesh: Mesh, fused: bool) -> Kernels:
-    """Raises UserError where what is asked for does not run on the mesh. fused: see expert_ffn.check_backend."""
+def kernels(config: Config, mesh: Mesh) -> Kernels:
+    """Raises UserError where what is asked for does not run on the mesh."""
     m, chip, placement = config.model, meshes.chip(mesh), meshes.placement(config, mesh)
     job = config.moe.backend, placement, (layer.rows_at_once(config, mesh), m.dim), chip, m.dtype
     try:
-        expert_ffn.check_backend(*job, fused)
+        expert_ffn.check_backend(*job)
     except ValueError as error:
         raise UserError(str(error)) from None
     experts, why = expert_ffn.chosen(*job)

@@ -34,7 +34,7 @@ from modse_jax.config import (
 from modse_jax.data import loader, prepare, tokenizers
 from modse_jax.lock import Lock
 from modse_jax.model import accounting, transformer
-from modse_jax.moe import expert_ffn, expert_ffn_virtual, sizing
+from modse_jax.moe import expert_ffn, sizing
 from modse_jax.training import metrics, validation
 from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints, Found
@@ -402,9 +402,7 @@ def memory_line(compiled, abstract, seconds: float) -> str:
 
 def _check_kernels(config, placement, mesh):
     """(transformer.Kernels, those that have never yet run on hardware checked on this device)."""
-    fused = config.moe.backend == "virtual" and processes.from_first(
-        lambda: expert_ffn_virtual.fused(mesh.local_devices[0]))
-    kernels = transformer.kernels(config, mesh, fused)
+    kernels = transformer.kernels(config, mesh)
     if kernels.experts in expert_ffn.KERNELS:
         expert_ffn.check_kernels(kernels.experts, placement, config.model.dim, meshes.chip(mesh), config.model.dtype)
     return kernels
