@@ -63,7 +63,8 @@ class Model:
     tie_embeddings: bool = option(False, "one matrix for input and output embedding")
     dtype: str = option("float32", "compute type; parameters, router, softmax and loss stay float32", choices=DTYPES)
     attention: str = option("auto", "over packed rows: XLA, in blocks of queries; JAX's splash kernels; or cuDNN's; "
-                            "auto = splash on TPU where it runs", choices=("auto", "blocks", "splash", "cudnn"))
+                            "auto = splash on TPU and cudnn on GPU, where they run, else blocks",
+                            choices=("auto", "blocks", "splash", "cudnn"))
     unroll: int = option(0, "blocks per turn of the loop over blocks. In a turn, what is kept for the backward pass is "
                          "not copied; many take long to compile. 0 = on CPU all, up to 4, where nothing is "
                          "recomputed; else 1", minimum=0)

@@ -4,7 +4,7 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
-    {"modse_jax.chips", "modse_jax.integrity", "modse_jax.moe.sizing"},
+    {"modse_jax.chips", "modse_jax.gpu_options", "modse_jax.integrity", "modse_jax.moe.sizing"},
     {"modse_jax.moe.expert_tasks"},
     {"modse_jax.moe.expert_ffn_blocked", "modse_jax.moe.expert_ffn_tpu", "modse_jax.moe.expert_ffn_gpu"},
     {"modse_jax.config"},

@@ -48,6 +48,23 @@ def kernels(config: Config, mesh: Mesh) -> Kernels:
     return Kernels(experts, attention.chosen(m.attention, shape, chip, m.dtype), why)
 
 
+def check_kernels(config: Config, mesh: Mesh) -> Kernels:
+    """Returns `kernels(config, mesh)` after those that have never run on hardware were checked on this device."""
+    m, found = config.model, kernels(config, mesh)
+    if found.experts in expert_ffn.KERNELS:
+        try:
+            expert_ffn.check_kernels(found.experts, meshes.placement(config, mesh), m.dim, meshes.chip(mesh), m.dtype)
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(f"the kernels of moe.backend={found.experts} do not run on this device "
+                            f"({str(error).splitlines()[0][:200]}); set --config.moe.backend=blocked") from None
+        except RuntimeError as error:    # wrong numbers
+            raise UserError(str(error)) from None
+    if found.attention == "cudnn":
+        attention.check_cudnn((m.num_heads, m.num_kv_heads or m.num_heads, m.dim // m.num_heads),
+                              config.data.sequence_length)
+    return found
+
+
 def build(config: Config, mesh: Mesh | None = None) -> "Transformer":
     """A freshly initialised model: a function of config.seed alone."""
     return Transformer(config, nnx.Rngs(params=config.seed), mesh)
