@@ -37,9 +37,8 @@ def look_up(
 
     Args: with_matmul: selects the gradient; None selects it by the platform.
     """
-    chip = meshes.chip(mesh)
     if with_matmul is None:
-        with_matmul = chip == "gpu" or chip in chips.GPUS
+        with_matmul = chips.is_gpu(meshes.chip(mesh))
     if mesh is None:
         look_up_here = look_up_with_matmul_gradient if with_matmul else look_up_with_gather
         return look_up_here(table_VD, tokens_BL, dtype, scale)

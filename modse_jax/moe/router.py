@@ -62,7 +62,7 @@ def top_k_ids(logits_TE: jax.Array, top_k: int, chip: str) -> jax.Array:
     TPUs keep `lax.top_k`.
     """
     E = logits_TE.shape[1]
-    if top_k <= 8 and (chip == "gpu" or chip in chips.GPUS) or chip == "cpu" and top_k * E <= 128:
+    if (chips.is_gpu(chip) and top_k <= 8) or (chip == "cpu" and top_k * E <= 128):
         return top_k_ids_in_rounds(logits_TE, top_k)
     return jax.lax.top_k(logits_TE, top_k)[1]
 
