@@ -80,7 +80,7 @@ def parts(ours: Ours) -> dict:
     blocks = expert_ffn.Blocks(config.moe.block_rows, config.moe.tail_rows, config.moe.saved_activations)
 
     def route(x, gate):
-        routing = router.route(x, valid, gate, config.moe, m.norm_eps)
+        routing = router.route(x, valid, gate, config.moe, m.norm_eps, mesh.chip(None))
         return routing, dispatch.plan(routing.ids_TK, valid, config.moe.num_experts)
 
     plan = jax.jit(route)(x_TD, gate)[1]

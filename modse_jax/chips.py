@@ -32,6 +32,11 @@ TPUS = tuple(name for name, chip in CHIPS.items() if chip.kinds[0].startswith("T
 GPUS = tuple(name for name in CHIPS if name not in TPUS)
 
 
+def is_gpu(chip: str) -> bool:
+    """Returns whether a name, as `name` returns it, is that of a GPU, be it one in CHIPS or another."""
+    return chip == "gpu" or chip in GPUS
+
+
 def name(device: jax.Device) -> str:
     """The device's name in CHIPS; "cpu" and "gpu" for others of those platforms, else jax's device_kind."""
     for chip, facts in CHIPS.items():

@@ -7,19 +7,26 @@ because a flag cannot override None. `python -m modse_jax.config` prints the tab
 import dataclasses
 import difflib
 import math
+import sys
 import typing
 
 import ml_collections
 
 from modse_jax.moe import sizing
 
-BACKENDS = ("auto", "reference", "blocked", "pallas_tpu", "pallas_gpu", "virtual")
+BACKENDS = ("auto", "reference", "blocked", "pallas_tpu", "pallas_gpu")
 ANYWHERE = ("auto", "reference", "blocked")    # backends that need no particular device
 GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalised")
 GATE_TERMS = ("none", "learned")
 DTYPES = ("float32", "bfloat16")
 PACKINGS = ("concat", "best_fit")
 UNDECODABLE = ("skip", "replace", "fail")
+
+# Values that options no longer have: (option, old value) -> the value that replaces it. Old config files, flags and
+# workdirs stay readable; `from_dict` replaces the value and says so.
+RENAMED_VALUES = {
+    ("moe.backend", "virtual"): "auto",    # ran lax.ragged_dot, whose weight gradient no jax before 0.12 fuses on GPU
+}
 
 # What a resumed run may change. Of these only training.steps touches training, by the length of the cosine.
 RESUMABLE = ("training.steps", "training.log_every", "training.eval_every", "training.checkpoint_every",
@@ -56,7 +63,8 @@ class Model:
     tie_embeddings: bool = option(False, "one matrix for input and output embedding")
     dtype: str = option("float32", "compute type; parameters, router, softmax and loss stay float32", choices=DTYPES)
     attention: str = option("auto", "over packed rows: XLA, in blocks of queries; JAX's splash kernels; or cuDNN's; "
-                            "auto = splash on TPU where it runs", choices=("auto", "blocks", "splash", "cudnn"))
+                            "auto = splash on TPU and cudnn on GPU, where they run, else blocks",
+                            choices=("auto", "blocks", "splash", "cudnn"))
     unroll: int = option(0, "blocks per turn of the loop over blocks. In a turn, what is kept for the backward pass is "
                          "not copied; many take long to compile. 0 = on CPU all, up to 4, where nothing is "
                          "recomputed; else 1", minimum=0)
@@ -204,7 +212,10 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def from_dict(values: dict) -> Config:
-    """A checked Config from nested plain values (a ConfigDict's to_dict(), or config.json). Raises UserError."""
+    """A checked Config from nested plain values (a ConfigDict's to_dict(), or config.json). Raises UserError.
+
+    A value in RENAMED_VALUES is replaced by its new one, with one line on stderr per process.
+    """
     return _build(Config, values, "")
 
 
@@ -251,6 +262,20 @@ def _build(cls, values, prefix):
     return cls(**{name: _cast(known[name], value, prefix + name) for name, value in values.items()})
 
 
+_reported = set()    # keys of RENAMED_VALUES that this process has printed a line about
+
+
+def _renamed(value, path):
+    """The value that replaces `value` of an option, where it is an old one."""
+    key = path, value
+    if not isinstance(value, str) or key not in RENAMED_VALUES:
+        return value
+    if key not in _reported:
+        _reported.add(key)
+        print(f"{path}={value} no longer exists; {path}={RENAMED_VALUES[key]} is used instead", file=sys.stderr)
+    return RENAMED_VALUES[key]
+
+
 def _cast(field, value, path):
     if dataclasses.is_dataclass(field.type):
         return _build(field.type, value, path + ".")
@@ -268,7 +293,7 @@ def _cast(field, value, path):
         return float(value)
     if not _is(value, field.type):
         raise UserError(f"{path}={value!r} must be of type {field.type.__name__}")
-    return value
+    return _renamed(value, path)
 
 
 def _is(value, kind):

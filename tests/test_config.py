@@ -69,6 +69,23 @@ def test_types_and_unknown_names_are_refused():
         c.from_dict({**values, "moe": {k: v for k, v in values["moe"].items() if k != "top_k"}})
 
 
+def test_an_old_value_becomes_the_new_one_with_one_line(capsys, monkeypatch):
+    """moe.backend=virtual of an old config.json, config file or flag still builds; a second reading says nothing."""
+    monkeypatch.setattr(c, "_reported", set())
+    values = dataclasses.asdict(c.Config())
+    old = {**values, "moe": {**values["moe"], "backend": "virtual"}}
+    assert c.from_dict(old) == c.from_dict(old) == c.Config()
+    assert capsys.readouterr().err == "moe.backend=virtual no longer exists; moe.backend=auto is used instead\n"
+    with pytest.raises(c.UserError, match="moe.backend='virtually' must be one of auto"):
+        c.from_dict({**values, "moe": {**values["moe"], "backend": "virtually"}})
+
+
+def test_every_old_value_is_replaced_by_one_that_is_allowed():
+    choices = {path: field.metadata["choices"] for path, field in c.fields()}
+    for (path, old), new in c.RENAMED_VALUES.items():
+        assert new in choices[path] and old not in choices[path]
+
+
 def test_differences_name_the_option():
     new = dataclasses.replace(c.Config(), seed=3, moe=dataclasses.replace(c.MoE(), top_k=1))
     assert c.differences(c.Config(), new) == ["seed: 0 -> 3", "moe.top_k: 2 -> 1"]

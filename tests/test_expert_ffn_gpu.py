@@ -1,8 +1,7 @@
 """The Pallas Mosaic GPU kernels in interpret mode, NaN planted wherever nothing may be read, against the reference; and
-lowered for CUDA at real sizes, where no GPU is needed. And the product by virtual experts.
+lowered for CUDA at real sizes, where no GPU is needed.
 
 Interpret mode checks what is read, masked and stored; it does not model what runs at the same time on a GPU."""
-import functools
 import re
 
 import jax
@@ -13,7 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from modse_jax.moe import expert_ffn as ef
 from modse_jax.moe import expert_ffn_gpu as gpu
-from modse_jax.moe import expert_ffn_virtual, sizing
+from modse_jax.moe import sizing
 
 INTERPRET = InterpretGPUParams(uninitialized_memory="nan")
 D = 128
@@ -105,9 +104,9 @@ def test_what_it_cannot_do_names_what_would():
     with pytest.raises(ValueError, match="model.dim=192 does not divide by 128"):
         gpu.tiles_for((128,), 192, "h100", "bfloat16")
     with pytest.raises(ValueError, match="not float32; set model.dtype=bfloat16"):
-        ef.check_backend("pallas_gpu", sizing.place((128,), 1, "pairs"), (64, 128), "h100", "float32", False)
+        ef.check_backend("pallas_gpu", sizing.place((128,), 1, "pairs"), (64, 128), "h100", "float32")
     with pytest.raises(ValueError, match="tasks of tiles 128 x 64, more than"):
-        ef.check_backend("pallas_gpu", sizing.place((65536,), 1, "pairs"), (2**22, 128), "h100", "bfloat16", False)
+        ef.check_backend("pallas_gpu", sizing.place((65536,), 1, "pairs"), (2**22, 128), "h100", "bfloat16")
 
 
 def test_a_device_with_wrong_kernels_is_found(monkeypatch):
@@ -118,23 +117,3 @@ def test_a_device_with_wrong_kernels_is_found(monkeypatch):
     monkeypatch.setattr(gpu, "pallas_gpu", lambda x, *rest: right(x, *rest).at[64:128].set(0))
     with pytest.raises(RuntimeError, match="the kernels of pallas_gpu are wrong on this device: y differs"):
         ef.check_kernels("pallas_gpu", placement, 128, "h100", "bfloat16", INTERPRET)
-
-
-# ---- virtual experts ----
-
-@pytest.mark.parametrize("rows, num_rows, widths", [
-    ((70, 0, 50, 9), 140, (384, 128, 128, 256)), ((0, 0, 130, 0), 130, (384, 128, 128, 256)),
-    ((0, 0, 0, 0), 20, (384, 128, 128, 256)), ((3, 20, 11, 0), 34, (128,) * 4), ((17, 2, 40), 70, (640, 128, 256)),
-    *(random_case(seed, 128) for seed in range(4))])
-def test_virtual_experts_equal_the_reference(rows, num_rows, widths):
-    x, rows, w, dy = numbers(widths, rows, num_rows, jnp.float32, 16)
-    got = jax.jit(functools.partial(both, lambda x, w: expert_ffn_virtual.virtual(x, rows, w, widths)))(x, w, dy)
-    assert_close(got, both(lambda x, w: ef.reference(x, rows, w, widths), x, w, dy), 2e-6)
-
-
-def test_virtual_experts_refuse_widths_and_devices():
-    with pytest.raises(ValueError, match=r"widths \[96, 160\] have only 32 columns in common, at least 128"):
-        expert_ffn_virtual.chunk((160, 96))
-    with pytest.raises(ValueError, match="XLA expands a grouped product"):
-        fused = expert_ffn_virtual.fused(jax.devices()[0])
-        ef.check_backend("virtual", sizing.place((256, 128), 1, "pairs"), (64, 128), "cpu", "float32", fused)

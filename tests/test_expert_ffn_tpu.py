@@ -146,7 +146,7 @@ def test_what_cannot_be_tiled_is_refused():
     with pytest.raises(ValueError, match=r"widths \[128\] do not divide by 256"):
         tpu.tiles_for((256, 128), 256, "v6e", "float32")
     with pytest.raises(ValueError, match="more than the 50000 that fit"):
-        ef.check_backend("pallas_tpu", sizing.place((25600,) * 8, 1, "pairs"), (2**20, 128), "v5e", "bfloat16", False)
+        ef.check_backend("pallas_tpu", sizing.place((25600,) * 8, 1, "pairs"), (2**20, 128), "v5e", "bfloat16")
 
 
 def test_a_device_whose_kernels_are_wrong_is_found(monkeypatch):

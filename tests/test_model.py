@@ -1,6 +1,7 @@
 """The decoder: causality, packing, padding, depth, sampling through the cache."""
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modse_jax.config import UserError
+from modse_jax import mesh as meshes
+from modse_jax.config import Mesh, UserError
 from modse_jax.model import attention, sampling, transformer
 from tests.conftest import tiny_config
 
@@ -332,10 +334,92 @@ def test_splash_attention_is_taken_where_it_runs():
             attention.chosen("splash", shape, chip, "float32")
 
 
-def test_cudnn_attention_is_taken_where_it_runs():
-    assert attention.chosen("cudnn", (1, 256, 2, 64), "h100", "bfloat16") == "cudnn"
+def test_cudnn_attention_is_taken_where_it_runs(monkeypatch):
+    shape = 1, 256, 2, 64
+    monkeypatch.setattr(attention, "cudnn_version", lambda: 0)
+    assert attention.chosen("auto", shape, "h100", "bfloat16") == "blocks"
+    with pytest.raises(UserError, match="needs cuDNN, which jax does not find; .* take model.attention=blocks"):
+        attention.chosen("cudnn", shape, "h100", "bfloat16")
+    monkeypatch.setattr(attention, "cudnn_version", lambda: 92801)
+    for kind in ("auto", "cudnn"):
+        assert attention.chosen(kind, shape, "h100", "bfloat16") == "cudnn"
+    assert attention.chosen("blocks", shape, "h100", "bfloat16") == "blocks"
     for length, size, chip, dtype in ((256, 64, "cpu", "bfloat16"), (256, 64, "h100", "float32"),
                                       (256, 60, "h100", "bfloat16"), (256, 256, "h100", "bfloat16"),
                                       (255, 64, "h100", "bfloat16")):
         with pytest.raises(UserError, match="model.attention=cudnn needs one of h100, h200"):
             attention.chosen("cudnn", (1, length, 2, size), chip, dtype)
+        assert attention.chosen("auto", (1, length, 2, size), chip, dtype) == "blocks"
+
+
+def test_a_missing_cudnn_is_no_error(monkeypatch):
+    """Where jax has no CUDA plugin, where the library is missing, and where jax has the private function no longer."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def missing():
+        raise RuntimeError("cuDNN not found.")
+
+    assert attention.cudnn_version() == 0    # the test environment has none
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 92801)
+    assert attention.cudnn_version() == 92801
+    monkeypatch.setattr(cudnn, "check_cudnn_version", missing)
+    assert attention.cudnn_version() == 0
+    monkeypatch.delattr(cudnn, "check_cudnn_version")
+    assert attention.cudnn_version() == 0
+
+
+def test_cudnn_writes_no_gradient_of_the_mask(monkeypatch):
+    """Lowered for CUDA: the backward call returns the gradients of queries, keys and values, and its workspace."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 92801)
+    asks = getattr(cudnn, "should_export_dbias", None)
+    array = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+
+    @jax.jit
+    def gradients(q, k, v, segments):
+        return jax.grad(lambda *a: jnp.sum(attention.attend_cudnn(*a, segments).astype(jnp.float32)), (0, 1, 2))(
+            q, k, v)
+
+    text = gradients.trace(array, array, array, segments).lower(lowering_platforms=("cuda",)).as_text()
+    (results,) = re.findall(r"%\w+:(\d+) = stablehlo.custom_call @__cudnn\$fmhaScaleBiasSoftmaxBackward", text)
+    assert int(results) == 4
+    assert getattr(cudnn, "should_export_dbias", None) is asks
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_cudnn_attention_is_checked_on_its_device(heads):
+    """XLA's attention in cuDNN's place passes. Documents that see each other, scaled values and an error do not."""
+    by_xla = functools.partial(attention.attend_cudnn, implementation="xla")
+    shape = (*heads, 64)
+    attention.check_cudnn(shape, 96, by_xla)
+    wrong = "cuDNN's attention is wrong on this device: its output differs .* set --config.model.attention=blocks"
+    with pytest.raises(UserError, match=wrong):
+        attention.check_cudnn(shape, 96, lambda q, k, v, s: by_xla(q, k, v, jnp.ones_like(s)))
+
+    @jax.custom_vjp
+    def bad_gradient(q, k, v, s):
+        return by_xla(q, k, v, s)
+
+    def backward(saved, dout):
+        dq, dk, dv = jax.vjp(lambda q, k, v: by_xla(q, k, v, saved[3]), *saved[:3])[1](dout)
+        return dq, 1.1 * dk, dv, None
+
+    bad_gradient.defvjp(lambda *a: (by_xla(*a), a), backward)
+    with pytest.raises(UserError, match="gradient of keys differs"):
+        attention.check_cudnn(shape, 96, bad_gradient)
+    with pytest.raises(UserError, match="does not run on this device .* set --config.model.attention=blocks"):
+        attention.check_cudnn(shape, 96)    # cuDNN itself, on a CPU
+
+
+def test_a_run_checks_its_attention_first(monkeypatch):
+    """Training and evaluation call the check where the mesh is of a GPU with cuDNN, and only there."""
+    config = tiny_config(model=dict(dim=128, num_heads=2, dtype="bfloat16"))
+    mesh, calls = meshes.build(dataclasses.replace(config, mesh=Mesh(1, 1, 1)), jax.devices()[:1]), []
+    monkeypatch.setattr(attention, "check_cudnn", lambda *a: calls.append(a))
+    monkeypatch.setattr(attention, "cudnn_version", lambda: 92801)
+    assert transformer.check_kernels(config, mesh).attention == "blocks" and not calls
+    monkeypatch.setattr(meshes, "chip", lambda _: "h100")
+    for c in (config, transformer.for_evaluation(config)):
+        assert transformer.check_kernels(c, mesh).attention == "cudnn"
+    assert calls == 2 * [((2, 2, 64), config.data.sequence_length)]

@@ -163,7 +163,7 @@ def test_what_multiplies_is_known_before_anything_is_compiled(monkeypatch):
         monkeypatch.setattr(meshes, "chip", lambda _: chip)
         config = tiny_config(model=dict(dim=128, num_heads=2), training=dict(batch_size=moe.pop("batch", 8)),
                              moe=dict(width=width, widths=(), pairs=False, **moe), mesh=configs.Mesh(1, 1, 1))
-        return transformer.kernels(config, meshes.build(config, jax.devices()[:1]), fused=False)
+        return transformer.kernels(config, meshes.build(config, jax.devices()[:1]))
 
     assert kernels("v5e", backend="auto") == ("pallas_tpu", "blocks", "")
     backend, _, why = kernels("v5e", backend="auto", batch=2**20)

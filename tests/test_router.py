@@ -71,9 +71,9 @@ def test_layer_equals_the_numpy_loop(gate, term, top_k, count, backend):
 
 def test_renormalised_softmax_is_the_papers_gate():
     logits = jax.random.normal(jax.random.key(0), (50, 8))
-    a, b = (router.gates(logits, 3, g)[0] for g in ("top_k_softmax", "softmax_top_k_renormalised"))
+    a, b = (router.gates(logits, 3, g, "cpu")[0] for g in ("top_k_softmax", "softmax_top_k_renormalised"))
     np.testing.assert_allclose(a, b, atol=1e-6)
-    assert float(jnp.max(jnp.abs(router.gates(logits, 3, "softmax_top_k")[0] - a))) > 0.01
+    assert float(jnp.max(jnp.abs(router.gates(logits, 3, "softmax_top_k", "cpu")[0] - a))) > 0.01
 
 
 def test_balance_loss_is_k_at_balance_and_larger_elsewhere():
@@ -111,9 +111,9 @@ def test_losses_of_a_sharded_batch_are_the_whole_batchs():
     config = dataclasses.replace(MoE(), num_experts=4)
     weights = router.RouterWeights(jax.random.normal(jax.random.key(1), (16, 4)))
     x_TD, valid_T = jax.random.normal(jax.random.key(0), (24, 16)), jnp.arange(24) % 5 > 0
-    whole = jax.jit(lambda x, v: router.route(x, v, weights, config, 1e-5))(x_TD, valid_T)
+    whole = jax.jit(lambda x, v: router.route(x, v, weights, config, 1e-5, "cpu"))(x_TD, valid_T)
     reduce = functools.partial(jax.lax.psum, axis_name="i")
-    halves = jax.jit(jax.vmap(lambda x, v: router.route(x, v, weights, config, 1e-5, reduce), axis_name="i"))(
+    halves = jax.jit(jax.vmap(lambda x, v: router.route(x, v, weights, config, 1e-5, "cpu", reduce), axis_name="i"))(
         x_TD.reshape(2, 12, 16), valid_T.reshape(2, 12))
     np.testing.assert_allclose(halves.balance_loss, np.full(2, whole.balance_loss), rtol=1e-6)
     np.testing.assert_allclose(halves.z_loss, np.full(2, whole.z_loss), rtol=1e-6)
@@ -128,7 +128,7 @@ def test_descending_the_balance_loss_balances():
     valid_T = jnp.ones((200,), bool)
 
     def routed(w):
-        return router.route(x_TD, valid_T, router.RouterWeights(w), config, 1e-5)
+        return router.route(x_TD, valid_T, router.RouterWeights(w), config, 1e-5, "cpu")
 
     @jax.jit
     def descend(w):
@@ -138,3 +138,24 @@ def test_descending_the_balance_loss_balances():
         counts = jax.jit(routed)(w).statistics.counts_KE.sum(axis=0)
         return float(counts.max() / counts.mean())
     assert load(start) > 1.8 and load(descend(start)) < 1.25
+
+
+@pytest.mark.parametrize("experts", [1, 4, 7])
+def test_top_k_in_rounds_equals_jax_lax(experts):
+    """Ties, signed zeros, infinities and NaN of either sign, for every k."""
+    rng = np.random.default_rng(experts)
+    special = np.array([0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, np.copysign(np.nan, -1), 1e-40], np.float32)
+    rows = [np.full(experts, value, np.float32) for value in special]
+    rows += [rng.choice(special, experts) for _ in range(200)] + [*rng.normal(size=(20, experts)).astype(np.float32)]
+    logits_TE = jnp.asarray(np.stack(rows))
+    for k in range(1, experts + 1):
+        ids_TK = jax.jit(lambda x, k=k: router.top_k_ids_in_rounds(x, k))(logits_TE)
+        np.testing.assert_array_equal(ids_TK, jax.lax.top_k(logits_TE, k)[1])
+
+
+@pytest.mark.parametrize("chip, experts, top_k, rounds", [
+    ("cpu", 8, 2, True), ("cpu", 64, 2, True), ("cpu", 64, 8, False), ("h100", 64, 8, True), ("gpu", 64, 8, True),
+    ("h100", 64, 9, False), ("v5e", 8, 2, False)])
+def test_top_k_in_rounds_is_used_where_it_is_fast(chip, experts, top_k, rounds):
+    program = jax.make_jaxpr(lambda x: router.top_k_ids(x, top_k, chip))(jnp.zeros((3, experts)))
+    assert ("top_k" not in str(program)) == rounds

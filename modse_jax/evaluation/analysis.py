@@ -25,8 +25,7 @@ UNITS = {"entries": routing.difficult_entries, "positions": routing.difficult}  
 
 def trace(run: scoring.Run, limit: int, batch_size: int) -> routing.Trace:
     """Of every held-out token that is predicted, in order. limit: records, 0 for all."""
-    score = jax.jit(steps.make_score_step(run.config, run.mesh, trace=True),
-                    out_shardings=meshes.replicated(run.mesh))
+    score = steps.jitted_score_step(run.config, run.mesh, trace=True)
     parts = []
     for source, dataset in enumerate(run.data.datasets):
         for batch in loader.validation_batches(dataset, batch_size, run.config.model.vocab_size, limit,

@@ -22,8 +22,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
+from modse_jax import gpu_options, processes
 from modse_jax import mesh as meshes
-from modse_jax import processes
 from modse_jax.evaluation.scoring import Run
 from modse_jax.model import sampling, transformer
 from modse_jax.training import losses
@@ -302,7 +302,8 @@ class Engine:
             kind == "decode" and self.state.cache[0].shape)
         if key not in self.programs:
             start = time.perf_counter()
-            self.programs[key] = self._lower(kind, static, shapes).compile()
+            self.programs[key] = self._lower(kind, static, shapes).compile(
+                compiler_options=gpu_options.compiler_options(self.mesh.devices.flat[0]) or None)
             self.compile_seconds += time.perf_counter() - start
         return self.programs[key]
 

@@ -45,6 +45,7 @@ def open_run(workdir: pathlib.Path, step: int, batch_size: int) -> Run:
     """A checkpoint's parameters. Args: step: 0 for the newest. batch_size: sequences, spread over all devices."""
     config = read_config(workdir)
     mesh = meshes.for_batch(batch_size)
+    processes.together(lambda: transformer.check_kernels(transformer.for_evaluation(config), mesh))
     checkpoints = open_checkpoints(workdir)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=meshes.replicated(mesh)),
                             jax.eval_shape(lambda: steps.initial_state(config)))
@@ -147,7 +148,7 @@ def write(workdir: pathlib.Path, step: int, limit: int, result: dict) -> dict:
 
 def validate(run: Run, limit: int, batch_size: int) -> tuple[dict, list[dict]]:
     """Loss over the held-out records, and routing by layer."""
-    score = jax.jit(steps.make_score_step(run.config, run.mesh), out_shardings=meshes.replicated(run.mesh))
+    score = steps.jitted_score_step(run.config, run.mesh)
     scored = {}
     for dataset in run.data.datasets:
         batches = loader.validation_batches(dataset, batch_size, run.config.model.vocab_size, limit,

@@ -3,13 +3,15 @@
 Legend: B batch, P padded prompt length, V vocabulary.
 """
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from modse_jax import gpu_options
 
 
 class Settings(NamedTuple):
@@ -39,14 +41,26 @@ def stream(graph, params, prompts: Sequence[Sequence[int]], max_new_tokens: int,
     if not all(len(p) for p in prompts):
         raise ValueError("a prompt needs at least one token")
     tokens_BP, lengths_B = padded(prompts, 1 << (max(map(len, prompts)) - 1).bit_length(), pad_id)
-    state = prefill(graph, params, tokens_BP, lengths_B, max_new_tokens)
+    prefill_here, decode_here = _programs(jax.tree.leaves(params)[0].devices().pop())
+    state = prefill_here(graph, params, tokens_BP, lengths_B, max_new_tokens)
     keys = jax.random.split(key, max_new_tokens)
     for first in range(0, max_new_tokens, chunk):
         ended = np.asarray(state.done_B)
-        state, tokens_BN = decode(graph, params, state, keys[first:first + chunk], settings, pad_id, eos_id)
+        state, tokens_BN = decode_here(graph, params, state, keys[first:first + chunk], settings, pad_id, eos_id)
         yield [[] if over else _until(row, eos_id) for over, row in zip(ended, np.asarray(tokens_BN).tolist())]
         if np.asarray(state.done_B).all():
             return
+
+
+@functools.cache
+def _programs(device: jax.Device) -> tuple[Callable, Callable]:
+    """Returns `prefill` and `decode` for a device, compiled with its options where it has any. Options are of the
+    outermost jit: the functions themselves may be part of another program."""
+    options = gpu_options.compiler_options(device)
+    if not options:
+        return prefill, decode
+    return (jax.jit(prefill.__wrapped__, static_argnums=(0, 4), compiler_options=options),
+            jax.jit(decode.__wrapped__, static_argnums=(0, 4, 5, 6), compiler_options=options))
 
 
 def padded(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:

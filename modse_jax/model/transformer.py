@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modse_jax import mesh as meshes
 from modse_jax.config import ANYWHERE, Config, UserError
-from modse_jax.model import attention
+from modse_jax.model import attention, embedding
 from modse_jax.moe import expert_ffn, layer
 from modse_jax.moe.router import ROUTING, RouterStatistics
 
@@ -35,17 +35,34 @@ class Kernels(NamedTuple):
     why: str
 
 
-def kernels(config: Config, mesh: Mesh, fused: bool) -> Kernels:
-    """Raises UserError where what is asked for does not run on the mesh. fused: see expert_ffn.check_backend."""
+def kernels(config: Config, mesh: Mesh) -> Kernels:
+    """Raises UserError where what is asked for does not run on the mesh."""
     m, chip, placement = config.model, meshes.chip(mesh), meshes.placement(config, mesh)
     job = config.moe.backend, placement, (layer.rows_at_once(config, mesh), m.dim), chip, m.dtype
     try:
-        expert_ffn.check_backend(*job, fused)
+        expert_ffn.check_backend(*job)
     except ValueError as error:
         raise UserError(str(error)) from None
     experts, why = expert_ffn.chosen(*job)
     shape = 1, config.data.sequence_length, m.num_heads, m.dim // m.num_heads
     return Kernels(experts, attention.chosen(m.attention, shape, chip, m.dtype), why)
+
+
+def check_kernels(config: Config, mesh: Mesh) -> Kernels:
+    """Returns `kernels(config, mesh)` after those that have never run on hardware were checked on this device."""
+    m, found = config.model, kernels(config, mesh)
+    if found.experts in expert_ffn.KERNELS:
+        try:
+            expert_ffn.check_kernels(found.experts, meshes.placement(config, mesh), m.dim, meshes.chip(mesh), m.dtype)
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(f"the kernels of moe.backend={found.experts} do not run on this device "
+                            f"({str(error).splitlines()[0][:200]}); set --config.moe.backend=blocked") from None
+        except RuntimeError as error:    # wrong numbers
+            raise UserError(str(error)) from None
+    if found.attention == "cudnn":
+        attention.check_cudnn((m.num_heads, m.num_kv_heads or m.num_heads, m.dim // m.num_heads),
+                              config.data.sequence_length)
+    return found
 
 
 def build(config: Config, mesh: Mesh | None = None) -> "Transformer":
@@ -140,19 +157,14 @@ class Transformer(nnx.Module):
         return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
 
     def _embed(self, tokens_BL):
-        x_BLD = self._looked_up(tokens_BL)
-        if self.config.tie_embeddings:    # small enough for logits, too small beside a block's output (as in Gemma)
-            x_BLD = x_BLD * self.config.dim**0.5
-        return self._spread(x_BLD.astype(self.config.dtype))
-
-    def _looked_up(self, tokens_BL):
-        """Every device looks up its part of the model width for the tokens of all that share the embedding, and the
-        parts are exchanged axis by axis: else XLA gathers the embedding, and adds up all of its gradient everywhere."""
-        if self.mesh is None:
-            return self.embedding[...][tokens_BL]
-        x_BLD = self.embedding[...][self._constrained(tokens_BL, meshes.DATA)]
-        x_BLD = self._constrained(x_BLD, meshes.DATA, None, meshes.RULES["embed"])
-        return self._constrained(x_BLD, (meshes.DATA, meshes.FSDP), None, meshes.EXPERT)
+        """Looks up the tokens; then the parts of the model width are exchanged axis by axis: else XLA gathers the
+        embedding, and adds up all of its gradient everywhere."""
+        # A tied embedding is small enough for logits, but too small beside a block's output (as in Gemma).
+        scale = self.config.dim**0.5 if self.config.tie_embeddings else 1.0
+        x_BLD = embedding.look_up(self.embedding[...], tokens_BL, jnp.dtype(self.config.dtype), scale, self.mesh)
+        if self.mesh is not None:
+            x_BLD = self._constrained(x_BLD, (meshes.DATA, meshes.FSDP), None, meshes.EXPERT)
+        return self._spread(x_BLD)
 
     def _constrained(self, array, *axes):
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*axes)))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modse_jax.moe import expert_ffn_gpu, expert_ffn_tpu, expert_ffn_virtual, sizing
+from modse_jax.moe import expert_ffn_gpu, expert_ffn_tpu, sizing
 from modse_jax.moe.expert_ffn_blocked import Blocks, blocked
 
 
@@ -26,19 +26,11 @@ class ExpertWeights(NamedTuple):
 KERNELS = {"pallas_tpu": expert_ffn_tpu, "pallas_gpu": expert_ffn_gpu}
 
 
-def check_backend(backend: str, placement: sizing.Placement, shape: tuple[int, int], chip: str, dtype: str,
-                  fused: bool) -> None:
+def check_backend(backend: str, placement: sizing.Placement, shape: tuple[int, int], chip: str, dtype: str) -> None:
     """Raises ValueError, naming what would do, where a backend cannot multiply rows of a shape [N, D] and this type
-    with these widths on this chip (mesh.chip). fused: whether XLA multiplies groups in one kernel there
-    (expert_ffn_virtual.fused)."""
+    with these widths on this chip (mesh.chip)."""
     if backend in KERNELS:
         _tiles(backend, placement, shape, chip, dtype)
-    if backend == "virtual":
-        for widths in placement.widths:
-            expert_ffn_virtual.chunk(widths)
-        if not fused:
-            raise ValueError(f"moe.backend=virtual: on this {chip} XLA expands a grouped product (lax.ragged_dot) into "
-                             "one of every row with every expert; backends that run anywhere: auto, blocked, reference")
 
 
 def _tiles(backend, placement, shape, chip, dtype):
@@ -125,9 +117,8 @@ def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, place
     if backend in KERNELS:
         tiles = _tiles(backend, placement, x_ND.shape, chip, str(x_ND.dtype))
         return getattr(KERNELS[backend], backend)(x_ND, rows_E, *weights, shard, placement, tiles)
-    if backend in ("reference", "virtual"):
-        way = reference if backend == "reference" else expert_ffn_virtual.virtual
-        ways = [functools.partial(way, widths=widths) for widths in placement.widths]
+    if backend == "reference":
+        ways = [functools.partial(reference, widths=widths) for widths in placement.widths]
         return jax.lax.switch(shard, ways, x_ND, rows_E, weights)
     return blocked(x_ND, rows_E, *weights, shard, placement, blocks, chip)
 

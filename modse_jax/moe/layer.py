@@ -50,8 +50,8 @@ class MoELayer(nnx.Module):
     def choices(self, x_BLD):
         """(gates_BLK, ids_BLK) of every token: the same as __call__'s, for looking at."""
         logits_TE = router.gate_logits(x_BLD.reshape(-1, x_BLD.shape[-1]), self._router(), self.eps)
-        return tuple(a.reshape(*x_BLD.shape[:2], -1) for a in router.gates(logits_TE, self.config.top_k,
-                                                                           self.config.gate))
+        gates_and_ids = router.gates(logits_TE, self.config.top_k, self.config.gate, meshes.chip(self.mesh))
+        return tuple(a.reshape(*x_BLD.shape[:2], -1) for a in gates_and_ids)
 
     def _router(self):
         if self.config.gate_term == "learned":
@@ -61,7 +61,7 @@ class MoELayer(nnx.Module):
     def _local(self, x_BLD, valid_BL, routed, experts, reduce):
         """On one device: its tokens, all of the router, its share of the experts."""
         x_TD, valid_T = x_BLD.reshape(-1, x_BLD.shape[-1]), valid_BL.reshape(-1)
-        routing = router.route(x_TD, valid_T, routed, self.config, self.eps, reduce)
+        routing = router.route(x_TD, valid_T, routed, self.config, self.eps, meshes.chip(self.mesh), reduce)
         experts = self._whole_width(expert_ffn.ExpertWeights(*(w.astype(x_BLD.dtype) for w in experts)))
         if len(self.placement.experts) == 1:
             y_TD, dropped = self._experts(x_TD, routing.gates_TK, routing.ids_TK, valid_T, experts, 0)

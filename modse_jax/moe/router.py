@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from modse_jax import chips
 from modse_jax.config import MoE
 
 ROUTING = "routing"    # the name under which rematerialisation keeps the chosen experts
@@ -49,14 +50,48 @@ def gate_logits(x_TD: jax.Array, weights: RouterWeights, eps: float) -> jax.Arra
     return logits_TE + term_TE / rms_T1 * weights.noise_scale[None, :]
 
 
-def gates(logits_TE: jax.Array, top_k: int, gate: str) -> tuple[jax.Array, jax.Array]:
-    """Gates and ids [T, K] of the k largest logits.
+def top_k_ids(logits_TE: jax.Array, top_k: int, chip: str) -> jax.Array:
+    """Returns the ids [T, K] of the k largest logits, as `jax.lax.top_k` orders them: largest first, the lowest id
+    among equal ones, 0 above -0, and NaN above infinity (or below -infinity where its sign bit is set).
+
+    Args: chip: see meshes.chip.
+
+    XLA for GPU makes `lax.top_k` of a few experts a sort with one block of threads per
+    token; k rounds of a maximum fuse into one or two kernels, so they are used there up to k = 8. On CPU they are 5
+    times as fast at 8 experts and k = 2, as fast at 64 and k = 2, and slower beyond: up to k * E = 128 they are used.
+    TPUs keep `lax.top_k`.
+    """
+    E = logits_TE.shape[1]
+    if (chips.is_gpu(chip) and top_k <= 8) or (chip == "cpu" and top_k * E <= 128):
+        return top_k_ids_in_rounds(logits_TE, top_k)
+    return jax.lax.top_k(logits_TE, top_k)[1]
+
+
+def top_k_ids_in_rounds(logits_TE: jax.Array, top_k: int) -> jax.Array:
+    """Returns what `jax.lax.top_k` of float32 numbers does, by k rounds of a maximum."""
+    bits_TE = jax.lax.bitcast_convert_type(logits_TE, jnp.int32)
+    # Integers that are in the order of the floats. The smallest one marks experts that are taken; it belongs to one of
+    # the NaNs, which shares the next integer with another.
+    taken = jnp.iinfo(jnp.int32).min
+    keys_TE = jnp.maximum(jnp.where(bits_TE < 0, bits_TE ^ 0x7FFFFFFF, bits_TE), taken + 1)
+    id_TE = jax.lax.broadcasted_iota(jnp.int32, logits_TE.shape, 1)
+    ids = []
+    for _ in range(top_k):
+        largest_T1 = jnp.max(keys_TE, axis=1, keepdims=True)
+        id_T1 = jnp.min(jnp.where(keys_TE == largest_T1, id_TE, logits_TE.shape[1]), axis=1, keepdims=True)
+        keys_TE = jnp.where(id_TE == id_T1, taken, keys_TE)
+        ids.append(id_T1)
+    return jnp.concatenate(ids, axis=1)
+
+
+def gates(logits_TE: jax.Array, top_k: int, gate: str, chip: str) -> tuple[jax.Array, jax.Array]:
+    """Gates and ids [T, K] of the k largest logits. chip: see `top_k_ids`.
 
     top_k_softmax: softmax over the kept logits (MoDSE, Eq. 5-6). softmax_top_k: softmax over all, then keep k, so that
     the gates sum to less than 1 (Switch, OLMoE). softmax_top_k_renormalised: the same divided by its sum; equal to the
     first in exact arithmetic, kept because other stacks compute it so.
     """
-    ids_TK = checkpoint_name(jax.lax.top_k(jax.lax.stop_gradient(logits_TE), top_k)[1], ROUTING)
+    ids_TK = checkpoint_name(top_k_ids(jax.lax.stop_gradient(logits_TE), top_k, chip), ROUTING)
     chosen_TKE = ids_TK[:, :, None] == jnp.arange(logits_TE.shape[1])[None, None, :]
 
     def kept(values_TE):    # no gather: its gradient would be a scatter
@@ -84,7 +119,7 @@ def balance_loss(counts_KE: jax.Array, probability_sum_E: jax.Array, tokens: jax
     return counts_KE.shape[1] * jnp.sum(fraction_E * probability_sum_E / tokens)
 
 
-def route(x_TD: jax.Array, valid_T: jax.Array, weights: RouterWeights, config: MoE, eps: float,
+def route(x_TD: jax.Array, valid_T: jax.Array, weights: RouterWeights, config: MoE, eps: float, chip: str,
           reduce: Callable = lambda sums: sums) -> Routing:
     """Routes every token; those with valid_T False get gates too, but count for nothing in losses and statistics.
 
@@ -93,7 +128,7 @@ def route(x_TD: jax.Array, valid_T: jax.Array, weights: RouterWeights, config: M
     """
     x_TD = jnp.where(valid_T[:, None], x_TD, 0)    # NaN in padding would reach the weights' gradient as 0 * NaN
     logits_TE = gate_logits(x_TD, weights, eps)
-    gates_TK, ids_TK = gates(logits_TE, config.top_k, config.gate)
+    gates_TK, ids_TK = gates(logits_TE, config.top_k, config.gate, chip)
     log_p_TE = jax.nn.log_softmax(logits_TE, axis=-1)
     p_TE = jnp.exp(log_p_TE)
     z_T = jax.nn.logsumexp(logits_TE, axis=-1)

@@ -34,7 +34,7 @@ from modse_jax.config import (
 from modse_jax.data import loader, prepare, tokenizers
 from modse_jax.lock import Lock
 from modse_jax.model import accounting, transformer
-from modse_jax.moe import expert_ffn, expert_ffn_virtual, sizing
+from modse_jax.moe import sizing
 from modse_jax.training import metrics, validation
 from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints, Found
@@ -95,7 +95,7 @@ def _train(config, workdir, stop, locks):
         train_step = steps.compiled(config, mesh)
         seconds = time.monotonic() - compile_start
         processes.together(lambda: _check_memory(train_step, mesh))
-    score = jax.jit(steps.make_score_step(config, mesh), out_shardings=meshes.replicated(mesh))
+    score = steps.jitted_score_step(config, mesh)
     peak = accounting.peak_flops(mesh.devices.flat)
 
     # ---- workdir: from here on the run writes ------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def _checked(config, workdir):
     """(mesh, placement, abstract state, kernels), after every check that can be made before data is read."""
     mesh = meshes.build(config)
     placement = meshes.placement(config, mesh)
-    kernels = _check_kernels(config, placement, mesh)
+    kernels = transformer.check_kernels(config, mesh)
     _check_workdir(workdir, config)
     loader.check_source(config, workdir)
     abstract = steps.abstract_state(config, mesh)
@@ -398,16 +398,6 @@ def memory_line(compiled, abstract, seconds: float) -> str:
     peak = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes if analysis else state
     return (f"memory per device: state {state / 2**20:,.0f} MiB, at most about {peak / 2**20:,.0f} MiB in a step; "
             f"compiled in {seconds:.0f} s")
-
-
-def _check_kernels(config, placement, mesh):
-    """(transformer.Kernels, those that have never yet run on hardware checked on this device)."""
-    fused = config.moe.backend == "virtual" and processes.from_first(
-        lambda: expert_ffn_virtual.fused(mesh.local_devices[0]))
-    kernels = transformer.kernels(config, mesh, fused)
-    if kernels.experts in expert_ffn.KERNELS:
-        expert_ffn.check_kernels(kernels.experts, placement, config.model.dim, meshes.chip(mesh), config.model.dtype)
-    return kernels
 
 
 def _check_workdir(workdir, config):

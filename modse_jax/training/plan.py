@@ -69,7 +69,7 @@ def plan(config: Config, name: str) -> dict:
     chip, topology, count = parse(name)
     devices = _tpu_devices(topology) if topology else jax.devices()[:count]
     mesh = meshes.build(config, devices)
-    transformer.kernels(config, mesh, fused=True)    # whether XLA's product is, only the device can say
+    transformer.kernels(config, mesh)
     state = steps.abstract_state(config, mesh)
     row = dict.fromkeys(FIELDS)
     row.update(topology=name, devices=mesh.size, mesh={a: mesh.shape[a] for a in meshes.AXES},

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from modse_jax import gpu_options
 from modse_jax import mesh as meshes
 from modse_jax.config import Config, UserError
 from modse_jax.model import transformer
@@ -67,14 +68,21 @@ def first_state(config: Config, mesh) -> State:
 def compiled(config: Config, mesh, options: dict | None = None):
     """The compiled training step of a config on a mesh, its state donated: what is run, planned and timed.
 
-    Args: options: of XLA. Raises: UserError where a TPU slice cannot send rows, which only its compiler knows."""
+    Args: options: of XLA, besides those of gpu_options on GPU.
+    Raises: UserError where a TPU slice cannot send rows, which only its compiler knows."""
+    options = {**compiler_options(mesh), **(options or {})}
     try:
-        return _lowered(config, mesh).compile(compiler_options=options)
+        return _lowered(config, mesh).compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
         if "Ragged all-to-all is currently not supported" not in str(error):
             raise
         raise UserError("this TPU slice has no ragged all-to-all (its links do not close rings); take another "
                         "topology, or moe.exchange=gather") from None
+
+
+def compiler_options(mesh) -> dict[str, str | int]:
+    """Returns XLA's options for programs on a mesh (None: on the default device)."""
+    return gpu_options.compiler_options(mesh.devices.flat[0] if mesh is not None else jax.devices()[0])
 
 
 def _lowered(config, mesh):
@@ -212,6 +220,12 @@ def _same_bits(a, b):
         x, y = (jax.lax.bitcast_convert_type(v, jnp.uint32) for v in (x, y))
         return jnp.all(x == y)
     return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(same, a, b))))
+
+
+def jitted_score_step(config: Config, mesh, trace: bool = False) -> Callable:
+    """Returns `make_score_step` under jax.jit, its results on every device."""
+    return jax.jit(make_score_step(config, mesh, trace), out_shardings=meshes.replicated(mesh),
+                   compiler_options=compiler_options(mesh) or None)
 
 
 def make_score_step(config: Config, mesh=None, trace: bool = False) -> Callable:
