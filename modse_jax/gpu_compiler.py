@@ -14,12 +14,15 @@ because an environment that holds them tries to start a GPU in every process. On
 that calls `load_compiler` puts that folder on its path.
 """
 
+import collections
 import contextlib
 import functools
 import importlib
 import importlib.metadata
+import os
 import pathlib
 import platform
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -56,60 +59,60 @@ class GpuTarget(NamedTuple):
 # prices are computed with are in chips.CHIPS.
 GPU_TARGETS = {
     "a100": GpuTarget(
-        "NVIDIA A100-SXM4-80GB",
-        (8, 0),
-        False,
-        108,
-        166_912,
-        167_936,
-        85_100_068_864,
-        2_039_040_000_000,
-        41_943_040,
-        1.41,
-        64,
-        12,
+        device_kind="NVIDIA A100-SXM4-80GB",
+        compute_capability=(8, 0),
+        accelerated=False,
+        multiprocessors=108,
+        shared_memory_per_block=166_912,
+        shared_memory_per_multiprocessor=167_936,
+        memory_bytes=85_100_068_864,
+        memory_bandwidth=2_039_040_000_000,
+        l2_cache_bytes=41_943_040,
+        clock_ghz=1.41,
+        float32_lanes=64,
+        nvlinks=12,
     ),
     "b200": GpuTarget(
-        "NVIDIA B200",
-        (10, 0),
-        True,
-        148,
-        232_448,
-        233_472,
-        191_514_411_008,
-        7_672_320_000_000,
-        132_644_864,
-        1.965,
-        128,
-        18,
+        device_kind="NVIDIA B200",
+        compute_capability=(10, 0),
+        accelerated=True,
+        multiprocessors=148,
+        shared_memory_per_block=232_448,
+        shared_memory_per_multiprocessor=233_472,
+        memory_bytes=191_514_411_008,
+        memory_bandwidth=7_672_320_000_000,
+        l2_cache_bytes=132_644_864,
+        clock_ghz=1.965,
+        float32_lanes=128,
+        nvlinks=18,
     ),
     "h100": GpuTarget(
-        "NVIDIA H100 80GB HBM3",
-        (9, 0),
-        True,
-        132,
-        232_448,
-        233_472,
-        84_942_979_072,
-        3_352_320_000_000,
-        52_428_800,
-        1.98,
-        128,
-        18,
+        device_kind="NVIDIA H100 80GB HBM3",
+        compute_capability=(9, 0),
+        accelerated=True,
+        multiprocessors=132,
+        shared_memory_per_block=232_448,
+        shared_memory_per_multiprocessor=233_472,
+        memory_bytes=84_942_979_072,
+        memory_bandwidth=3_352_320_000_000,
+        l2_cache_bytes=52_428_800,
+        clock_ghz=1.98,
+        float32_lanes=128,
+        nvlinks=18,
     ),
     "h200": GpuTarget(
-        "NVIDIA H200",
-        (9, 0),
-        True,
-        132,
-        232_448,
-        233_472,
-        151_397_597_184,
-        4_800_000_000_000,
-        52_428_800,
-        1.98,
-        128,
-        18,
+        device_kind="NVIDIA H200",
+        compute_capability=(9, 0),
+        accelerated=True,
+        multiprocessors=132,
+        shared_memory_per_block=232_448,
+        shared_memory_per_multiprocessor=233_472,
+        memory_bytes=151_397_597_184,
+        memory_bandwidth=4_800_000_000_000,
+        l2_cache_bytes=52_428_800,
+        clock_ghz=1.98,
+        float32_lanes=128,
+        nvlinks=18,
     ),
 }
 
@@ -212,6 +215,10 @@ def load_compiler() -> None:
     if folder is not None:
         sys.path.append(str(folder))
         importlib.invalidate_caches()
+    plugin = importlib.import_module("jax_cuda13_plugin")
+    # Mosaic looks for its runtime when it is imported, which may have been before this.
+    runtime = pathlib.Path(plugin.__file__).parent / "libmosaic_gpu_runtime.so"
+    os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(runtime)
     _register_with_jax()
 
 
@@ -299,3 +306,137 @@ def assume_cudnn() -> Iterator[None]:
         yield
     finally:
         fused_attention_stablehlo.check_cudnn_version = asks
+
+
+class Launches(NamedTuple):
+    """What the host does in one run of a compiled program, per device."""
+
+    kernels: float  # kernels, library calls and copies, inside and outside CUDA graphs
+    collectives: float
+    graphs: float  # launches of CUDA graphs
+    host_waits: float  # times the host waits for a number from the device
+    open_loops: int  # loops whose end is data, outside CUDA graphs
+    iterations: float  # assumed of each loop whose end is data
+
+
+# Thunks that launch nothing of their own. Every other kind is counted as a kernel.
+_CONTAINERS = {
+    "kSequential", "kCommandBuffer", "kWhile", "kConditional", "kDynamicSliceFusion",
+    "kAsyncStart", "kAsyncDone", "kPartitionId", "kReplicaId", "kWaitForStreams",
+}  # fmt: skip
+_COLLECTIVES = {
+    "kAllGather", "kAllReduce", "kReduceScatter", "kAllToAll", "kRaggedAllToAll",
+    "kCollectivePermute", "kCollectiveBroadcast", "kCollectiveGroup",
+}  # fmt: skip
+
+
+class _Thunk(NamedTuple):
+    kind: str
+    number: int
+    indent: int
+    condition: list["_Thunk"]
+    children: list["_Thunk"]
+
+
+def read_launches(folder: str | pathlib.Path, iterations: float = 1.0) -> Launches:
+    """Counts what one run of a program launches, from what XLA wrote with `dump_to`.
+
+    A loop with a known trip count runs that often. The end of the other loops is data: the host
+    reads their condition before every iteration, unless the whole loop is in a CUDA graph.
+    `iterations` is assumed for each of them, at every level of nesting.
+
+    Raises FileNotFoundError if XLA wrote no such list.
+    """
+    folder = pathlib.Path(folder)
+    thunks = _largest_file(folder, "*.thunk_sequence_after_thunk_passes.txt").read_text()
+    metadata = _largest_file(folder, "*.thunk_metadata.txt").read_text()
+    hlo = _largest_file(folder, "*gpu_after_optimizations.txt").read_text()
+    return count_launches(thunks, metadata, hlo, iterations)
+
+
+def _largest_file(folder: pathlib.Path, pattern: str) -> pathlib.Path:
+    """Returns the largest match: the program itself, beside small ones such as constants."""
+    matches = sorted(folder.glob(pattern), key=lambda file: file.stat().st_size)
+    if not matches:
+        raise FileNotFoundError(f"XLA wrote no {pattern} into {folder}")
+    return matches[-1]
+
+
+def count_launches(thunks: str, metadata: str, hlo: str, iterations: float = 1.0) -> Launches:
+    """`read_launches` of the texts of XLA's list of thunks, their metadata, and the HLO."""
+    trip_counts = _trip_counts(metadata, hlo)
+    total = collections.Counter()
+
+    def visit(thunk: _Thunk, times: float, in_graph: bool) -> None:
+        if thunk.kind == "kWhile":
+            known = trip_counts.get(thunk.number)
+            runs = iterations if known is None else known
+            if known is None and not in_graph:
+                total["open_loops"] += 1
+                total["host_waits"] += times * (runs + 1)
+            for child in thunk.condition:
+                visit(child, times * (runs + 1), in_graph)
+            for child in thunk.children:
+                visit(child, times * runs, in_graph)
+            return
+        if thunk.kind == "kCommandBuffer":
+            total["graphs"] += 0 if in_graph else times
+            in_graph = True
+        elif thunk.kind == "kConditional":
+            total["host_waits"] += 0 if in_graph else times
+        elif thunk.kind in _COLLECTIVES:
+            total["collectives"] += times
+        elif thunk.kind not in _CONTAINERS:
+            total["kernels"] += times
+        for child in thunk.children:
+            visit(child, times, in_graph)
+
+    for thunk in _parse_thunks(thunks):
+        visit(thunk, 1.0, False)
+    return Launches(
+        kernels=total["kernels"],
+        collectives=total["collectives"],
+        graphs=total["graphs"],
+        host_waits=total["host_waits"],
+        open_loops=total["open_loops"],
+        iterations=iterations,
+    )
+
+
+def _parse_thunks(text: str) -> list[_Thunk]:
+    """Returns the outermost thunks. Indentation shows what is inside what; a loop lists its
+    condition first, after a line `condition:` that is not indented, and then its `body:`."""
+    root = _Thunk("root", -1, -1, [], [])
+    stack = [root]
+    in_condition = False
+    for line in text.splitlines():
+        if line.strip() in ("condition:", "body:"):
+            in_condition = line.strip() == "condition:"
+            continue
+        match = re.match(r"( *)(\d+): (k\w+)", line)
+        if not match:
+            continue
+        thunk = _Thunk(match.group(3), int(match.group(2)), len(match.group(1)), [], [])
+        while stack[-1].indent >= thunk.indent:
+            stack.pop()
+        parent = stack[-1]
+        of_condition = parent.kind == "kWhile" and in_condition
+        (parent.condition if of_condition else parent.children).append(thunk)
+        stack.append(thunk)
+    return root.children
+
+
+def _trip_counts(metadata: str, hlo: str) -> dict[int, int]:
+    """Returns {thunk: trip count} of the loops whose trip count XLA knows."""
+    known = {}
+    for name, rest in re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = .* while\((.*)", hlo, re.MULTILINE):
+        count = re.search(r'known_trip_count":\s*\{"n":\s*"(\d+)"', rest)
+        if count:
+            known[name] = int(count.group(1))
+    counts = {}
+    for block in re.findall(r"thunk_metadata \{(.*?)\n\}", metadata, re.DOTALL):
+        name = re.search(r'profile_annotation: "([^"]*)"', block)
+        number = re.search(r"thunk_id: (\d+)", block)
+        if "kWhile" in block and name and number and name.group(1) in known:
+            counts[int(number.group(1))] = known[name.group(1)]
+    return counts
