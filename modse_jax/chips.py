@@ -13,6 +13,9 @@ class Chip(NamedTuple):
     terabytes: float          # memory bandwidth, TB/s
     gigabytes: float          # memory that a program can have, GiB
     link_terabytes: float     # sent by all links of a chip together, TB/s, one direction
+    # Sent by a GPU to other hosts, TB/s. This is an assumption about the cluster: one network adapter per GPU, of
+    # 400 Gb/s, and of 200 Gb/s beside an A100, as in NVIDIA's DGX. The links of a TPU slice join its hosts, too.
+    network_terabytes: float | None = None
 
 
 CHIPS = {
@@ -21,10 +24,10 @@ CHIPS = {
     "v5p": Chip(("TPU v5",), 459, 2.46, 95.74, 0.6),
     "v6e": Chip(("TPU v6",), 920, 1.64, 31.25, 0.448),
     "v7x": Chip(("TPU7x",), 2310, 7.4, 192, 0.6),
-    "h100": Chip(("H100", "GH200"), 989, 3.35, 79, 0.45),    # before h200, whose name is part of GH200's
-    "h200": Chip(("H200",), 989, 4.8, 139, 0.45),
-    "a100": Chip(("A100",), 312, 2.0, 79, 0.3),
-    "b200": Chip(("B200",), 2250, 8.0, 178, 0.9),
+    "h100": Chip(("H100", "GH200"), 989, 3.35, 79, 0.45, 0.05),    # before h200, whose name is part of GH200's
+    "h200": Chip(("H200",), 989, 4.8, 139, 0.45, 0.05),
+    "a100": Chip(("A100",), 312, 2.0, 79, 0.3, 0.025),
+    "b200": Chip(("B200",), 2250, 8.0, 178, 0.9, 0.05),
 }
 
 

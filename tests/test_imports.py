@@ -10,7 +10,7 @@ LAYERS = [
     {"modse_jax.config"},
     {"modse_jax.lock"},
     {"modse_jax.moe.router", "modse_jax.moe.dispatch", "modse_jax.moe.exchange", "modse_jax.moe.expert_ffn"},
-    {"modse_jax.processes"},
+    {"modse_jax.processes", "modse_jax.gpu_compiler"},
     {"modse_jax.mesh", "modse_jax.command_line"},
     {"modse_jax.moe.layer"},
     {"modse_jax.model"},

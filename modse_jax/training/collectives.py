@@ -1,17 +1,20 @@
-"""What a compiled step sends between devices, counted from its HLO text, loops included.
+"""Counts what a compiled step sends between devices, from its HLO text, loops included.
 
 Bytes are those that a device sends in a ring: of an all-gather or reduce-scatter over n devices (n - 1) / n of the
-whole array, of an all-reduce twice that, of an all-to-all (n - 1) / n of what it holds; of a ragged one too, as if
-every device were sent as many rows as the next.
+whole array, of an all-reduce twice that, of an all-to-all (n - 1) / n of its operand. A ragged all-to-all is counted
+as if every device received equally many rows.
 """
 import collections
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
-         "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2,
+         "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8}
 
 
 class Collective(NamedTuple):
@@ -19,34 +22,56 @@ class Collective(NamedTuple):
     bytes: float        # sent by a device, each time
     times: int          # in a step
     group: int          # devices
-    shape: str          # of what it makes; several, where XLA has joined several
+    shape: str          # of the result; several, where XLA has joined several collectives
     source: str         # op_name: where it comes from
+    groups: tuple[tuple[int, ...], ...]    # device numbers that exchange with each other
 
 
-def collectives(hlo: str) -> list[Collective]:
-    """Every collective of a compiled program, with how often it runs.
+class Reading(NamedTuple):
+    collectives: list[Collective]
+    unknown: list[str]    # why a collective is not among them, a sentence each
 
-    A loop runs as often as its condition compares its counter with a constant; what is inside a loop whose end is data
-    is counted once a turn, for one turn: such loops of ours hold no collective, else this raises ValueError.
+
+class _NotUnderstood(Exception):
+    """The reason why a line with a collective cannot be counted."""
+
+
+def read(hlo: str) -> Reading:
+    """Returns every collective of a compiled program with how often it runs, and what was not understood.
+
+    A loop runs as often as its condition compares its counter with a constant. A collective in a loop whose end is
+    data is not counted but reported.
     """
     bodies = _computations(hlo)
     times = _times(bodies)
-    out, chains = [], set()
+    found, unknown, chains = [], [], set()
     for name, lines in bodies.items():
         for line in lines:
-            found = _one(line, times[name], lines)
-            if found is None or found.times == 0:
+            try:
+                one = _one(line, times[name], lines)
+            except _NotUnderstood as reason:
+                unknown.append(f"{reason}: {line.strip()[:200]}")
+                continue
+            if one is None:
                 continue
             if name.startswith("all-reduce-scatter"):    # so a TPU writes a reduce-scatter, and sends half
-                found = found._replace(kind="reduce-scatter", bytes=found.bytes / 2)
+                one = one._replace(kind="reduce-scatter", bytes=one.bytes / 2)
             chain = re.search(r'chain_id="(\d+)"', line)    # a TPU spreads one collective over pieces of its neighbours
             if chain:
-                piece = (found.kind, chain.group(1))
+                piece = (one.kind, chain.group(1))
                 if piece in chains:
                     continue
                 chains.add(piece)
-            out.append(found)
-    return out
+            found.append(one)
+    return Reading(found, unknown)
+
+
+def collectives(hlo: str) -> list[Collective]:
+    """The collectives of `read`. Raises ValueError where one is not understood."""
+    found, unknown = read(hlo)
+    if unknown:
+        raise ValueError("; ".join(unknown))
+    return found
 
 
 def bytes_by_kind(found: list[Collective]) -> dict[str, float]:
@@ -55,6 +80,27 @@ def bytes_by_kind(found: list[Collective]) -> dict[str, float]:
     for c in found:
         out[c.kind] += c.bytes * c.times
     return {kind: float(out[kind]) for kind in KINDS if out[kind]}
+
+
+def bytes_between_hosts(found: list[Collective], devices_per_host: int) -> float:
+    """Returns the bytes that a device must send to other hosts in a step; device i is on host i // devices_per_host.
+
+    An all-to-all sends to every peer alike. A gather or reduction can stay inside the hosts but for one copy of the
+    result, which the devices of a host send in equal parts: the least that any algorithm needs.
+    """
+    return float(sum(c.bytes * c.times * max(_share_between_hosts(c.kind, group, devices_per_host)
+                                             for group in c.groups) for c in found))
+
+
+def _share_between_hosts(kind: str, group: Sequence[int], devices_per_host: int) -> float:
+    devices, on_host = len(group), collections.Counter(device // devices_per_host for device in group)
+    if len(on_host) == 1:
+        return 0.0
+    if kind == "collective-permute":
+        return 1.0
+    if kind in ("all-to-all", "ragged-all-to-all"):
+        return (devices - min(on_host.values())) / (devices - 1)
+    return (len(on_host) - 1) / (devices - 1)
 
 
 def _computations(hlo):
@@ -84,6 +130,8 @@ def _times(bodies):
                 continue    # the computation of the start
             else:
                 for callee in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
+                    edges[name].append((callee, 1))
+                for callee in re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", line):
                     edges[name].append((callee, 1))
                 for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
                     edges[name] += [(callee.strip().lstrip("%"), 1) for callee in group.split(",")]
@@ -117,41 +165,149 @@ def _turns(line, condition):
 
 
 def _one(line, times, lines):
-    match = re.match(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-    if not match:
+    """The collective of a line, None where it has none or none that runs. Raises _NotUnderstood."""
+    match = re.match(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)", line)
+    if not match or times == 0:
         return None
-    kind, shapes = match.group(2), re.findall(r"(\w+)\[([\d,]*)\]", re.sub(r"\{[^}]*\}", "", match.group(1)))
-    sizes = [BYTES[t] * math.prod(int(n) for n in dims.split(",") if n) for t, dims in shapes if t in BYTES]
-    group = _group(line)
+    text, kind, start, rest = match.groups()
     if times < 0:
-        raise ValueError(f"a {kind} in a loop whose end is data cannot be counted: {line.strip()[:200]}")
-    # A start makes (operands, results, ...): the results alone, by their place.
-    size = sum(sizes) if not match.group(3) or kind == "all-reduce" else \
-        sizes[1] if kind != "collective-permute" else sizes[0]
-    if kind == "ragged-all-to-all":    # of one operand and the result, the one that is full: the other has spare room
-        operand = re.search(r"ragged-all-to-all(?:-start)?\(%?([\w.\-]+)", line).group(1)
-        made = next((x for x in lines if re.match(rf"\s*%?{re.escape(operand)} = ", x)), line)
-        size = min(size, *(BYTES[t] * math.prod(int(n) for n in dims.split(",") if n) for t, dims in re.findall(
-            r"= (\w+)\[([\d,]*)\]", made)))
+        raise _NotUnderstood(f"a {kind} in a loop whose end is data cannot be counted")
+    operands = re.findall(r"%[\w.\-]+", rest.partition(")")[0])
+    sources, results = _operands_and_results(kind, _parse_type(text), bool(start), len(operands))
+    size = sum(_bytes(array) for array in results)
+    if kind == "ragged-all-to-all":    # of operand and result, the one that is full: the other has spare room
+        sources = sources or _definition(operands[0], lines)
+        size = min(size, *(_bytes(array) for array in sources[:1]))
+    groups = _groups(line)
+    group = 2 if kind == "collective-permute" else len(groups[0])
     share = (group - 1) / group
     sent = {"all-gather": size * share, "all-reduce": 2 * size * share, "reduce-scatter": size * (group - 1),
             "all-to-all": size * share, "ragged-all-to-all": size * share, "collective-permute": size}[kind]
     source = re.search(r'op_name="([^"]*)"', line)
-    made = " ".join(f"{t}[{dims}]" for t, dims in shapes)
-    return Collective(kind, sent, times, group, made, source.group(1) if source else "")
+    made = " ".join(f"{array.type}[{','.join(map(str, array.shape))}]" for array in results)
+    return Collective(kind, sent, times, group, made, source.group(1) if source else "", groups)
 
 
-def _group(line):
-    if "source_target_pairs" in line:
-        return 2
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+class _Array(NamedTuple):
+    type: str
+    shape: tuple[int, ...]
+
+
+def _bytes(array):
+    if array.type not in BYTES:
+        raise _NotUnderstood(f"the size of the type {array.type} of a collective is not known")
+    return BYTES[array.type] * math.prod(array.shape)
+
+
+def _parse_type(text):
+    """An _Array, or a list of such and of lists where the type is a tuple: "(f32[2,3]{1,0}, (s32[]))"."""
+    text = re.sub(r"\{[^}]*\}|/\*.*?\*/|\s", "", text)    # layouts and comments
+    root = [[]]
+    for token in re.findall(r"\w+\[[^\]]*\]|[()]", text):
+        if token == "(":
+            root.append([])
+        elif token == ")":
+            inner = root.pop()
+            root[-1].append(inner)
+        else:
+            name, _, dims = token[:-1].partition("[")
+            root[-1].append(_Array(name, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n)))
+    if len(root) != 1 or len(root[0]) != 1:
+        raise _NotUnderstood("the type of a collective is written in an unknown way")
+    return root[0][0]
+
+
+def _operands_and_results(kind, parsed, start, count):
+    """(operands, results), lists of _Array, from a collective's type; operands where the type shows them.
+
+    What is not a start makes its results alone:
+        %r = (f32[8], s32[4]) all-reduce(%a, %b)
+    and so does the start of an all-reduce of jax 0.10:
+        %r = (f32[8], s32[4]) all-reduce-start(%a, %b)
+    Other starts make operands and results, then perhaps contexts:
+        %s = (f32[2,6], f32[8,6]) all-gather-start(%p)
+        %c = (f32[9], f32[9], u32[], u32[]) collective-permute-start(%p)
+    with brackets around several, or around the operands alone:
+        %s = ((bf16[2,6], s32[2]), (bf16[8,6], s32[8])) all-gather-start(%p, %q)
+        %s = ((f32[16]), f32[16]) all-reduce-start(%p)
+    """
+    if isinstance(parsed, _Array):
+        return [], [parsed]
+    if isinstance(parsed[0], list) and start and len(parsed) >= 2:
+        results = parsed[1] if isinstance(parsed[1], list) else [parsed[1]]
+        if len(parsed[0]) == count and (len(results) == count or kind == "ragged-all-to-all"):
+            return parsed[0], results
+    elif all(isinstance(array, _Array) for array in parsed):
+        if len(parsed) == count and (not start or kind == "all-reduce"):
+            return [], parsed
+        if start and len(parsed) >= 2 * count:
+            return parsed[:count], parsed[count:2 * count]
+    raise _NotUnderstood(f"what the {count} operands of a collective make is written in an unknown way")
+
+
+def _definition(name, lines):
+    """The operand's type as a list of one array; nothing, where it is not in these lines."""
+    for line in lines:
+        match = re.match(rf"\s*(?:ROOT )?{re.escape(name)} = (\w+\[[\d,]*\])", line)
+        if match:
+            return [_parse_type(match.group(1))]
+    return []
+
+
+def _groups(line):
+    """Tuples of device numbers, from one of:
+
+        replica_groups={{0,1},{2,3}}
+        replica_groups=[2,4]<=[4,2]T(1,0)                        2 groups of 4 of the transposed numbers
+        replica_groups=mesh['a'=4,'b'=2] {'a'}                   devices that differ in `a` alone
+        replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}
+        replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}              `b` is 2 x 2, the first of them left out
+        source_target_pairs={{0,1},{1,0}}
+    """
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", line)
     if listed:
-        return len(listed.group(1).split(","))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,\s]+)\}", listed.group(1)))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)", line)
     if iota:
-        return int(iota.group(2))
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}:]*)\}", line)
+        return _as_groups(_iota(iota.group(3)).reshape(int(iota.group(1)), int(iota.group(2))))
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))?\s*\{([^}]*)\}", line)
     if mesh:
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh.group(2)))
-    raise ValueError(f"the devices of a collective are written in an unknown way: {line.strip()[:300]}")
+        return _mesh_groups(*mesh.groups())
+    raise _NotUnderstood("the devices of a collective are written in an unknown way")
+
+
+def _iota(text):
+    """Device numbers from "<=[4,2]T(1,0)" or "[4,2]T(1,0)": 0, 1, ... as an array of that shape, transposed."""
+    shape, axes = re.fullmatch(r"(?:<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    numbers = np.arange(math.prod(map(int, shape.split(",")))).reshape(tuple(map(int, shape.split(","))))
+    return numbers.transpose(tuple(map(int, axes.split(",")))) if axes else numbers
+
+
+def _mesh_groups(sizes, device_ids, axes):
+    """Groups along axes of a mesh, each "'name'" or, for a part of one, "'name':(devices before the part)its size"."""
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", sizes)}
+    parts = {}
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
+        parts.setdefault(name, []).append((int(before or 1), int(size or sizes.get(name, 0))))
+    try:
+        numbers = np.arange(math.prod(sizes.values())) if device_ids is None else \
+            _iota(device_ids) if device_ids.startswith("[") else np.array([int(n) for n in device_ids.split(",")])
+        shape, inside = [], []
+        for name, total in sizes.items():
+            done = 1
+            for before, size in sorted(parts.pop(name, [])):
+                shape += [before // done, size]
+                inside.append(len(shape) - 1)
+                done = before * size
+            shape.append(total // done)
+        if parts or not inside:
+            raise ValueError
+        numbers = numbers.reshape(shape)
+    except (AttributeError, ValueError, ZeroDivisionError):
+        raise _NotUnderstood("the devices of a collective are written in an unknown way") from None
+    outside = [axis for axis in range(len(shape)) if axis not in inside]
+    return _as_groups(numbers.transpose(outside + inside).reshape(-1, math.prod(shape[axis] for axis in inside)))
+
+
+def _as_groups(numbers):
+    return tuple(tuple(int(device) for device in group) for group in numbers)
