@@ -29,10 +29,15 @@ class Output(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """What multiplies in training, "auto" decided. why: the reason, where a TPU's kernels do not take the experts."""
+    """What multiplies in training, "auto" decided. note: why "auto" does not take the chip's kernels for experts, or
+    how much they pad."""
     experts: str
     attention: str
-    why: str
+    note: str
+
+    def line(self) -> str:
+        """Returns the line that a run prints."""
+        return f"experts: {self.experts}{self.note and f' ({self.note})'}; attention: {self.attention}"
 
 
 def kernels(config: Config, mesh: Mesh, fused: bool) -> Kernels:
@@ -43,9 +48,26 @@ def kernels(config: Config, mesh: Mesh, fused: bool) -> Kernels:
         expert_ffn.check_backend(*job, fused)
     except ValueError as error:
         raise UserError(str(error)) from None
-    experts, why = expert_ffn.chosen(*job)
+    experts, note = expert_ffn.chosen(*job)
     shape = 1, config.data.sequence_length, m.num_heads, m.dim // m.num_heads
-    return Kernels(experts, attention.chosen(m.attention, shape, chip, m.dtype), why)
+    return Kernels(experts, attention.chosen(m.attention, shape, chip, m.dtype), note)
+
+
+def check_kernels(config: Config, mesh: Mesh, backend: str = "") -> None:
+    """Runs the expert kernels that a model would use on the first device of the mesh against the reference.
+
+    Args:
+      backend: what training takes; "": what config.moe.backend means for this mesh, for any number of tokens.
+
+    Raises: UserError if the kernels do not run there or are wrong.
+    """
+    m, chip, placement = config.model, meshes.chip(mesh), meshes.placement(config, mesh)
+    backend = backend or expert_ffn.chosen(config.moe.backend, placement, (1, m.dim), chip, m.dtype)[0]
+    if backend in expert_ffn.KERNELS:
+        try:
+            expert_ffn.check_kernels(backend, placement, m.dim, chip, m.dtype)
+        except RuntimeError as error:
+            raise UserError(str(error)) from None
 
 
 def build(config: Config, mesh: Mesh | None = None) -> "Transformer":

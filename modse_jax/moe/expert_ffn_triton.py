@@ -4,7 +4,7 @@ Routed tokens are sorted by expert and cut into row tiles. A row tile may hold t
 experts; every expert that has tokens in it *visits* it. There are three kinds of kernel:
 
   A  one visit x one tile of the expert's hidden units, contracted over the model dimension: gate
-     and up with SwiGLU, or the gradient of the hidden activations with SwiGLU's gradient
+     and up followed by SwiGLU, or the gradients of gate and up
   B  one visit x one tile of the model dimension, contracted over all hidden units of the expert:
      the down projection; or dx, the sum of two such matmuls
   C  one tile of hidden units x one tile of the model dimension, contracted over the tokens of the
@@ -15,8 +15,10 @@ routing is data; programs without work end at once. Rows that do not belong to t
 are never stored (A, B) and are replaced by zeros when they are loaded (C), and no contraction runs
 past the expert's own hidden units. Padding rows and unused hidden units may therefore hold NaN.
 
-Gate and up activations are saved for the backward pass. Triton reads transposed operands from
-shared memory, so neither pass transposes an array in global memory.
+Saved for the backward pass are the hidden activations and their derivatives with respect to gate
+and up. With gate and up saved instead, the backward kernel A spilled 560 bytes of registers a
+thread on an H100, and had to compute and write the hidden activations again. Triton reads
+transposed operands from shared memory, so neither pass transposes an array in global memory.
 
 The kernels are tested in interpret mode and by compiling for four GPUs without having one. They
 have never run on hardware. JAX deprecated Pallas Triton in 0.11.0.
@@ -63,7 +65,9 @@ class Tiles(NamedTuple):
       hidden: hidden units of kernel C's tiles. Every expert's width is a multiple of it.
       gate_up: hidden units of kernel A's tiles in the forward pass; divides `hidden`.
       dhidden: the same in the backward pass.
-      model: largest tile of the model dimension.
+      model: largest tile of the model dimension in kernel B, and in kernel C for the down
+        projection.
+      gate_up_model: the same in kernel C for gate and up, which it computes side by side.
       step: length of a contraction step; divides `hidden`.
       group: row tiles that kernel A takes through all tiles of hidden units before it takes the
         next ones, so that both operands of the programs that run at once stay in the L2 cache.
@@ -74,18 +78,19 @@ class Tiles(NamedTuple):
     gate_up: int = 128
     dhidden: int = 128
     model: int = 256
+    gate_up_model: int = 128
     step: int = 64
     group: int = 16
-    launch_gate_up: Launch = Launch()
-    launch_dhidden: Launch = Launch()
-    launch_model: Launch = Launch()
-    launch_weights: Launch = Launch()
+    launch_gate_up: Launch = Launch(stages=4)
+    launch_dhidden: Launch = Launch(stages=3)
+    launch_model: Launch = Launch(stages=4)
+    launch_weights: Launch = Launch(stages=3)
 
 
-# Compiled with these: no register spills, and the pipelines fit the shared memory of a block
-# (163 KiB on A100, 227 KiB on the others).
+# The compiler reports no register spills with these tiles at the widths of the paper's models, and
+# the pipelines fit the shared memory of a block: 163 KiB on A100, 227 KiB on the others.
 CHIPS = {
-    "a100": Tiles(),
+    "a100": Tiles(gate_up=64, gate_up_model=64, launch_model=Launch(stages=3)),
     "h100": Tiles(),
     "h200": Tiles(),
     "b200": Tiles(),
@@ -184,8 +189,9 @@ class Kept(NamedTuple):
     """What the forward pass saves for the backward pass."""
 
     routing: Routing
-    gate_NM: jax.Array
-    up_NM: jax.Array
+    hidden_NM: jax.Array
+    by_gate_NM: jax.Array  # derivative of the hidden activations with respect to gate
+    by_up_NM: jax.Array
 
 
 def _num_visits(num_rows: int, placement: sizing.Placement, tiles: Tiles) -> int:
@@ -332,17 +338,10 @@ def forward(
     run = _Kernels(
         route(rows_E, shard, placement, tiles, x_ND.shape[0]), placement, tiles, interpret
     )
-    hidden_NM, *gate_up = run.compute_hidden(
-        "expert_gate_up",
-        run.pad(x_ND),
-        (w_gate, w_up),
-        False,
-        (),
-        _swiglu_and_inputs if keep else expert_tasks.swiglu,
-        3 if keep else 1,
-    )
+    hidden_NM, *derivatives = run.compute_hidden(run.pad(x_ND), w_gate, w_up, keep)
     y_ND = run.compute_model("expert_down", [(hidden_NM, w_down)], False)
-    return y_ND[: x_ND.shape[0]], Kept(run.routing, *gate_up) if keep else None
+    kept = Kept(run.routing, hidden_NM, *derivatives) if keep else None
+    return y_ND[: x_ND.shape[0]], kept
 
 
 def backward(
@@ -360,22 +359,16 @@ def backward(
     w_gate, w_up, w_down = weights
     run = _Kernels(kept.routing, placement, tiles, interpret)
     x, dy = run.pad(x_ND), run.pad(dy_ND)
-    saved = kept.gate_NM, kept.up_NM
-    hidden_NM, dgate_NM, dup_NM = run.compute_hidden(
-        "expert_dhidden", dy, (w_down,), True, saved, _swiglu_gradient, 3
-    )
+    dgate_NM, dup_NM = run.compute_gate_up_gradients(dy, w_down, kept.by_gate_NM, kept.by_up_NM)
     dx_ND = run.compute_model("expert_dx", [(dgate_NM, w_gate), (dup_NM, w_up)], True)
     dw_gate, dw_up = run.compute_weights("expert_dw_gate_up", x, (dgate_NM, dup_NM), False)
-    (dw_down,) = run.compute_weights("expert_dw_down", dy, (hidden_NM,), True)
+    (dw_down,) = run.compute_weights("expert_dw_down", dy, (kept.hidden_NM,), True)
     return dx_ND[: x_ND.shape[0]], dw_gate, dw_up, dw_down
 
 
-def _swiglu_and_inputs(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
-    return *expert_tasks.swiglu(gate, up), gate, up
-
-
-def _swiglu_gradient(dhidden: jax.Array, gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
-    return expert_tasks.swiglu_backward(gate, up, dhidden)
+def _swiglu_and_derivatives(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns hidden = silu(gate) * up and its derivatives with respect to gate and up."""
+    return expert_tasks.swiglu_backward(gate, up, jnp.ones_like(gate))
 
 
 class _Kernels:
@@ -396,46 +389,52 @@ class _Kernels:
         return jnp.pad(rows_ND, ((0, num_rows - rows_ND.shape[0]), (0, 0)))
 
     def compute_hidden(
-        self,
-        name: str,
-        rows_ND: jax.Array,
-        weights: tuple[jax.Array, ...],
-        transposed: bool,
-        saved: tuple[jax.Array, ...],
-        epilogue: Callable[..., tuple[jax.Array, ...]],
-        num_outputs: int,
+        self, rows_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, keep: bool
     ) -> list[jax.Array]:
-        """Launches kernel A.
-
-        Args:
-          rows_ND: the left operand of all matmuls.
-          weights: the right operands, [D, H], or [H, D] if `transposed`.
-          saved: arrays [N, M] that the epilogue reads.
-          epilogue: maps float32 tiles of the matmuls and the saved arrays to the output tiles.
+        """Launches kernel A of the forward pass.
 
         Returns:
-          `num_outputs` arrays [N, M]. Only hidden units that an expert has are written, and only
-          for the expert's own rows.
+          The hidden activations [N, M] and, if `keep`, their derivatives with respect to gate and
+          up. Only an expert's own hidden units in its own rows are written.
         """
         t = self.tiles
-        columns, launch = (
-            (t.dhidden, t.launch_dhidden) if transposed else (t.gate_up, t.launch_gate_up)
-        )
-        kernel = functools.partial(
-            _hidden_kernel,
-            num_weights=len(weights),
-            num_saved=len(saved),
-            transposed=transposed,
-            epilogue=epilogue,
-            columns=columns,
-            tiles=t,
-        )
-        visits = self.routing.visits
-        num_programs = visits.row_V.shape[0] * (self.widest // columns)
-        shape = jax.ShapeDtypeStruct((rows_ND.shape[0], self.widest), rows_ND.dtype)
+        epilogue = _swiglu_and_derivatives if keep else expert_tasks.swiglu
+        kernel = functools.partial(_gate_up_kernel, epilogue=epilogue, tiles=t)
         return self._call(
-            kernel, name, [shape] * num_outputs, num_programs, launch, visits, rows_ND, *weights, *saved
+            kernel,
+            "expert_gate_up",
+            [self._hidden_shape(rows_ND)] * (3 if keep else 1),
+            self._num_hidden_programs(t.gate_up),
+            t.launch_gate_up,
+            self.routing.visits,
+            rows_ND,
+            w_gate,
+            w_up,
         )
+
+    def compute_gate_up_gradients(
+        self, dy_ND: jax.Array, w_down: jax.Array, by_gate_NM: jax.Array, by_up_NM: jax.Array
+    ) -> list[jax.Array]:
+        """Launches kernel A of the backward pass. Returns the gradients of gate and up, [N, M]."""
+        t = self.tiles
+        return self._call(
+            functools.partial(_gate_up_gradients_kernel, tiles=t),
+            "expert_dgate_dup",
+            [self._hidden_shape(dy_ND)] * 2,
+            self._num_hidden_programs(t.dhidden),
+            t.launch_dhidden,
+            self.routing.visits,
+            dy_ND,
+            w_down,
+            by_gate_NM,
+            by_up_NM,
+        )
+
+    def _hidden_shape(self, rows_ND: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows_ND.shape[0], self.widest), rows_ND.dtype)
+
+    def _num_hidden_programs(self, columns: int) -> int:
+        return self.routing.visits.row_V.shape[0] * (self.widest // columns)
 
     def compute_model(
         self, name: str, pairs: list[tuple[jax.Array, jax.Array]], transposed: bool
@@ -468,8 +467,7 @@ class _Kernels:
           with rows_ND: [H, D] if `hidden_first`, else [D, H].
         """
         D, H, t = rows_ND.shape[1], self.num_hidden, self.tiles
-        # Two accumulators of this size take as many registers as one of twice the size.
-        model = _largest_tile(D, t.model // len(hiddens))
+        model = _largest_tile(D, t.model if hidden_first else t.gate_up_model)
         kernel = functools.partial(
             _weights_kernel,
             num_hiddens=len(hiddens),
@@ -497,9 +495,7 @@ class _Kernels:
             grid=(num_programs,),
             name=name,
             interpret=self.interpret,
-            compiler_params=triton.CompilerParams(
-                num_warps=launch.warps, num_stages=launch.stages
-            ),
+            compiler_params=triton.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
         )(*tables, *operands)
 
 
@@ -508,57 +504,95 @@ def _largest_tile(dim: int, largest: int) -> int:
     return largest if dim % largest == 0 else largest // 2
 
 
-def _hidden_kernel(
+def _gate_up_kernel(
     row_V,
     start_V,
     end_V,
     width_V,
     offset_V,
-    rows_ref,
-    *refs,
-    num_weights: int,
-    num_saved: int,
-    transposed: bool,
+    x_ref,
+    w_gate_ref,
+    w_up_ref,
+    *out_refs,
     epilogue: Callable[..., tuple[jax.Array, ...]],
-    columns: int,
     tiles: Tiles,
 ):
-    """Kernel A. Programs run by groups of visits, then tiles of hidden units, then visits."""
-    weight_refs = refs[:num_weights]
-    saved_refs = refs[num_weights : num_weights + num_saved]
-    out_refs = refs[num_weights + num_saved :]
-    per_group = tiles.group * (out_refs[0].shape[1] // columns)
-    group, in_group = _divide(pl.program_id(0), per_group)
-    column, visit = _divide(in_group, tiles.group)
-    visit += group * tiles.group
-    column *= columns
+    """Kernel A of the forward pass: epilogue(gate, up) of one visit and tile of hidden units."""
+    columns = tiles.gate_up
+    visit, column = _visit_and_column(out_refs[0].shape[1], columns, tiles)
 
     @pl.when(column < width_V[visit])
     def _():
-        row = pl.multiple_of(row_V[visit], tiles.rows)
-        # Without the hint, weights are loaded by 2 bytes at a time.
-        flat = pl.multiple_of(offset_V[visit] + column, columns)
-        here = pl.ds(row, tiles.rows)
+        rows, units, own = _tile(row_V, start_V, end_V, offset_V, visit, column, columns, tiles)
 
         def accumulate(k, sums):
             along = pl.ds(k * tiles.step, tiles.step)
-            rows = rows_ref[here, along]
-            units = pl.ds(flat, columns)
-            tiles_of_weights = [w[units, along] if transposed else w[along, units] for w in weight_refs]
-            return tuple(
-                total + _dot(rows, w, transposed_b=transposed)
-                for total, w in zip(sums, tiles_of_weights)
+            x = x_ref[rows, along]
+            return (
+                sums[0] + _dot(x, w_gate_ref[along, units]),
+                sums[1] + _dot(x, w_up_ref[along, units]),
             )
 
-        zeros = jnp.zeros((tiles.rows, columns), jnp.float32)
-        sums = lax.fori_loop(
-            0, rows_ref.shape[1] // tiles.step, accumulate, (zeros,) * num_weights
-        )
-        own = _own_rows(row, start_V[visit], end_V[visit], zeros.shape)
-        block = here, pl.ds(pl.multiple_of(column, columns), columns)
-        saved = [ref[block].astype(jnp.float32) for ref in saved_refs]
-        for ref, value in zip(out_refs, epilogue(*sums, *saved)):
-            triton.store(ref.at[block], value.astype(ref.dtype), mask=own)
+        zeros = jnp.zeros(own.shape, jnp.float32)
+        gate, up = lax.fori_loop(0, x_ref.shape[1] // tiles.step, accumulate, (zeros, zeros))
+        for ref, value in zip(out_refs, epilogue(gate, up)):
+            block = ref.at[rows, pl.ds(column, columns)]
+            triton.store(block, value.astype(ref.dtype), mask=own)
+
+
+def _gate_up_gradients_kernel(
+    row_V,
+    start_V,
+    end_V,
+    width_V,
+    offset_V,
+    dy_ref,
+    w_down_ref,
+    by_gate_ref,
+    by_up_ref,
+    dgate_ref,
+    dup_ref,
+    *,
+    tiles: Tiles,
+):
+    """Kernel A of the backward pass: the hidden activations' gradient times their derivatives."""
+    columns = tiles.dhidden
+    visit, column = _visit_and_column(dgate_ref.shape[1], columns, tiles)
+
+    @pl.when(column < width_V[visit])
+    def _():
+        rows, units, own = _tile(row_V, start_V, end_V, offset_V, visit, column, columns, tiles)
+
+        def accumulate(k, total):
+            along = pl.ds(k * tiles.step, tiles.step)
+            return total + _dot(dy_ref[rows, along], w_down_ref[units, along], transposed_b=True)
+
+        zeros = jnp.zeros(own.shape, jnp.float32)
+        dhidden = lax.fori_loop(0, dy_ref.shape[1] // tiles.step, accumulate, zeros)
+        # One output after the other: this way no more than one saved tile is held in registers.
+        for derivative_ref, out_ref in ((by_gate_ref, dgate_ref), (by_up_ref, dup_ref)):
+            block = rows, pl.ds(column, columns)
+            value = dhidden * derivative_ref[block].astype(jnp.float32)
+            triton.store(out_ref.at[block], value.astype(out_ref.dtype), mask=own)
+
+
+def _visit_and_column(widest: int, columns: int, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
+    """Returns the visit and the first hidden unit of this program of kernel A.
+
+    Programs run by groups of visits, then tiles of hidden units, then visits of the group.
+    """
+    group, in_group = _divide(pl.program_id(0), tiles.group * (widest // columns))
+    column, visit = _divide(in_group, tiles.group)
+    return group * tiles.group + visit, pl.multiple_of(column * columns, columns)
+
+
+def _tile(row_V, start_V, end_V, offset_V, visit, column, columns: int, tiles: Tiles):
+    """Returns the row tile, the hidden units on the H axis, and a mask of the expert's own rows."""
+    row = pl.multiple_of(row_V[visit], tiles.rows)
+    # Without this hint, weights are loaded 2 bytes at a time.
+    first = pl.multiple_of(offset_V[visit] + column, columns)
+    own = _own_rows(row, start_V[visit], end_V[visit], (tiles.rows, columns))
+    return pl.ds(row, tiles.rows), pl.ds(first, columns), own
 
 
 def _model_kernel(
@@ -638,7 +672,9 @@ def _dot(a: jax.Array, b: jax.Array, transposed_b: bool = False) -> jax.Array:
     return triton.dot(a, b.T if transposed_b else b, allow_tf32=False)
 
 
-def _own_rows(row: jax.Array, start: jax.Array, end: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _own_rows(
+    row: jax.Array, start: jax.Array, end: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
     """Returns a mask [rows, columns] of the rows from `row` on that lie between start and end."""
     place = row + lax.iota(jnp.int32, shape[0])
     return jnp.broadcast_to(((place >= start) & (place < end))[:, None], shape)

@@ -22,6 +22,7 @@ import tqdm
 from modse_jax import integrity, processes
 from modse_jax import mesh as meshes
 from modse_jax.config import (
+    ANYWHERE,
     RESUMABLE,
     RESUMABLE_ANY_MESH,
     Config,
@@ -34,7 +35,7 @@ from modse_jax.config import (
 from modse_jax.data import loader, prepare, tokenizers
 from modse_jax.lock import Lock
 from modse_jax.model import accounting, transformer
-from modse_jax.moe import expert_ffn, expert_ffn_virtual, sizing
+from modse_jax.moe import expert_ffn_virtual, sizing
 from modse_jax.training import metrics, validation
 from modse_jax.training import step as steps
 from modse_jax.training.checkpoints import Checkpoints, Found
@@ -116,7 +117,7 @@ def _train(config, workdir, stop, locks):
         state = steps.first_state(config, mesh)
     if not finished:
         say(parameter_table(config))
-        say(f"experts: {kernels.experts}; attention: {kernels.attention}" + (kernels.why and f" ({kernels.why})"))
+        say(kernels.line())
         say(memory_line(train_step, abstract, seconds))
     processes.wait()
 
@@ -333,7 +334,7 @@ def _checked(config, workdir):
     """(mesh, placement, abstract state, kernels), after every check that can be made before data is read."""
     mesh = meshes.build(config)
     placement = meshes.placement(config, mesh)
-    kernels = _check_kernels(config, placement, mesh)
+    kernels = _check_kernels(config, mesh)
     _check_workdir(workdir, config)
     loader.check_source(config, workdir)
     abstract = steps.abstract_state(config, mesh)
@@ -400,13 +401,14 @@ def memory_line(compiled, abstract, seconds: float) -> str:
             f"compiled in {seconds:.0f} s")
 
 
-def _check_kernels(config, placement, mesh):
-    """(transformer.Kernels, those that have never yet run on hardware checked on this device)."""
+def _check_kernels(config, mesh):
+    """Returns transformer.Kernels, after the kernels of training and validation have been checked on this device."""
     fused = config.moe.backend == "virtual" and processes.from_first(
         lambda: expert_ffn_virtual.fused(mesh.local_devices[0]))
     kernels = transformer.kernels(config, mesh, fused)
-    if kernels.experts in expert_ffn.KERNELS:
-        expert_ffn.check_kernels(kernels.experts, placement, config.model.dim, meshes.chip(mesh), config.model.dtype)
+    transformer.check_kernels(config, mesh, kernels.experts)
+    if config.moe.backend not in ANYWHERE:    # validation then takes what "auto" means
+        transformer.check_kernels(transformer.for_evaluation(config), mesh)
     return kernels
 
 
