@@ -14,7 +14,7 @@ import ml_collections
 
 from modse_jax.moe import sizing
 
-BACKENDS = ("auto", "reference", "blocked", "pallas_tpu", "pallas_gpu")
+BACKENDS = ("auto", "reference", "blocked", "pallas_tpu", "pallas_gpu", "pallas_triton")
 ANYWHERE = ("auto", "reference", "blocked")    # backends that need no particular device
 GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalised")
 GATE_TERMS = ("none", "learned")
@@ -92,8 +92,9 @@ class MoE:
     z_loss_weight: float = option(0.0, "weight of mean(logsumexp(router logits)^2), summed over layers", minimum=0)
     capacity_factor: float = option(0.0, "an expert's rows over its even share, per group of devices that share "
                                     "experts; 0 = dropless", minimum=0)
-    backend: str = option("auto", "how unequal experts are multiplied; auto = pallas_tpu where chip and widths "
-                          "allow, else blocked", choices=BACKENDS)
+    backend: str = option("auto", "implementation of the expert FFN; auto = pallas_tpu on TPUs, pallas_triton on A100, "
+                          "H100, H200 and B200 in bfloat16, if they take model.dim, else blocked. Kernels pad widths "
+                          "to their tiles and report the waste", choices=BACKENDS)
     placement: str = option("pairs", "a device of mesh.expert has whole experts of equal total width (the paper's "
                             "pairs), or a share of every expert's columns", choices=("pairs", "columns"))
     exchange: str = option("auto", "how rows reach experts of other devices: all tokens gathered, or each row sent; "

@@ -1,5 +1,6 @@
 """Evaluate a checkpoint of a workdir: held-out loss, routing, samples; into eval/STEP.json and the console."""
 import codecs
+import dataclasses
 import json
 import pathlib
 import sys
@@ -43,9 +44,8 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 def open_run(workdir: pathlib.Path, step: int, batch_size: int) -> Run:
     """A checkpoint's parameters. Args: step: 0 for the newest. batch_size: sequences, spread over all devices."""
-    config = read_config(workdir)
     mesh = meshes.for_batch(batch_size)
-    processes.together(lambda: transformer.check_kernels(transformer.for_evaluation(config), mesh))
+    config = _avoid_wrong_kernels(read_config(workdir), mesh)
     checkpoints = open_checkpoints(workdir)
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=meshes.replicated(mesh)),
                             jax.eval_shape(lambda: steps.initial_state(config)))
@@ -58,6 +58,17 @@ def open_run(workdir: pathlib.Path, step: int, batch_size: int) -> Run:
         raise UserError(f"checkpoint {step} is damaged: {reason}; name another with --step")
     params = state.params
     return Run(config, data, mesh, step, params)
+
+
+def _avoid_wrong_kernels(config: Config, mesh: jax.sharding.Mesh) -> Config:
+    """Returns the config, with plain XLA for experts and attention if kernels fail their check on a device."""
+    try:
+        processes.together(lambda: transformer.check_kernels(transformer.for_evaluation(config), mesh))
+    except UserError as error:
+        print(f"{error}; this evaluation uses moe.backend=blocked and model.attention=blocks", file=sys.stderr)
+        return dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend="blocked"),
+                                   model=dataclasses.replace(config.model, attention="blocks"))
+    return config
 
 
 def open_checkpoints(workdir: pathlib.Path) -> Checkpoints:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modse_jax.moe import expert_ffn_gpu, expert_ffn_tpu, sizing
+from modse_jax.moe import expert_ffn_gpu, expert_ffn_tpu, expert_ffn_triton, expert_padding, sizing
 from modse_jax.moe.expert_ffn_blocked import Blocks, blocked
 
 
@@ -23,7 +23,8 @@ class ExpertWeights(NamedTuple):
     w_down: jax.Array    # [H, D]
 
 
-KERNELS = {"pallas_tpu": expert_ffn_tpu, "pallas_gpu": expert_ffn_gpu}
+KERNELS = {"pallas_tpu": expert_ffn_tpu, "pallas_gpu": expert_ffn_gpu, "pallas_triton": expert_ffn_triton}
+MAX_PADDING = 1.5    # "auto" takes no kernels that would need more than 1.5 times the FLOPs because of padded widths
 
 
 def check_backend(backend: str, placement: sizing.Placement, shape: tuple[int, int], chip: str, dtype: str) -> None:
@@ -34,34 +35,72 @@ def check_backend(backend: str, placement: sizing.Placement, shape: tuple[int, i
 
 
 def _tiles(backend, placement, shape, chip, dtype):
-    """Of a kernel backend. Raises ValueError where it does not take the rows."""
-    widths = [w for widths in placement.widths for w in widths]
-    tiles = KERNELS[backend].tiles_for(widths, shape[1], chip, dtype)
-    KERNELS[backend].check_tasks(shape[0], placement, tiles)
-    return tiles
+    """(tiles, unit) of a kernel backend: every width is padded to a multiple of the unit (expert_padding). Raises
+    ValueError if the backend does not take the job."""
+    module, widths = KERNELS[backend], _all_widths(placement)
+    tiles, unit = module.tiles_for(widths, shape[1], chip, dtype), module.unit_for(widths, chip, dtype)
+    module.check_tasks(shape[0], expert_padding.pad_placement(placement, unit), tiles)
+    return tiles, unit
+
+
+def _all_widths(placement):
+    return [w for widths in placement.widths for w in widths]
 
 
 def chosen(backend: str, placement: sizing.Placement, shape: tuple[int, int], chip: str, dtype: str) -> tuple[str, str]:
-    """(the backend of a product over rows of a shape [N, D], why "auto" does not take kernels where a chip has them).
-    "auto" is pallas_tpu on chips and widths that it takes, since `blocked` takes minutes to compile there (LOG.md);
-    else "blocked": nothing else has been measured."""
-    if backend != "auto":
-        return backend, ""
-    if chip not in expert_ffn_tpu.TILINGS:
-        return "blocked", ""
+    """Returns the backend for routed tokens of a shape [N, D], and a note for the user.
+
+    "auto" follows a written rule:
+      TPUs: pallas_tpu, because `blocked` takes minutes to compile there (LOG.md).
+      A100, H100, H200, B200 in bfloat16 or float16: pallas_triton. The rule comes from published timings of other
+        grouped matmuls on an H100 (tokamax's shipped autotuning results): 650 TFLOP/s forward and 460 to 595 for weight
+        gradients through Triton, 410 to 480 and 100 to 119 through Mosaic. Our own kernels have not been timed on
+        hardware. A run checks them on its own device before it uses them (check_kernels).
+      Otherwise, and if the kernels refuse the job or need more than MAX_PADDING times the FLOPs: blocked.
+
+    The note says why "auto" does not take the kernels that the chip has, or how much the kernels pad; else it is empty.
+    """
+    kernels = backend
+    if backend == "auto":
+        kernels = next((name for name, chips in (("pallas_tpu", expert_ffn_tpu.TILINGS), (
+            "pallas_triton", expert_ffn_triton.CHIPS)) if chip in chips), "blocked")
+    if kernels not in KERNELS:
+        return kernels, ""
     try:
-        _tiles("pallas_tpu", placement, shape, chip, dtype)
+        ratio, note = padding(kernels, placement, shape, chip, dtype)
     except ValueError as error:
-        return "blocked", str(error)
-    return "pallas_tpu", ""
+        if backend == "auto":
+            return "blocked", str(error)
+        return kernels, ""    # check_backend reports it
+    if backend == "auto" and ratio > MAX_PADDING:
+        return "blocked", f"{kernels} would need {ratio:.1f} times the FLOPs: {note}"
+    return kernels, note
+
+
+def padding(backend: str, placement: sizing.Placement, shape: tuple[int, int], chip: str, dtype: str
+            ) -> tuple[float, str]:
+    """Returns how a kernel backend pads hidden units: its FLOPs over those of the exact widths for evenly routed
+    tokens, and a text, empty if nothing is padded. Raises ValueError if the backend does not take the job."""
+    _, unit = _tiles(backend, placement, shape, chip, dtype)
+    ratio = expert_padding.flops_ratio(_all_widths(placement), unit)
+    if ratio == 1:
+        return ratio, ""
+    return ratio, f"hidden units padded to multiples of {unit}: {100 * (ratio - 1):.1f}% more FLOPs"
+
+
+def _run_kernels(backend, x_ND, rows_E, weights, shard, placement, job, interpret=False):
+    """The product by kernels. job: of _tiles."""
+    tiles, unit = job
+    rows_E, weights, placement = expert_padding.pad_experts(rows_E, weights, shard, placement, unit)
+    return getattr(KERNELS[backend], backend)(x_ND, rows_E, *weights, shard, placement, tiles, interpret)
 
 
 def check_kernels(backend: str, placement: sizing.Placement, dim: int, chip: str, dtype: str, interpret=False) -> None:
     """Runs a backend's kernels on this device, over some random rows of these widths, against the reference: outputs
     and gradients, rows that belong to nobody, an expert with many rows, one without. Raises RuntimeError where they
-    differ by more than bfloat16 explains."""
-    module = KERNELS[backend]
-    widths, tiles = placement.widths[0], _tiles(backend, placement, (0, dim), chip, dtype)
+    differ by more than bfloat16 explains, or where they cannot be compiled or run."""
+    module, widths = KERNELS[backend], placement.widths[0]
+    job = tiles, _ = _tiles(backend, placement, (0, dim), chip, dtype)
     # None, few, many that begin anywhere, a whole tile, few again: as much of it as there are experts.
     rows = [0, 7, module.check_rows(tiles), tiles.rows, *range(1, len(widths))]
     rows_E = np.zeros(placement.slots, np.int64)
@@ -74,8 +113,8 @@ def check_kernels(backend: str, placement: sizing.Placement, dim: int, chip: str
         keys[2:], ((dim, sum(widths)), (dim, sum(widths)), (sum(widths), dim)))))
 
     def kernels(x, w):
-        rows, kernel = jnp.asarray(rows_E, jnp.int32), getattr(module, backend)
-        return kernel(x, rows, *w, jnp.int32(0), placement, tiles, interpret)
+        rows = jnp.asarray(rows_E, jnp.int32)
+        return _run_kernels(backend, x, rows, w, jnp.int32(0), placement, job, interpret)
 
     def slow(x, w):
         return reference(x, jnp.asarray(rows_E), w, widths)
@@ -84,15 +123,21 @@ def check_kernels(backend: str, placement: sizing.Placement, dim: int, chip: str
         y, pull = jax.vjp(function, x_ND, weights)
         return jax.tree.leaves((y, pull(dy_ND)))
 
-    for name, got, want in zip(("y", "dx", *ExpertWeights._fields), *(jax.jit(lambda f=f: both(f))() for f in (
-            kernels, slow))):
+    instead = "set moe.backend=blocked, which runs anywhere, and report it"
+    expected = jax.jit(lambda: both(slow))()
+    try:
+        computed = jax.block_until_ready(jax.jit(lambda: both(kernels))())
+    except Exception as error:    # whatever a compiler or driver raises
+        reason = (str(error).splitlines() or [""])[0]
+        raise RuntimeError(f"the kernels of {backend} do not run on this device ({type(error).__name__}: "
+                           f"{reason[:200]}); {instead}") from error
+    for name, got, want in zip(("y", "dx", *ExpertWeights._fields), computed, expected):
         got, want = (np.asarray(a, np.float32) for a in (got, want))
         norm = np.linalg.norm(want)
         error = np.linalg.norm(got - want) / norm
         if not (error < 0.02 and np.abs(got - want).max() < 0.3 * norm / want.size**0.5):    # no tile may be amiss
             raise RuntimeError(f"the kernels of {backend} are wrong on this device: {name} differs from the reference "
-                               f"by {error:.3g} of its norm, {np.abs(got - want).max():.3g} at most; train with "
-                               "--config.moe.backend=blocked, and report it")
+                               f"by {error:.3g} of its norm, {np.abs(got - want).max():.3g} at most; {instead}")
 
 
 def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, placement: sizing.Placement, backend: str,
@@ -115,8 +160,8 @@ def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, place
     shard = jnp.asarray(shard, jnp.int32)
     backend, _ = chosen(backend, placement, x_ND.shape, chip, str(x_ND.dtype))
     if backend in KERNELS:
-        tiles = _tiles(backend, placement, x_ND.shape, chip, str(x_ND.dtype))
-        return getattr(KERNELS[backend], backend)(x_ND, rows_E, *weights, shard, placement, tiles)
+        job = _tiles(backend, placement, x_ND.shape, chip, str(x_ND.dtype))
+        return _run_kernels(backend, x_ND, rows_E, weights, shard, placement, job)
     if backend == "reference":
         ways = [functools.partial(reference, widths=widths) for widths in placement.widths]
         return jax.lax.switch(shard, ways, x_ND, rows_E, weights)

@@ -28,7 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from modse_jax.moe import expert_tasks, sizing
+from modse_jax.moe import expert_padding, expert_tasks, sizing
 
 CHIPS = {"h100": 132, "h200": 132}    # multiprocessors
 DTYPES = ("bfloat16", "float16")
@@ -49,18 +49,23 @@ class Tiles(NamedTuple):
 
 def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
     """The tiles for a chip. Raises ValueError, naming what would do, for a chip without these kernels, a type that they
-    do not multiply, or widths that cannot be cut into tiles."""
+    do not multiply, or a model width that cannot be cut into tiles."""
     if chip not in CHIPS:
         raise ValueError(f"moe.backend=pallas_gpu needs one of {', '.join(CHIPS)}, this is {chip}; backends that run "
                          "anywhere: auto, blocked, reference")
     if dtype not in DTYPES:
         raise ValueError(f"pallas_gpu multiplies {' and '.join(DTYPES)}, not {dtype}; set model.dtype=bfloat16, or use "
                          "a backend that takes any: blocked, reference")
-    bad = sorted({w for w in widths if w % UNIT})
-    if bad or dim % MODEL:
-        what = f"widths {bad} do not divide by {UNIT}" if bad else f"model.dim={dim} does not divide by {MODEL}"
-        raise ValueError(f"pallas_gpu on {chip}: {what}; backends that take any: blocked, reference")
-    return Tiles(wide=128 if all(w % 128 == 0 for w in widths) else UNIT, blocks=_multiprocessors(chip))
+    if dim % MODEL:
+        raise ValueError(f"pallas_gpu on {chip}: model.dim={dim} is not divisible by {MODEL}; backends that take any: "
+                         "blocked, reference")
+    wide = 128 if all(expert_padding.pad_width(w, UNIT) % 128 == 0 for w in widths) else UNIT
+    return Tiles(wide=wide, blocks=_multiprocessors(chip))
+
+
+def unit_for(widths: Sequence[int], chip: str, dtype: str) -> int:
+    """Returns the number of hidden units of which every expert's width must be a multiple (see expert_padding)."""
+    return UNIT
 
 
 def _multiprocessors(chip):

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from modse_jax.moe import sizing
+from modse_jax.moe import expert_padding, sizing
 from modse_jax.moe.expert_tasks import (
     Work,
     columns_of,
@@ -69,18 +69,23 @@ VMEM_LIMIT = 48 * 2**20    # v4 has 16 MiB whatever is asked for, hence its smal
 
 def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
     """The tiles for a chip and type; of float32 they are half as large. Raises ValueError, naming what would do, for a
-    chip that has none or widths that cannot be cut into tiles."""
+    chip that has none or a model width that cannot be cut into tiles."""
     if chip not in TILINGS:
         raise ValueError(f"moe.backend=pallas_tpu needs one of {', '.join(TILINGS)}, this is {chip}; backends that run "
                          "anywhere: auto, blocked, reference")
     rows, hidden, model, unit, cores = TILINGS[chip]
-    bad = sorted({w for w in widths if w % unit})
-    if bad or dim % 128:
-        what = f"widths {bad} do not divide by {unit}" if bad else f"model.dim={dim} does not divide by 128"
-        raise ValueError(f"pallas_tpu on {chip}: {what}; backends that take any: blocked, reference")
+    if dim % 128:
+        raise ValueError(f"pallas_tpu on {chip}: model.dim={dim} is not divisible by 128; backends that take any: "
+                         "blocked, reference")
     hidden, model = (size * 2 // jnp.dtype(dtype).itemsize for size in (hidden, model))
     outer = _divisor(dim, 128, max(128, min(model, dim // cores)))
-    return Tiles(rows, _divisor(math.gcd(*widths), unit, max(unit, hidden)), _divisor(dim, 128, model), outer, cores)
+    common = math.gcd(*(expert_padding.pad_width(w, unit) for w in widths))
+    return Tiles(rows, _divisor(common, unit, max(unit, hidden)), _divisor(dim, 128, model), outer, cores)
+
+
+def unit_for(widths: Sequence[int], chip: str, dtype: str) -> int:
+    """Returns the number of hidden units of which every expert's width must be a multiple (see expert_padding)."""
+    return TILINGS[chip][3]
 
 
 def check_tasks(num_rows: int, placement: sizing.Placement, tiles: Tiles) -> None:

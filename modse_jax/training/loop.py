@@ -116,7 +116,7 @@ def _train(config, workdir, stop, locks):
         state = steps.first_state(config, mesh)
     if not finished:
         say(parameter_table(config))
-        say(f"experts: {kernels.experts}; attention: {kernels.attention}" + (kernels.why and f" ({kernels.why})"))
+        say(kernels.line())
         say(memory_line(train_step, abstract, seconds))
     processes.wait()
 
@@ -334,6 +334,9 @@ def _checked(config, workdir):
     mesh = meshes.build(config)
     placement = meshes.placement(config, mesh)
     kernels = transformer.check_kernels(config, mesh)
+    evaluation = transformer.for_evaluation(config)
+    if (evaluation.moe.backend, evaluation.model.attention) != (config.moe.backend, config.model.attention):
+        transformer.check_kernels(evaluation, mesh)    # validation takes others than training
     _check_workdir(workdir, config)
     loader.check_source(config, workdir)
     abstract = steps.abstract_state(config, mesh)
