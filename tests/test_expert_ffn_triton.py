@@ -236,9 +236,7 @@ def test_unsupported_jobs_name_alternatives():
         triton.tiles_for((128,), 192, "h100", "bfloat16")
     placement = sizing.place((2**20,), 1, "pairs")
     with pytest.raises(ValueError, match="programs, more than 2147483647; lower training.batch_"):
-        expert_ffn.check_backend(
-            "pallas_triton", placement, (2**26, 128), "h100", "bfloat16", False
-        )
+        expert_ffn.check_backend("pallas_triton", placement, (2**26, 128), "h100", "bfloat16")
 
 
 @pytest.mark.parametrize("widths, unit", [((768, 6912), 128), ((1000, 3096), 128), ((64,), 64)])
