@@ -17,7 +17,7 @@ V, D = 37, 16
 
 
 def numbers(batch: int, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns a table, tokens of which most occur several times (some never), and an output gradient."""
+    """Returns a table, tokens (most rows never occur, others often), and an output gradient."""
     rng = np.random.default_rng(0)
     table_VD = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
     tokens_BL = jnp.asarray(rng.integers(3, 12, (batch, length)), jnp.int32).at[0, 0].set(V - 1)
@@ -38,7 +38,9 @@ def test_matmul_gradient_equals_the_gathers(dtype, scale, chunk):
     dtype = jnp.dtype(dtype)
     x_BLD, gradient_VD = output_and_gradient(
         lambda t, i: embedding.look_up_with_matmul_gradient(t, i, dtype, scale, chunk),
-        table_VD, tokens_BL, gradient_BLD,
+        table_VD,
+        tokens_BL,
+        gradient_BLD,
     )
     # The sum is float32 in either type; only the output gradient is rounded.
     rounded_BLD = np.asarray(gradient_BLD.astype(dtype), np.float64)
@@ -48,23 +50,32 @@ def test_matmul_gradient_equals_the_gathers(dtype, scale, chunk):
     np.testing.assert_array_equal(x_BLD, (table_VD[tokens_BL] * scale).astype(dtype))
     np.testing.assert_allclose(gradient_VD, want_VD, rtol=1e-6, atol=1e-6)
     _, reference_VD = output_and_gradient(
-        lambda t, i: embedding.look_up_with_gather(t, i, dtype, scale), table_VD, tokens_BL, gradient_BLD
+        lambda t, i: embedding.look_up_with_gather(t, i, dtype, scale),
+        table_VD,
+        tokens_BL,
+        gradient_BLD,
     )
     np.testing.assert_allclose(gradient_VD, reference_VD, rtol=1e-6, atol=2e-6)
 
 
 @functools.cache
-def compile_sharded(sizes: tuple[int, int, int], with_matmul: bool):
+def compile_sharded(sizes: tuple[int, int, int], dtype: str, with_matmul: bool):
     """Returns (compiled output and gradient on a mesh, its arguments) of a sharded lookup."""
-    config = tiny_config(training=dict(batch_size=16), moe=dict(num_experts=8, widths=(16,) * 8, pairs=False))
+    config = tiny_config(
+        training=dict(batch_size=16), moe=dict(num_experts=8, widths=(16,) * 8, pairs=False)
+    )
     mesh = meshes.build(config.__class__(**{**vars(config), "mesh": Mesh(*sizes)}))
     table_VD, tokens_BL, gradient_BLD = numbers(16, 6)
-    table_VD = jax.device_put(table_VD, meshes.shardings(mesh, {"embedding": table_VD})["embedding"])
-    tokens_BL, gradient_BLD = (jax.device_put(a, meshes.batch(mesh)) for a in (tokens_BL, gradient_BLD))
+    table_VD = jax.device_put(
+        table_VD, meshes.shardings(mesh, {"embedding": table_VD})["embedding"]
+    )
+    tokens_BL, gradient_BLD = (
+        jax.device_put(a, meshes.batch(mesh)) for a in (tokens_BL, gradient_BLD)
+    )
 
     def run(*arguments):
         def look_up(table_VD, tokens_BL):
-            return embedding.look_up(table_VD, tokens_BL, jnp.dtype("float32"), 2.0, mesh, with_matmul)
+            return embedding.look_up(table_VD, tokens_BL, jnp.dtype(dtype), 2.0, mesh, with_matmul)
 
         return output_and_gradient(look_up, *arguments)
 
@@ -73,11 +84,16 @@ def compile_sharded(sizes: tuple[int, int, int], with_matmul: bool):
     return jax.jit(run, out_shardings=shardings).lower(*arguments).compile(), arguments
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)])
-def test_sharded_lookups_agree_and_send_no_more(sizes):
-    """The matmul gradient sends no more bytes of any kind of collective than the gather's on the same mesh."""
-    (gather, arguments), (matmul, _) = (compile_sharded(sizes, with_matmul) for with_matmul in (False, True))
+def test_sharded_lookups_agree_and_send_no_more(sizes, dtype):
+    """The matmul gradient sends no more bytes of any kind of collective than the gather's."""
+    (gather, arguments), (matmul, _) = (
+        compile_sharded(sizes, dtype, with_matmul) for with_matmul in (False, True)
+    )
     for got, want in zip(matmul(*arguments), gather(*arguments)):
+        assert got.dtype == want.dtype
+        got, want = (np.asarray(a, np.float32) for a in (got, want))
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=5e-6)
     sent, allowed = (bytes_by_kind(collectives(c.as_text())) for c in (matmul, gather))
     assert sent and sum(allowed.values()) > 0
@@ -91,7 +107,15 @@ def test_the_gradient_is_selected_by_platform(monkeypatch):
 
     def has_matmul(chip):
         monkeypatch.setattr(meshes, "chip", lambda mesh: chip)
-        grad = jax.grad(lambda t: jnp.sum(embedding.look_up(t, tokens_BL, jnp.dtype("float32"), 1.0, None)))
+        grad = jax.grad(
+            lambda t: jnp.sum(embedding.look_up(t, tokens_BL, jnp.dtype("float32"), 1.0, None))
+        )
         return "dot_general" in str(jax.make_jaxpr(grad)(table_VD))
 
-    assert [has_matmul(chip) for chip in ("cpu", "v5e", "gpu", "h100", "a100")] == [False, False, True, True, True]
+    assert [has_matmul(chip) for chip in ("cpu", "v5e", "gpu", "h100", "a100")] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]

@@ -8,6 +8,7 @@ import pytest
 from modse_jax import gpu_options
 from modse_jax import mesh as meshes
 from modse_jax.config import Mesh
+from modse_jax.model import sampling, transformer
 from modse_jax.training import step as steps
 from tests.conftest import tiny_config
 
@@ -20,7 +21,7 @@ class Gpu:
 
 @pytest.fixture
 def xla(monkeypatch):
-    """Replaces the question whether XLA knows an option; returns the set of options it does not know."""
+    """Replaces the probe of XLA; returns the set of options that it shall not know."""
     unknown = set()
     monkeypatch.setattr(gpu_options, "_is_known", lambda device, name, value: name not in unknown)
     monkeypatch.delenv("XLA_FLAGS", raising=False)
@@ -45,7 +46,7 @@ def test_xla_flags_of_the_environment_win(xla, monkeypatch):
 
 
 def test_xla_is_asked_by_a_small_program():
-    """An option of no XLA is unknown, one of every XLA is known, and a value of no sense counts as unknown."""
+    """An option that does not exist and a value that does not exist both count as unknown."""
     cpu = jax.devices()[0]
     assert not gpu_options._is_known(cpu, "xla_gpu_no_such_option", 1)
     assert gpu_options._is_known(cpu, "xla_gpu_dot_merger_threshold_mb", 0)
@@ -55,13 +56,38 @@ def test_xla_is_asked_by_a_small_program():
 
 
 def test_the_step_and_the_score_step_are_compiled_with_them(monkeypatch):
-    """A refused option ends both compilations, so it has reached XLA."""
+    """A refused option ends both compilations. Small programs stand for both steps."""
+    monkeypatch.setattr(
+        gpu_options, "compiler_options", lambda device: {"xla_no_such_option": True}
+    )
     config = dataclasses.replace(tiny_config(), mesh=Mesh(1, 1, 1))
     mesh = meshes.build(config, jax.devices()[:1])
-    monkeypatch.setattr(gpu_options, "compiler_options", lambda device: {"xla_no_such_option": True})
-    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"):
+    monkeypatch.setattr(steps, "_lowered", lambda config, mesh: jax.jit(lambda a: a + 1).lower(1.0))
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"
+    ):
         steps.compiled(config, mesh)
-    state, tokens = steps.abstract_state(config, mesh), jax.ShapeDtypeStruct((8, 33), "int32")
-    score = steps.jitted_score_step(config, mesh)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"):
-        score.lower(state.params, {"tokens": tokens, "segments": tokens}).compile()
+    monkeypatch.setattr(steps, "make_score_step", lambda config, mesh, trace: lambda a: a + 1)
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"
+    ):
+        steps.jitted_score_step(config, mesh).lower(1.0).compile()
+
+
+def test_text_is_generated_by_programs_compiled_with_them(monkeypatch):
+    """A device without options uses `prefill` and `decode` themselves, another its own jits."""
+    device = jax.devices()[0]
+    sampling._programs.cache_clear()
+    assert sampling._programs(device) == (sampling.prefill, sampling.decode)
+    sampling._programs.cache_clear()
+    monkeypatch.setattr(
+        gpu_options, "compiler_options", lambda device: {"xla_no_such_option": True}
+    )
+    graph, params = transformer.build_abstract(tiny_config())
+    prefill, _ = sampling._programs(device)
+    sampling._programs.cache_clear()
+    tokens, lengths = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((2, 4), (2,)))
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"
+    ):
+        prefill.lower(graph, params, tokens, lengths, 4).compile()

@@ -1,6 +1,7 @@
 """The lookup of token embeddings, with a gradient that is deterministic and fast on GPU.
 
-Legend: B batch, L length, N = B * L tokens, S tokens of one chunk, D model (or one shard of it), V vocabulary.
+Legend: B batch, L length, N = B * L tokens, S tokens of one chunk, D model (or one shard of it),
+V vocabulary.
 """
 
 import functools
@@ -12,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from modse_jax import chips
 from modse_jax import mesh as meshes
 
-# Tokens of one matmul. The one-hot matrix takes 262 MB in bfloat16 at a vocabulary of 32,000; smaller chunks read and
-# write the accumulator more often.
+# Tokens of one matmul. The one-hot matrix takes 262 MB in bfloat16 at a vocabulary of 32,000;
+# smaller chunks read and write the accumulator more often.
 CHUNK = 4096
 
 
@@ -27,13 +28,13 @@ def look_up(
 ) -> jax.Array:
     """Returns `scale` times the embeddings of the tokens, [B, L, D] in the compute dtype.
 
-    On GPU the gradient is a sum of matmuls with one-hot matrices. XLA's gradient of a gather is a scatter-add, which is
-    not deterministic there. With `training.deterministic` XLA replaces it by a sort of one (row, value, index) triple
-    per element of [N, D] and by a scan of the same length: about 0.1 s for 65,536 tokens of width 1,536. Other
-    platforms keep XLA's gradient.
+    On GPU the gradient is a sum of matmuls with one-hot matrices. XLA's gradient of a gather is a
+    scatter-add, which is not deterministic there. With `training.deterministic` XLA replaces it by
+    a sort of one (row, value, index) triple per element of [N, D] and by a scan of the same length:
+    about 0.1 s for 65,536 tokens of width 1,536. Other platforms keep XLA's gradient.
 
-    Every device looks up its part of the model width, for the tokens of all devices that share the embedding. The
-    result is sharded in the same way; the batch is sharded over `data` alone.
+    Every device looks up its part of the model width, for the tokens of all devices that share the
+    embedding. The result is sharded in the same way; the batch is sharded over `data` alone.
 
     Args: with_matmul: selects the gradient; None selects it by the platform.
     """
@@ -46,9 +47,11 @@ def look_up(
     rows, width = PartitionSpec(meshes.DATA), meshes.RULES["embed"]
     tokens_BL = jax.lax.with_sharding_constraint(tokens_BL, NamedSharding(mesh, rows))
     if with_matmul:
-        # A shard_map adds up the gradient over `data` once. XLA would all-reduce the result of every chunk.
+        # A shard_map all-reduces the gradient over `data` once. XLA would all-reduce every chunk's.
         x_BLD = jax.shard_map(
-            lambda table_VD, tokens_BL: look_up_with_matmul_gradient(table_VD, tokens_BL, dtype, scale),
+            lambda table_VD, tokens_BL: look_up_with_matmul_gradient(
+                table_VD, tokens_BL, dtype, scale
+            ),
             mesh=mesh,
             in_specs=(PartitionSpec(None, width), rows),
             out_specs=PartitionSpec(meshes.DATA, None, width),
@@ -60,8 +63,13 @@ def look_up(
     return jax.lax.with_sharding_constraint(x_BLD, sharding)
 
 
-def look_up_with_gather(table_VD: jax.Array, tokens_BL: jax.Array, dtype: jnp.dtype, scale: float) -> jax.Array:
-    """Returns the scaled embeddings by a gather that XLA differentiates. It is the reference of the other lookup."""
+def look_up_with_gather(
+    table_VD: jax.Array, tokens_BL: jax.Array, dtype: jnp.dtype, scale: float
+) -> jax.Array:
+    """Returns the scaled embeddings by a gather that XLA differentiates.
+
+    It is the reference of `look_up_with_matmul_gradient`.
+    """
     x_BLD = table_VD[tokens_BL]
     return (x_BLD * scale if scale != 1 else x_BLD).astype(dtype)
 
@@ -70,9 +78,10 @@ def look_up_with_gather(table_VD: jax.Array, tokens_BL: jax.Array, dtype: jnp.dt
 def look_up_with_matmul_gradient(
     table_VD: jax.Array, tokens_BL: jax.Array, dtype: jnp.dtype, scale: float, chunk: int = CHUNK
 ) -> jax.Array:
-    """Returns the scaled embeddings by a gather whose gradient is a sum of matmuls over chunks of tokens.
+    """Returns the scaled embeddings by a gather whose gradient is a sum of matmuls.
 
-    The gradient is accumulated in float32, in the order of the tokens' chunks.
+    Each matmul is over one chunk of tokens. The gradient is accumulated in float32, in the order
+    of the tokens.
     """
     return look_up_with_gather(table_VD, tokens_BL, dtype, scale)
 
@@ -80,12 +89,16 @@ def look_up_with_matmul_gradient(
 def _forward(
     table_VD: jax.Array, tokens_BL: jax.Array, dtype: jnp.dtype, scale: float, chunk: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # The table is saved for its shape and type alone; no memory is spent on it, since it is a parameter.
+    # The table is saved for its shape and type alone. It is a parameter, so this takes no memory.
     return look_up_with_gather(table_VD, tokens_BL, dtype, scale), (tokens_BL, table_VD)
 
 
 def _backward(
-    dtype: jnp.dtype, scale: float, chunk: int, saved: tuple[jax.Array, jax.Array], gradient_BLD: jax.Array
+    dtype: jnp.dtype,
+    scale: float,
+    chunk: int,
+    saved: tuple[jax.Array, jax.Array],
+    gradient_BLD: jax.Array,
 ) -> tuple[jax.Array, None]:
     tokens_BL, table_VD = saved
     V, D = table_VD.shape

@@ -184,7 +184,11 @@ def _unwritten(shape, dtype, rows_E, chip):
     On GPU it is not initialized: zeros for the saved activations of 300Mx8 are 2.6 GB of writes per layer and pass. On
     CPU, XLA writes zeros for jax.lax.empty as well, and TPUs have not been measured.
     """
-    return lax.empty(shape, dtype) if chips.is_gpu(chip) else _zeros(shape, dtype, rows_E)
+    if not chips.is_gpu(chip):
+        return _zeros(shape, dtype, rows_E)
+    # JAX would create the array once, outside the loop over layers, since it depends on nothing there, and XLA would
+    # copy it in every layer. The condition depends on the layer; it is always true, and XLA removes it.
+    return lax.cond(rows_E[0] == rows_E[0], lambda: lax.empty(shape, dtype), lambda: lax.empty(shape, dtype))
 
 
 def _over_experts(expert, carry, rows_E, shard, placement):
