@@ -49,7 +49,7 @@ def config():
             widths=WIDTHS,
             pairs=False,
             top_k=TOP_K,
-            backend="reference",
+            backend="pallas_gpu",
             exchange="all_to_all",
         ),
         data=dict(sequence_length=LENGTH),
@@ -85,7 +85,7 @@ def expected_bytes() -> dict[str, float]:
 def test_a_compiled_step_sends_what_a_formula_says(config):
     row = plan.plan(config, "gpu:h100x8")
     assert tuple(row) == plan.FIELDS and row["mesh"] == {"data": 4, "fsdp": 1, "expert": 2}
-    assert row["moe_backend"] == "reference" and row["attention"] == "cudnn"
+    assert row["moe_backend"] == "pallas_gpu" and row["attention"] == "cudnn"
     assert row["unknown_collectives"] == [] and row["collective_bytes_between_hosts"] == 0
     assert row["collective_bytes_by_kind"] == pytest.approx(expected_bytes(), rel=0.02)
     assert row["fits"] and row["capacity_bytes_per_device"] == 79 * 2**30
