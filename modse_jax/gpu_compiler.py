@@ -160,10 +160,14 @@ def compiler_folder() -> pathlib.Path:
     return pathlib.Path(sys.prefix) / FOLDER
 
 
-def install_command() -> str:
-    """Returns the command that installs the compiler for the installed version of jax."""
+def install_command(folder: pathlib.Path | None) -> str:
+    """Returns the command that installs the compiler for the installed version of jax.
+
+    Args:
+        folder: where to; None for the environment itself.
+    """
     pins = " ".join(f"{package}=={jax.__version__}" for package in PACKAGES)
-    return f"pip install --no-deps --target={compiler_folder()} {pins}"
+    return f"pip install --no-deps --target={folder} {pins}" if folder else f"pip install {pins}"
 
 
 def find_compiler() -> pathlib.Path | None:
@@ -183,12 +187,12 @@ def find_compiler() -> pathlib.Path | None:
         if version is None:
             raise UserError(
                 f"compiling for a GPU needs XLA's CUDA compiler, and {package} is neither in the "
-                f"environment nor in {compiler_folder()}; install it with: {install_command()}"
+                f"environment nor in {compiler_folder()}; install it with: {install_command(folder)}"
             )
         if version != jax.__version__:
             raise UserError(
                 f"{package} has version {version} and jax has {jax.__version__}, and they must be the "
-                f"same; install it with: {install_command()}"
+                f"same; install it with: {install_command(folder)}"
             )
     return folder
 

@@ -56,6 +56,8 @@ def prepare_environment(topologies: Sequence[str]) -> None:
     parsed = [parse(name) for name in topologies]
     jax.config.update("jax_num_cpu_devices", max([t.per_host for t in parsed if t.kind == "cpu"], default=1))
     if any(t.kind == "gpu" for t in parsed):
+        # XLA warns of everything that it would do better if it had a GPU. What fails is raised as well as written.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         gpu_compiler.load_compiler()
 
 
