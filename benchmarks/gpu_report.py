@@ -312,11 +312,16 @@ def _lower_kernels(case: Case, devices: Sequence[jax.Device]) -> jax.stages.Lowe
 
 
 def select(cases: Sequence[Case], wanted: str | None) -> list[Case]:
-    """Returns the cases that have all words of one item of --cases. Raises UserError for none."""
+    """Returns the cases that have all words of an item of --cases, item by item.
+
+    Raises UserError if there are none.
+    """
     if wanted is None:
         return list(cases)
-    items = [set(item.split()) for item in wanted.split(",")]
-    chosen = [case for case in cases if any(item and item <= set(case) for item in items)]
+    chosen: list[Case] = []
+    for item in wanted.split(","):
+        words = set(item.split())
+        chosen += [case for case in cases if words and words <= set(case) and case not in chosen]
     if not chosen:
         raise UserError(
             f"--cases={wanted!r} selects nothing; each item is some words of one of: "
@@ -375,6 +380,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--compile", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")  # no accelerator of this machine is touched
     cases = list_cases()
     try:
         if options.list:

@@ -109,7 +109,9 @@ def test_a_rehearsal_needs_no_other_package_and_measures_every_phase(rehearsal):
         row["name"]: row["phase"] for row in rows if row["phase"] in ("done", "failed", "stopped")
     }
     assert set(endings.values()) == {"done"}, done.stdout
-    assert {"facts", "kernels pallas_tpu", "layer reference", "step reference blocks"} <= set(endings)
+    assert {"facts", "kernels pallas_tpu", "layer reference", "step reference blocks"} <= set(
+        endings
+    )
     facts = rows[0]
     assert facts["chip"] == "cpu" and facts["devices"] == 2
     assert facts["versions"]["jax"] == jax.__version__
@@ -279,9 +281,10 @@ with open(arguments["path"], "a") as file:
     accelerator.run_phase(run, phase)
     accelerator.run_phase(run, autotuned[0])
     row, _, tuned, _ = read_rows(run)
-    assert row["flags"] == f"--mine {schedule.NO_TRITON_MATMULS}"
+    assert row["flags"] == f"--mine {schedule.NO_TRITON_MATMULS} {schedule.LOOPS_IN_GRAPHS}"
     assert row["options"]["backend"] == "pallas_gpu" and row["kind"] == "step"
-    assert tuned["flags"].endswith(f"{tmp_path}/autotuning-step-pallas_gpu-cudnn-autotuned.pbtxt")
+    assert f"={tmp_path}/autotuning-step-pallas_gpu-cudnn-autotuned.pbtxt" in tuned["flags"]
+    assert schedule.NO_TRITON_MATMULS not in tuned["flags"]
 
 
 def test_an_interrupted_run_prints_its_tables(tmp_path):
@@ -319,12 +322,12 @@ def test_phases_are_in_order_of_worth():
     assert names[:3] == [
         "step pallas_triton cudnn",
         "step pallas_gpu cudnn",
-        "step blocked cudnn graphs",
+        "step blocked cudnn",
     ]
     assert len(names) == len(set(names))
     for backend in ("pallas_triton", "pallas_gpu", "blocked"):
         for attention in ("cudnn", "blocks"):
-            for words in ("", " deterministic", " graphs", " deterministic graphs"):
+            for words in ("", " deterministic", " no-graphs", " deterministic no-graphs"):
                 assert f"step {backend} {attention}{words}" in names
     assert "step pallas_tpu splash" in [p.name for p in schedule.step_phases("v5p", ["pallas_tpu"])]
     assert all("xla_gpu" not in p.flags for p in schedule.step_phases("v5p", ["pallas_tpu"]))

@@ -9,8 +9,10 @@ from modse_jax import chips
 # Without it XLA times Triton's matmuls while it compiles, which takes a minute or more, and for
 # matmuls of our sizes chooses cuBLAS mostly. One phase runs with it on (`autotuned`).
 NO_TRITON_MATMULS = "--xla_gpu_enable_triton_gemm=false"
-# Records loops with data-dependent trip counts in CUDA graphs, so that the host does not wait.
+# Loops with data-dependent trip counts are recorded in CUDA graphs, so that the host does not wait
+# for each of their conditions; or they are not.
 LOOPS_IN_GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE"
+LOOPS_BY_HOST = "--xla_gpu_enable_command_buffer=-WHILE"
 CUDNN_RAGGED_DOT = "--xla_gpu_experimental_use_ragged_dot_fusion=true"
 # The phases of which a result is a measurement.
 MEASURING = ("kernels", "layer", "ragged_dot", "step")
@@ -74,20 +76,20 @@ def _gpu_step_phases(chip: str, backends: Sequence[str]) -> list[Phase]:
     best = [*backends, "blocked"][0]
     phases = [
         *[_step(chip, backend, "cudnn") for backend in backends],
-        _step(chip, "blocked", "cudnn", graphs=True),
+        _step(chip, "blocked", "cudnn"),
         _step(chip, best, "cudnn", deterministic=True),
         _step(chip, best, "cudnn", equal_widths=True),
-        _step(chip, "blocked", "cudnn"),
+        _step(chip, "blocked", "cudnn", graphs=False),
         _layer("blocked", f"{NO_TRITON_MATMULS} {LOOPS_IN_GRAPHS}"),
         _ragged_dot(chip),
         _step(chip, best, "blocks"),
-        _step(chip, best, "cudnn", graphs=True),
+        _step(chip, best, "cudnn", graphs=False),
         _step(chip, best, "cudnn", autotuned=True),
     ]
     rest = [
         _step(chip, backend, attention, deterministic=deterministic, graphs=graphs)
         for attention, deterministic, graphs, backend in itertools.product(
-            ("cudnn", "blocks"), (False, True), (False, True), [*backends, "blocked"]
+            ("cudnn", "blocks"), (False, True), (True, False), [*backends, "blocked"]
         )
     ]
     return _without_repeats(phases + rest)
@@ -118,13 +120,13 @@ def _step(
     backend: str,
     attention: str,
     deterministic: bool = False,
-    graphs: bool = False,
+    graphs: bool = True,
     autotuned: bool = False,
     equal_widths: bool = False,
 ) -> Phase:
     words = {
         "deterministic": deterministic,
-        "graphs": graphs,
+        "no-graphs": not graphs,
         "autotuned": autotuned,
         "equal": equal_widths,
     }
@@ -132,7 +134,7 @@ def _step(
     flags = []
     if _is_gpu(chip):
         flags += [DUMP_AUTOTUNING] if autotuned else [NO_TRITON_MATMULS]
-        flags += [LOOPS_IN_GRAPHS] if graphs else []
+        flags += [LOOPS_IN_GRAPHS if graphs else LOOPS_BY_HOST]
     options = {
         "backend": backend,
         "attention": attention,
