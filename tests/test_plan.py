@@ -419,8 +419,9 @@ def test_what_multiplies_is_known_before_anything_is_compiled(monkeypatch):
     assert backend == "blocked" and "67108864 rows over widths" in why
     with pytest.raises(UserError, match="lower training.batch_size, or use a backend without a list: blocked, ref"):
         kernels("v5e", backend="pallas_tpu", batch=2**20)
-    with pytest.raises(UserError, match=r"widths \[96\] do not divide by 128; backends that take any: blocked"):
-        kernels("v5e", backend="pallas_tpu", width=96)
+    padded = kernels("v5e", backend="pallas_tpu", width=96)
+    assert padded.line() == ("experts: pallas_tpu (hidden units padded to multiples of 128: 33.3% more FLOPs); "
+                             "attention: blocks")
     with pytest.raises(UserError, match="not float32; set model.dtype=bfloat16, or use a backend that takes any"):
         kernels("h100", backend="pallas_gpu")
     assert kernels("cpu", backend="auto") == ("blocked", "blocks", "")
