@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modse_jax.moe import expert_ffn_gpu, expert_ffn_tpu, expert_ffn_virtual, sizing
+from modse_jax.moe import expert_ffn_gpu, expert_ffn_tpu, expert_ffn_virtual, expert_kernels, sizing
 from modse_jax.moe.expert_ffn_blocked import Blocks, blocked
 
 
@@ -49,6 +49,14 @@ def _tiles(backend, placement, shape, chip, dtype):
     return tiles
 
 
+def _run_kernels(backend, x_ND, rows_E, weights, shard, placement, tiles, interpret=False):
+    """Runs a kernel backend. The TPU kernels are one differentiable function; the others are run in chunks of rows."""
+    arguments = x_ND, rows_E, *weights, shard
+    if backend == "pallas_tpu":
+        return expert_ffn_tpu.pallas_tpu(*arguments, placement, tiles, interpret)
+    return expert_kernels.run_in_chunks(*arguments, KERNELS[backend], placement, tiles, interpret)
+
+
 def chosen(backend: str, placement: sizing.Placement, shape: tuple[int, int], chip: str, dtype: str) -> tuple[str, str]:
     """(the backend of a product over rows of a shape [N, D], why "auto" does not take kernels where a chip has them).
     "auto" is pallas_tpu on chips and widths that it takes, since `blocked` takes minutes to compile there (LOG.md);
@@ -82,8 +90,8 @@ def check_kernels(backend: str, placement: sizing.Placement, dim: int, chip: str
         keys[2:], ((dim, sum(widths)), (dim, sum(widths)), (sum(widths), dim)))))
 
     def kernels(x, w):
-        rows, kernel = jnp.asarray(rows_E, jnp.int32), getattr(module, backend)
-        return kernel(x, rows, *w, jnp.int32(0), placement, tiles, interpret)
+        rows = jnp.asarray(rows_E, jnp.int32)
+        return _run_kernels(backend, x, rows, w, jnp.int32(0), placement, tiles, interpret)
 
     def slow(x, w):
         return reference(x, jnp.asarray(rows_E), w, widths)
@@ -124,7 +132,7 @@ def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, place
     backend, _ = chosen(backend, placement, x_ND.shape, chip, str(x_ND.dtype))
     if backend in KERNELS:
         tiles = _tiles(backend, placement, x_ND.shape, chip, str(x_ND.dtype))
-        return getattr(KERNELS[backend], backend)(x_ND, rows_E, *weights, shard, placement, tiles)
+        return _run_kernels(backend, x_ND, rows_E, weights, shard, placement, tiles)
     if backend in ("reference", "virtual"):
         way = reference if backend == "reference" else expert_ffn_virtual.virtual
         ways = [functools.partial(way, widths=widths) for widths in placement.widths]
