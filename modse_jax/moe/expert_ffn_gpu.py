@@ -208,7 +208,16 @@ def forward(
     widest = _widest(placement)
     epilogue, num_outputs = (_swiglu_keeping, 3) if keep else (expert_tasks.swiglu, 1)
     hidden_NM, *kept = run_hidden_out(
-        x, (w_gate, w_up), False, epilogue, num_outputs, (), lists.hidden_out, widest, tiles, interpret
+        x,
+        (w_gate, w_up),
+        False,
+        epilogue,
+        num_outputs,
+        (),
+        lists.hidden_out,
+        widest,
+        tiles,
+        interpret,
     )
     y = run_hidden_in([(hidden_NM, w_down)], False, lists.hidden_in, tiles, interpret)
     y_ND = _clear_padding(y, x_ND.shape[0], lists)
@@ -298,7 +307,11 @@ def build_lists(
 
     work = expert_tasks.hidden_out_groups(rows_E, columns, tiles, num_tiles, VISITS_PER_GROUP)
     hidden_out = HiddenOutTasks(
-        work.live[None], *own_rows(work.expert, work.row_tile), work.row_tile, work.column, work.flat
+        work.live[None],
+        *own_rows(work.expert, work.row_tile),
+        work.row_tile,
+        work.column,
+        work.flat,
     )
 
     expert_V, row_tile_V, live_V = expert_tasks.visit_list(rows_E, tiles, num_tiles)
@@ -377,23 +390,26 @@ def run_hidden_out(
 
             values = pl.run_scoped(multiply, *[plgpu.ACC(block)] * num_weights)
 
-            def finish(barrier, *scratch):
-                kept_smem, out_smem = scratch[:num_kept], scratch[num_kept:]
-                first_row = r * tiles.rows
-                units = pl.ds(c * tiles.hidden, tiles.hidden)
-                for gmem, smem in zip(kept_gmem, kept_smem):
-                    plgpu.copy_gmem_to_smem(
-                        gmem.at[pl.ds(first_row, tiles.rows), units], smem, barrier
-                    )
-                if num_kept:
-                    plgpu.barrier_wait(barrier)
-                saved = (smem[...].astype(jnp.float32) for smem in kept_smem)
-                for smem, value in zip(out_smem, epilogue(*values, *saved)):
-                    smem[...] = value.astype(dtype)
-                _store_rows(out_smem, out_gmem, first_row, start[task], end[task], units)
+            first_row = r * tiles.rows
+            units = pl.ds(c * tiles.hidden, tiles.hidden)
 
-            scratch = [plgpu.SMEM(block, dtype)] * (num_kept + num_outputs)
-            pl.run_scoped(finish, plgpu.Barrier(num_arrivals=max(1, num_kept)), *scratch)
+            def finish(saved):
+                outputs = [value.astype(dtype) for value in epilogue(*values, *saved)]
+                _store_rows(outputs, out_gmem, first_row, start[task], end[task], units)
+
+            def load_kept_and_finish(barrier, *kept_smem):
+                for gmem, smem in zip(kept_gmem, kept_smem):
+                    rows = pl.ds(first_row, tiles.rows)
+                    plgpu.copy_gmem_to_smem(gmem.at[rows, units], smem, barrier)
+                plgpu.barrier_wait(barrier)
+                finish([smem[...].astype(jnp.float32) for smem in kept_smem])
+
+            if num_kept:
+                scratch = [plgpu.SMEM(block, dtype, transforms=_swizzled(dtype))] * num_kept
+                barrier = plgpu.Barrier(num_arrivals=num_kept)
+                pl.run_scoped(load_kept_and_finish, barrier, *scratch)
+            else:
+                finish([])
 
     out_type = [jax.ShapeDtypeStruct((N, widest), dtype)] * num_outputs
     return _call(hidden_out_kernel, out_type, tiles, interpret)(*tasks, rows_ND, *weights, *kept)
@@ -450,14 +466,14 @@ def run_hidden_in(
 
             value = pl.run_scoped(multiply, plgpu.ACC((tiles.rows, MODEL)))
 
-            def finish(out_smem):
-                out_smem[...] = value.astype(dtype)
-                model_dims = pl.ds(q * MODEL, MODEL)
-                _store_rows(
-                    [out_smem], [out_gmem], r * tiles.rows, start[visit], end[visit], model_dims
-                )
-
-            pl.run_scoped(finish, plgpu.SMEM((tiles.rows, MODEL), dtype))
+            _store_rows(
+                [value.astype(dtype)],
+                [out_gmem],
+                r * tiles.rows,
+                start[visit],
+                end[visit],
+                pl.ds(q * MODEL, MODEL),
+            )
 
     out_type = jax.ShapeDtypeStruct((N, D), dtype)
     operands = [array for pair in pairs for array in pair]
@@ -483,11 +499,7 @@ def run_weights(
     D, dtype = rows_ND.shape[1], rows_ND.dtype
     block = (tiles.wide, MODEL) if hidden_first else (MODEL, tiles.wide)
     shape = (flat_width, D) if hidden_first else (D, flat_width)
-    swizzle = plgpu.find_swizzle(UNIT * dtype.itemsize * 8)
-    transforms = (
-        plgpu.TilingTransform((8, swizzle // dtype.itemsize)),
-        plgpu.SwizzleTransform(swizzle),
-    )
+    transforms = _swizzled(dtype)
 
     def weights_kernel(start, end, column, flat, x_gmem, hidden_gmem, out_gmem):
         @plgpu.nd_loop((flat_width // tiles.wide * (D // MODEL),), collective_axes="sm")
@@ -561,9 +573,7 @@ def _call(kernel: Callable, out_type: Any, tiles: Tiles, interpret: Any) -> Call
         out_type=out_type,
         grid=(tiles.blocks,),
         grid_names=("sm",),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         **options,
     )
 
@@ -600,20 +610,53 @@ def _clear_rows_outside(tile_smem, start: jax.Array, end: jax.Array) -> None:
     tile_smem[...] = jnp.where((row >= start) & (row < end), value, jnp.zeros_like(value))
 
 
-def _store_rows(tiles_smem, outputs_gmem, first_row, start, end, columns) -> None:
-    """Stores rows start:end of tiles in shared memory. A copy has a static number of rows, so
-    the rows are stored in pieces of all powers of two."""
-    plgpu.commit_smem()
-    count, done = end - start, start
-    size = tiles_smem[0].shape[0]
-    while size:
+def _swizzled(dtype) -> tuple:
+    """Returns the layout of tiles in shared memory that registers and copies reach without bank
+    conflicts: 128 bytes of a row, their order changed from row to row."""
+    swizzle = plgpu.find_swizzle(UNIT * dtype.itemsize * 8)
+    return plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)
 
-        @pl.when((count & size) != 0)
-        def store_piece(done=done, size=size):
-            for smem, gmem in zip(tiles_smem, outputs_gmem):
-                rows = pl.ds(first_row + done, size)
-                plgpu.copy_smem_to_gmem(smem.at[pl.ds(done, size)], gmem.at[rows, columns])
 
-        done = done + (count & size)
-        size //= 2
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+def _store_rows(values, outputs_gmem, first_row, start, end, columns) -> None:
+    """Stores rows start:end of tiles in registers.
+
+    Nearly all visits own all rows of their tile, and go through a swizzled tile in shared
+    memory. A part of a tile may begin at any row, where a swizzled tile cannot be cut: it goes
+    through a plain tile, whose bank conflicts cost about a quarter of kernel A's time.
+    """
+    shape, dtype = values[0].shape, values[0].dtype
+
+    def store_tile(*tiles_smem):
+        for smem, value in zip(tiles_smem, values):
+            smem[...] = value
+        plgpu.commit_smem()
+        for smem, gmem in zip(tiles_smem, outputs_gmem):
+            plgpu.copy_smem_to_gmem(smem, gmem.at[pl.ds(first_row, shape[0]), columns])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def store_part(*tiles_smem):
+        for smem, value in zip(tiles_smem, values):
+            smem[...] = value
+        plgpu.commit_smem()
+        # A copy has a static number of rows: pieces of all powers of two below a whole tile.
+        done, size = start, shape[0] // 2
+        while size:
+
+            @pl.when(((end - start) & size) != 0)
+            def store_piece(done=done, size=size):
+                for smem, gmem in zip(tiles_smem, outputs_gmem):
+                    rows = pl.ds(first_row + done, size)
+                    plgpu.copy_smem_to_gmem(smem.at[pl.ds(done, size)], gmem.at[rows, columns])
+
+            done = done + ((end - start) & size)
+            size //= 2
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(end - start == shape[0])
+    def store_whole_tile():
+        scratch = plgpu.SMEM(shape, dtype, transforms=_swizzled(dtype))
+        pl.run_scoped(store_tile, *[scratch] * len(values))
+
+    @pl.when(end - start != shape[0])
+    def store_part_of_tile():
+        pl.run_scoped(store_part, *[plgpu.SMEM(shape, dtype)] * len(values))

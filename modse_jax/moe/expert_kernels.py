@@ -98,7 +98,7 @@ def _forward_chunks(
 
     def run_chunk(first, size, keep):
         rows = rows_in_chunk(rows_E, first, size)
-        x_CD = _slice_rows(x_ND, first, size)
+        x_CD = _slice_rows(x_ND, first, size, C)
         return kernels.forward(x_CD, rows, weights, shard, placement, tiles, interpret, keep)
 
     y_CD, kept = run_chunk(0, C, keep)
@@ -106,7 +106,7 @@ def _forward_chunks(
         return y_CD, kept
 
     def run_later_chunk(first, size, y_ND):
-        return _update_rows(y_ND, run_chunk(first, size, False)[0], first)
+        return _update_rows(y_ND, run_chunk(first, size, False)[0][:size], first)
 
     y_ND = _update_rows(jnp.zeros_like(x_ND), y_CD, 0)
     return _loop_over_later_chunks(run_later_chunk, y_ND, N, C), kept
@@ -123,7 +123,7 @@ def _backward_chunks(
 
     def run_chunk(first, size, kept):
         rows = rows_in_chunk(rows_E, first, size)
-        x_CD, dy_CD = _slice_rows(x_ND, first, size), _slice_rows(dy_ND, first, size)
+        x_CD, dy_CD = (_slice_rows(a, first, size, C) for a in (x_ND, dy_ND))
         if kept is None:
             _, kept = kernels.forward(x_CD, rows, weights, shard, *static, True)
         return kernels.backward(x_CD, rows, weights, shard, kept, dy_CD, *static)
@@ -136,7 +136,7 @@ def _backward_chunks(
         dx_ND, *sums = gradients
         dx_CD, *dw = run_chunk(first, size, None)
         sums = [total + new.astype(jnp.float32) for total, new in zip(sums, dw)]
-        return _update_rows(dx_ND, dx_CD, first), *sums
+        return _update_rows(dx_ND, dx_CD[:size], first), *sums
 
     dx_ND = _update_rows(jnp.zeros_like(x_ND), dx_CD, 0)
     gradients = (dx_ND, *(new.astype(jnp.float32) for new in dw))
@@ -156,8 +156,10 @@ def _loop_over_later_chunks(run: Callable, carry: Any, num_rows: int, chunk: int
     return run(whole * chunk, rest, carry) if rest else carry
 
 
-def _slice_rows(x_ND: jax.Array, first: jax.Array | int, size: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x_ND, first, size)
+def _slice_rows(x_ND: jax.Array, first: jax.Array | int, size: int, chunk: int) -> jax.Array:
+    """Returns `size` rows, padded to a whole chunk so that the kernels compile for one shape."""
+    x_CD = lax.dynamic_slice_in_dim(x_ND, first, size)
+    return jnp.pad(x_CD, ((0, chunk - size), (0, 0)))
 
 
 def _update_rows(y_ND: jax.Array, y_CD: jax.Array, first: jax.Array | int) -> jax.Array:
