@@ -287,15 +287,19 @@ def _lower_kernels(case: Case, devices: Sequence[jax.Device]) -> jax.stages.Lowe
     widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, dim)
     placement = sizing.place(widths, 1, "pairs")
     module = importlib.import_module(expert_ffn.KERNELS[case.backend].__name__)
-    tiles = module.tiles_for(widths, dim, case.gpu, "bfloat16")
-    kernel = getattr(module, case.backend)
+    job = (
+        module.tiles_for(widths, dim, case.gpu, "bfloat16"),
+        module.unit_for(widths, case.gpu, "bfloat16"),
+    )
 
     def describe(*shape, dtype="bfloat16"):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def run(x_ND, rows_E, weights, dy_ND):
         def forward(x_ND, weights):
-            return kernel(x_ND, rows_E, *weights, jnp.int32(0), placement, tiles)
+            return expert_ffn.run_kernels(
+                case.backend, x_ND, rows_E, weights, jnp.int32(0), placement, job
+            )
 
         y_ND, pull = jax.vjp(forward, x_ND, weights)
         return y_ND, pull(dy_ND)

@@ -176,7 +176,7 @@ def test_widths_that_are_no_multiples_are_padded():
 
     @jax.jit
     def run(x, rows, w, dy, shard):
-        y, pull = jax.vjp(lambda x, w: ef._run_kernels("pallas_tpu", x, rows, w, shard, placement, (tiles, 4), True),
+        y, pull = jax.vjp(lambda x, w: ef.run_kernels("pallas_tpu", x, rows, w, shard, placement, (tiles, 4), True),
                           x, w)
         return (y, *pull(dy))
 

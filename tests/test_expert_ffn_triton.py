@@ -62,7 +62,7 @@ def run_kernels(x_ND, rows_E, weights, dy_ND, shard, placement, tiles):
 
     def function(x, w):
         job = tiles, tiles.hidden
-        return expert_ffn._run_kernels(
+        return expert_ffn.run_kernels(
             "pallas_triton", x, rows_E, w, shard, placement, job, interpret=True
         )
 
@@ -280,12 +280,13 @@ def test_wrong_kernels_are_found(a_device_of_small_tiles, monkeypatch, capsys):
     config = a_device_of_small_tiles
     mesh = meshes.build(config, jax.devices()[:1])
     assert scoring._avoid_wrong_kernels(config, mesh) is config and not capsys.readouterr().err
-    right = triton.pallas_triton
+    right = triton.forward
 
-    def double_a_few_rows(x_ND, *rest):
-        return right(x_ND, *rest).at[8:16].multiply(2)
+    def double_a_few_rows(*arguments):
+        y_ND, kept = right(*arguments)
+        return y_ND.at[8:16].multiply(2), kept
 
-    monkeypatch.setattr(triton, "pallas_triton", double_a_few_rows)
+    monkeypatch.setattr(triton, "forward", double_a_few_rows)
     assert scoring._avoid_wrong_kernels(config, mesh).moe.backend == "blocked"
     message = "kernels of pallas_triton are wrong on this device: y differs .* set moe.backend=blo"
     assert re.search(message + ".* this evaluation uses moe.backend=blocked", capsys.readouterr().err)
@@ -297,7 +298,7 @@ def test_kernels_that_do_not_run_are_found(a_device_of_small_tiles, monkeypatch)
     def fail(*_):
         raise NotImplementedError("no such instruction")
 
-    monkeypatch.setattr(triton, "pallas_triton", fail)
+    monkeypatch.setattr(triton, "forward", fail)
     with pytest.raises(UserError, match="do not run on this device .NotImplementedError: no such"):
         transformer.check_kernels(
             a_device_of_small_tiles, meshes.build(a_device_of_small_tiles, jax.devices()[:1])

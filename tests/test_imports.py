@@ -7,7 +7,7 @@ LAYERS = [
     {"modse_jax.chips", "modse_jax.gpu_options", "modse_jax.integrity", "modse_jax.moe.sizing"},
     {"modse_jax.moe.expert_tasks", "modse_jax.moe.expert_padding"},
     {"modse_jax.moe.expert_ffn_blocked", "modse_jax.moe.expert_ffn_tpu", "modse_jax.moe.expert_ffn_gpu",
-     "modse_jax.moe.expert_ffn_triton"},
+     "modse_jax.moe.expert_ffn_triton", "modse_jax.moe.expert_kernels"},
     {"modse_jax.config"},
     {"modse_jax.lock"},
     {"modse_jax.moe.router", "modse_jax.moe.dispatch", "modse_jax.moe.exchange", "modse_jax.moe.expert_ffn"},

@@ -176,14 +176,18 @@ def compare_with_reference(backend: str, layer: Layer) -> tuple[list[dict], dict
     interpret = jax.devices()[0].platform == "cpu"
     chip = INTERPRETED[backend] if interpret else meshes.chip(None)
     module = expert_ffn.KERNELS[backend]
-    tiles = module.tiles_for(layer.widths, layer.dim, chip, DTYPE)
-    kernel = getattr(module, backend)
+    job = (
+        module.tiles_for(layer.widths, layer.dim, chip, DTYPE),
+        module.unit_for(layer.widths, chip, DTYPE),
+    )
 
     @jax.jit
     def run(x_ND, weights, dy_ND):
         def forward(x_ND, weights):
             rows = jnp.asarray(layer.rows, jnp.int32)
-            return kernel(x_ND, rows, *weights, jnp.int32(0), placement, tiles, interpret)
+            return expert_ffn.run_kernels(
+                backend, x_ND, rows, weights, jnp.int32(0), placement, job, interpret
+            )
 
         y_ND, pull = jax.vjp(forward, x_ND, weights)
         dx_ND, gradients = pull(dy_ND)

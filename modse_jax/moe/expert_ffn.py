@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modse_jax.moe import expert_ffn_gpu, expert_ffn_tpu, expert_ffn_triton, expert_padding, sizing
+from modse_jax.moe import (
+    expert_ffn_gpu,
+    expert_ffn_tpu,
+    expert_ffn_triton,
+    expert_kernels,
+    expert_padding,
+    sizing,
+)
 from modse_jax.moe.expert_ffn_blocked import Blocks, blocked
 
 
@@ -88,11 +95,15 @@ def padding(backend: str, placement: sizing.Placement, shape: tuple[int, int], c
     return ratio, f"hidden units padded to multiples of {unit}: {100 * (ratio - 1):.1f}% more FLOPs"
 
 
-def _run_kernels(backend, x_ND, rows_E, weights, shard, placement, job, interpret=False):
-    """The product by kernels. job: of _tiles."""
+def run_kernels(backend, x_ND, rows_E, weights, shard, placement, job, interpret=False):
+    """Runs the kernels of a backend. The TPU kernels are one differentiable function; GPU kernels run in chunks of
+    rows. job: see _tiles."""
     tiles, unit = job
     rows_E, weights, placement = expert_padding.pad_experts(rows_E, weights, shard, placement, unit)
-    return getattr(KERNELS[backend], backend)(x_ND, rows_E, *weights, shard, placement, tiles, interpret)
+    arguments = x_ND, rows_E, *weights, shard
+    if backend == "pallas_tpu":
+        return expert_ffn_tpu.pallas_tpu(*arguments, placement, tiles, interpret)
+    return expert_kernels.run_in_chunks(*arguments, KERNELS[backend], placement, tiles, interpret)
 
 
 def check_kernels(backend: str, placement: sizing.Placement, dim: int, chip: str, dtype: str, interpret=False) -> None:
@@ -114,7 +125,7 @@ def check_kernels(backend: str, placement: sizing.Placement, dim: int, chip: str
 
     def kernels(x, w):
         rows = jnp.asarray(rows_E, jnp.int32)
-        return _run_kernels(backend, x, rows, w, jnp.int32(0), placement, job, interpret)
+        return run_kernels(backend, x, rows, w, jnp.int32(0), placement, job, interpret)
 
     def slow(x, w):
         return reference(x, jnp.asarray(rows_E), w, widths)
@@ -161,7 +172,7 @@ def expert_ffn(x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, place
     backend, _ = chosen(backend, placement, x_ND.shape, chip, str(x_ND.dtype))
     if backend in KERNELS:
         job = _tiles(backend, placement, x_ND.shape, chip, str(x_ND.dtype))
-        return _run_kernels(backend, x_ND, rows_E, weights, shard, placement, job)
+        return run_kernels(backend, x_ND, rows_E, weights, shard, placement, job)
     if backend == "reference":
         ways = [functools.partial(reference, widths=widths) for widths in placement.widths]
         return jax.lax.switch(shard, ways, x_ND, rows_E, weights)

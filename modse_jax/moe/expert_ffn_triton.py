@@ -284,45 +284,6 @@ def _list_weight_tiles(
     return WeightTiles(start_E[expert_C], end_E[expert_C], column_C, tiles.hidden * order_C)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def pallas_triton(
-    x_ND: jax.Array,
-    rows_E: jax.Array,
-    w_gate: jax.Array,
-    w_up: jax.Array,
-    w_down: jax.Array,
-    shard: jax.Array,
-    placement: sizing.Placement,
-    tiles: Tiles,
-    interpret: bool = False,
-) -> jax.Array:
-    """Computes expert_ffn.expert_ffn.
-
-    Every width is a multiple of `tiles.hidden`, and D of MODEL_UNIT.
-
-    Args:
-      shard: int32 scalar, which shard of the placement the weights belong to.
-    """
-    weights = w_gate, w_up, w_down
-    y_ND, _ = forward(x_ND, rows_E, weights, shard, placement, tiles, interpret, keep=False)
-    return y_ND
-
-
-def _vjp_forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret):
-    weights = w_gate, w_up, w_down
-    y_ND, kept = forward(x_ND, rows_E, weights, shard, placement, tiles, interpret, keep=True)
-    return y_ND, (x_ND, rows_E, weights, shard, kept)
-
-
-def _vjp_backward(placement, tiles, interpret, saved, dy_ND):
-    x_ND, rows_E, weights, shard, kept = saved
-    dx_ND, *dw = backward(x_ND, rows_E, weights, shard, kept, dy_ND, placement, tiles, interpret)
-    return dx_ND, None, *dw, None
-
-
-pallas_triton.defvjp(_vjp_forward, _vjp_backward)
-
-
 def forward(
     x_ND: jax.Array,
     rows_E: jax.Array,

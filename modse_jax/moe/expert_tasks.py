@@ -22,7 +22,7 @@ class Work(NamedTuple):
     row_tile: jax.Array
     column: jax.Array     # tile of the expert's own columns
     flat: jax.Array       # tile of the flat axis
-    flags: jax.Array      # 1: first task of its output block; 2: last one
+    flags: jax.Array | None    # 1: first task of its output block; 2: last one; None if the order has no such blocks
 
 
 def visits(rows_E, tiles, num_tiles, empty_too=False):
@@ -80,6 +80,36 @@ def hidden_in_work(rows_E, columns, tiles, num_tiles) -> Work:
     last = column == columns.count_E[expert] - 1
     return Work(jnp.sum(count_V, dtype=jnp.int32), expert, row_tile_V[visit], column,
                 columns.first_E[expert] + column, (column == 0) + 2 * last.astype(jnp.int32))
+
+
+def hidden_out_groups(rows_E, columns, tiles, num_tiles, visits_per_group: int) -> Work:
+    """Returns the tasks of a hidden-out kernel in an order that reuses the weights in cache.
+
+    The visits of an expert are divided into groups of nearly equal size, at most
+    `visits_per_group`. A group runs column by column, and every column over all visits of
+    the group, so that the tasks that run at the same time read few columns of the weights.
+    Every second group runs its columns backward (a snake), so that it starts with the
+    columns that the group before it read last.
+    """
+    visits_E, first_row_tile_E = visits(rows_E, tiles, num_tiles)
+    groups_E = jnp.maximum(1, -(-visits_E // visits_per_group))
+    expert, index = repeat(visits_E * columns.count_E, columns.bound)
+    # Entries past the last task repeat an index that is in range; they never run.
+    num_visits = jnp.maximum(1, visits_E[expert])
+    num_groups, num_columns = groups_E[expert], columns.count_E[expert]
+    index = jnp.minimum(index, num_visits * num_columns - 1)
+    # Group g holds the visits g * num_visits // num_groups up to that of g + 1.
+    group = ((index // num_columns + 1) * num_groups - 1) // num_visits
+    first_visit = group * num_visits // num_groups
+    group_size = (group + 1) * num_visits // num_groups - first_visit
+    index_in_group = index - first_visit * num_columns
+    column = index_in_group // group_size
+    column = jnp.where(group % 2 == 1, num_columns - 1 - column, column)
+    row_tile = first_row_tile_E[expert] + first_visit + index_in_group % group_size
+    row_tile = jnp.minimum(row_tile, num_tiles - 1)
+    live = jnp.sum(visits_E * columns.count_E, dtype=jnp.int32)
+    flat = columns.first_E[expert] + column
+    return Work(live, expert, row_tile.astype(jnp.int32), column, flat, None)
 
 
 def task_bound(num_rows: int, placement: sizing.Placement, tiles) -> int:
