@@ -105,8 +105,8 @@ def _backward(
     tokens_N, gradient_ND = tokens_BL.reshape(-1), gradient_BLD.reshape(-1, D)
     chunk = min(chunk, tokens_N.size)
     padding = -tokens_N.size % chunk
-    # Padding has the token id V, which is no row of the one-hot matrix.
-    tokens_N = jnp.pad(tokens_N, (0, padding), constant_values=V)
+    # Padding counts as token 0, to whose row it adds a gradient of 0.
+    tokens_N = jnp.pad(tokens_N, (0, padding))
     gradient_ND = jnp.pad(gradient_ND, ((0, padding), (0, 0)))
 
     def add_chunk(sum_VD: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
