@@ -53,6 +53,7 @@ def prepare_environment(topologies: Sequence[str]) -> None:
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true", JAX_PLATFORMS="cpu",
                       TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_STDERR_LOG_LEVEL="3")
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)    # of a program found there XLA writes no text to count
     parsed = [parse(name) for name in topologies]
     jax.config.update("jax_num_cpu_devices", max([t.per_host for t in parsed if t.kind == "cpu"], default=1))
     if any(t.kind == "gpu" for t in parsed):
