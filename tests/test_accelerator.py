@@ -250,6 +250,7 @@ time.sleep(60)
     first, second = read_rows(run)
     assert first["early"] == 1
     assert second["phase"] == "stopped" and "limit of 2 seconds" in second["error"]
+    assert second["at"] < 30  # it was not waited for
 
 
 def test_the_end_of_a_phase_is_recorded(tmp_path):
@@ -392,7 +393,6 @@ def test_ratios_in_the_tables():
         (["--speed"], "unrecognized arguments: --speed"),
         (["--show=/nowhere/r.jsonl"], "/nowhere/r.jsonl cannot be read"),
         (["--json=/proc/r.jsonl"], "/proc/r.jsonl cannot be written"),
-        (["--json=README.md"], "README.md exists; choose another --json"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message, capsys, monkeypatch):
@@ -400,6 +400,14 @@ def test_bad_input_is_one_sentence(arguments, message, capsys, monkeypatch):
     assert accelerator.main(arguments) == accelerator.BAD_INPUT
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_results_file_is_never_overwritten(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"phase": "facts"}\n')
+    with pytest.raises(accelerator.UserError, match="r.jsonl exists; choose another --json"):
+        accelerator.open_results(accelerator.parse([f"--json={path}"]))
+    assert results.read(path) == [{"phase": "facts"}]
 
 
 def test_a_machine_without_an_accelerator_is_told_so(tmp_path):
