@@ -5,6 +5,8 @@ The chunks are tested with kernels written in plain JAX, which keep NaN wherever
 leave its buffers unwritten.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,7 +199,7 @@ def most_columns(tasks, window):
     return max(len(set(flat[i : i + window])) for i in range(max(1, len(flat) - window + 1)))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_grouped_tasks_are_the_same_tasks(seed):
     """Random routings and widths: every task once, whatever the size of the groups."""
     rng = np.random.default_rng(seed)
@@ -226,5 +228,7 @@ def test_grouped_tasks_read_few_weights_at_a_time():
     arguments = (rows_E, columns, tiles, num_tiles)
     grouped = expert_tasks.hidden_out_groups(*arguments, expert_ffn_gpu.VISITS_PER_GROUP)
     assert most_columns(list_tasks(grouped), 132) <= max(widths) // tiles.hidden // 5
+    for task, following in itertools.pairwise(list_tasks(grouped)):  # a snake: no jump back
+        assert task[0] != following[0] or abs(task[3] - following[3]) <= 1
     by_visit = list_tasks(expert_tasks.hidden_in_work(*arguments))
     assert most_columns(by_visit, 132) >= max(widths) // tiles.hidden
