@@ -28,7 +28,7 @@ $(VENV)/dev: $(VENV)/base requirements-dev.txt
 	touch $@
 
 $(GPU_COMPILER)/installed: $(VENV)/base
-	$(PIP) --no-deps --upgrade --target=$(GPU_COMPILER) \
+	$(PIP) --no-deps --upgrade --target=$(GPU_COMPILER) 'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' \
 		$$($(PY) -c 'import jax; print(*(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt")))')
 	touch $@
 

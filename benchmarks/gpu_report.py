@@ -392,8 +392,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if options.compile:
             name, folder = options.compile
-            case = next(case for case in cases if case.name == name)
-            print(json.dumps(_compile_here(case, folder)))
+            print(json.dumps(_compile_here(Case(*name.split()), folder)))
             return 0
         chosen = select(cases, options.cases)
         gpu_compiler.find_compiler()

@@ -31,7 +31,10 @@ import jax
 
 from modse_jax.config import UserError
 
-PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
+PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt")  # of the same version as jax
+# ptxas and libdevice, which the compiler calls and reads: NVIDIA's packages, or a CUDA toolkit.
+TOOL_PACKAGES = ("nvidia-cuda-nvcc==13.0.*", "nvidia-nvvm==13.0.*")
+TOOLS = ("bin/ptxas", "nvvm/libdevice/libdevice.10.bc")
 FOLDER = "gpu-compiler"  # inside sys.prefix
 CUDA_VERSION = "13.0.0"  # assumed driver and runtime; XLA makes no CUDA graphs without both
 CUDNN_VERSION = (9, 28, 1)  # assumed; see `assume_cudnn`
@@ -166,7 +169,8 @@ def install_command(folder: pathlib.Path | None) -> str:
     Args:
         folder: where to; None for the environment itself.
     """
-    pins = " ".join(f"{package}=={jax.__version__}" for package in PACKAGES)
+    pins = [f"{package}=={jax.__version__}" for package in PACKAGES]
+    pins = " ".join([*pins, *(f"'{package}'" for package in TOOL_PACKAGES)])
     return f"pip install --no-deps --target={folder} {pins}" if folder else f"pip install {pins}"
 
 
@@ -194,7 +198,29 @@ def find_compiler() -> pathlib.Path | None:
                 f"{package} has version {version} and jax has {jax.__version__}, and they must be the "
                 f"same; install it with: {install_command(folder)}"
             )
+    find_cuda_tools(folder)
     return folder
+
+
+def find_cuda_tools(folder: pathlib.Path | None) -> pathlib.Path:
+    """Returns the directory of ptxas and libdevice: beside the compiler, or a CUDA toolkit.
+
+    Args:
+        folder: the folder of the compiler; None for the environment.
+
+    Raises UserError if there is none.
+    """
+    paths = [str(folder)] if folder else sys.path
+    toolkits = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    candidates = [pathlib.Path(path) / "nvidia" / "cu13" for path in paths]
+    candidates += [pathlib.Path(path) for path in toolkits if path]
+    for candidate in candidates:
+        if all((candidate / tool).is_file() for tool in TOOLS):
+            return candidate
+    raise UserError(
+        f"compiling for a GPU needs ptxas and libdevice, and there is no {' with '.join(TOOLS)} in "
+        f"{', '.join(map(str, candidates))}; install them with: {install_command(folder)}"
+    )
 
 
 def _version(package: str, path: Sequence[str]) -> str | None:
@@ -219,6 +245,10 @@ def load_compiler() -> None:
     if folder is not None:
         sys.path.append(str(folder))
         importlib.invalidate_caches()
+    # Mosaic sets these two when it is imported, and reads them when it compiles.
+    importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    tools = str(find_cuda_tools(folder))
+    os.environ.update(CUDA_ROOT=tools, MOSAIC_GPU_CUDA_ROOT=tools)
     plugin = importlib.import_module("jax_cuda13_plugin")
     # Mosaic looks for its runtime when it is imported, which may have been before this.
     runtime = pathlib.Path(plugin.__file__).parent / "libmosaic_gpu_runtime.so"
@@ -287,7 +317,11 @@ def compile_options(deterministic: bool = False, dump_to: str | pathlib.Path = "
         deterministic: as mesh.request_determinism sets for training.
         dump_to: a folder to write the program and its list of launches into.
     """
-    options = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_deterministic_ops": deterministic}
+    options = {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_deterministic_ops": deterministic,
+        "xla_gpu_cuda_data_dir": str(find_cuda_tools(find_compiler())),
+    }
     if dump_to:
         options |= {"xla_dump_to": str(dump_to), "xla_dump_hlo_as_text": True}
     return options

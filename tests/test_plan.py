@@ -289,7 +289,8 @@ def test_a_missing_or_other_compiler_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_compiler.platform, "system", lambda: "Linux")
     monkeypatch.setattr(gpu_compiler.platform, "machine", lambda: "x86_64")
     line = (rf"; install it with: pip install --no-deps --target={tmp_path}/gpu-compiler "
-            rf"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}$")
+            rf"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} "
+            r"'nvidia-cuda-nvcc==13.0.\*' 'nvidia-nvvm==13.0.\*'$")
     with pytest.raises(UserError, match="jax-cuda13-plugin is neither in the environment nor in .*" + line):
         plan.check(["v5e:1x1", "gpu:h100"], "")
     plan.check(["v5e:1x1", "cpu:2"], "")
@@ -298,6 +299,12 @@ def test_a_missing_or_other_compiler_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="jax-cuda13-pjrt is neither"):
         gpu_compiler.find_compiler()
     install(folder, jax.__version__, gpu_compiler.PACKAGES[1:])
+    monkeypatch.setattr(gpu_compiler, "TOOLS", ("bin/no-such-tool",))
+    with pytest.raises(UserError, match="there is no bin/no-such-tool in .*gpu-compiler/nvidia/cu13, .*" + line):
+        gpu_compiler.find_compiler()
+    tool = folder / "nvidia" / "cu13" / "bin" / "no-such-tool"
+    tool.parent.mkdir(parents=True)
+    tool.touch()
     assert gpu_compiler.find_compiler() == folder
     other = tmp_path / "environment"
     install(other, "0.3.1")
