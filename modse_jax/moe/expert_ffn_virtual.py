@@ -7,6 +7,7 @@ into a product of every row with every expert, so `fused` finds out first.
 
 Legend: N routed rows, D model, E experts, H flat hidden axis, C chunk width, V virtual experts, R repeated rows.
 """
+
 import functools
 import math
 import statistics
@@ -18,23 +19,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-LEAST = 128        # columns of a chunk: below, a product is bound by the repeated rows
-GROUPS = 16        # of the probe
-EXPANDED = 4.0     # times a dense product's time: an expansion takes GROUPS times, a fused kernel up to about twice
+LEAST = 128  # columns of a chunk: below, a product is bound by the repeated rows
+
+
+GROUPS = 16  # of the probe
+
+
+EXPANDED = 4.0  # times a dense product's time: an expansion takes GROUPS times, a fused kernel up to about twice
 
 
 def chunk(widths: Sequence[int]) -> int:
     """Columns of a virtual expert. Raises ValueError where the widths have no large common part."""
     size = math.gcd(*widths)
     if size < LEAST:
-        raise ValueError(f"virtual: widths {sorted(set(widths))} have only {size} columns in common, at least {LEAST} "
-                         "are needed; backends that take any: blocked, reference")
+        raise ValueError(
+            f"virtual: widths {sorted(set(widths))} have only {size} columns in common, at least {LEAST} "
+            "are needed; backends that take any: blocked, reference"
+        )
     return size
 
 
 def virtual(x_ND, rows_E, weights, widths: Sequence[int]):
     """See expert_ffn.reference. Gradients by differentiation."""
-    size, rows_E, (w_gate, w_up, w_down) = chunk(widths), rows_E[:len(widths)], weights
+    size, rows_E, (w_gate, w_up, w_down) = chunk(widths), rows_E[: len(widths)], weights
     counts = np.array([w // size for w in widths])
     (N, D), dtype = x_ND.shape, x_ND.dtype
     rows_V = rows_E[np.repeat(np.arange(len(widths)), counts)]
@@ -67,7 +74,7 @@ def _summed(part_RD, rows_E, first_E, counts, num_rows):
     """Of every row, the sum over its expert's chunks: a gather for each, so that the order of additions is fixed."""
     row_N = jnp.arange(num_rows)
     e_N = jnp.minimum(jnp.searchsorted(jnp.cumsum(rows_E), row_N, side="right"), len(counts) - 1)
-    start_E = jnp.cumsum(rows_E * counts) - rows_E * counts    # an expert's first repeated row
+    start_E = jnp.cumsum(rows_E * counts) - rows_E * counts  # an expert's first repeated row
     mine_N = row_N < jnp.sum(rows_E)
 
     def add(c, y_ND):
@@ -75,13 +82,15 @@ def _summed(part_RD, rows_E, first_E, counts, num_rows):
         use_N = mine_N & (c < jnp.asarray(counts)[e_N])
         return y_ND + jnp.where(use_N[:, None], part_RD[jnp.where(use_N, at_N, 0)], 0)
 
-    return functools.reduce(lambda y, c: add(c, y), range(int(counts.max())), jnp.zeros(
-        (num_rows, part_RD.shape[1]), jnp.float32))
+    return functools.reduce(
+        lambda y, c: add(c, y),
+        range(int(counts.max())),
+        jnp.zeros((num_rows, part_RD.shape[1]), jnp.float32),
+    )
 
 
 def fused(device: jax.Device) -> bool:
-    """Whether a grouped product on this device, its gradients included, takes about the time of a dense one. Runs both.
-    """
+    """Whether a grouped product on this device, its gradients included, takes about the time of a dense one. Runs both."""
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     rows, side = (1024, 128) if device.platform == "cpu" else (65536, 1024)
     x, w = jnp.ones((rows, side), dtype), jnp.ones((GROUPS, side, side), dtype)
@@ -90,6 +99,7 @@ def fused(device: jax.Device) -> bool:
 
     def dense(x, w):
         return jnp.matmul(x, w[0], preferred_element_type=jnp.float32)
+
     return _seconds(lambda x, w: _grouped(x, w, sizes), x, w) < EXPANDED * _seconds(dense, x, w)
 
 
