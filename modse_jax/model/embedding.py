@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modse_jax import chips
-from modse_jax import mesh as meshes
+from modse_jax.runtime import chips, sharding
 
 # Tokens of one matmul. The one-hot matrix takes 262 MB in bfloat16 at a vocabulary of 32,000; smaller chunks read and
 # write the accumulator more often.
@@ -38,29 +37,33 @@ def look_up(
     Args: with_matmul: selects the gradient; None selects it by the platform.
     """
     if with_matmul is None:
-        with_matmul = chips.is_gpu(meshes.chip(mesh))
+        with_matmul = chips.is_gpu(sharding.chip_name(mesh))
     if mesh is None:
         look_up_here = look_up_with_matmul_gradient if with_matmul else look_up_with_gather
         return look_up_here(table_VD, tokens_BL, dtype, scale)
 
-    rows, width = PartitionSpec(meshes.DATA), meshes.RULES["embed"]
+    rows, width = PartitionSpec(sharding.DATA), sharding.AXIS_RULES["embed"]
     tokens_BL = jax.lax.with_sharding_constraint(tokens_BL, NamedSharding(mesh, rows))
     if with_matmul:
         # A shard_map adds up the gradient over `data` once. XLA would all-reduce the result of every chunk.
         x_BLD = jax.shard_map(
-            lambda table_VD, tokens_BL: look_up_with_matmul_gradient(table_VD, tokens_BL, dtype, scale),
+            lambda table_VD, tokens_BL: look_up_with_matmul_gradient(
+                table_VD, tokens_BL, dtype, scale
+            ),
             mesh=mesh,
             in_specs=(PartitionSpec(None, width), rows),
-            out_specs=PartitionSpec(meshes.DATA, None, width),
+            out_specs=PartitionSpec(sharding.DATA, None, width),
             check_vma=False,
         )(table_VD, tokens_BL)
     else:
         x_BLD = look_up_with_gather(table_VD, tokens_BL, dtype, scale)
-    sharding = NamedSharding(mesh, PartitionSpec(meshes.DATA, None, width))
-    return jax.lax.with_sharding_constraint(x_BLD, sharding)
+    layout = NamedSharding(mesh, PartitionSpec(sharding.DATA, None, width))
+    return jax.lax.with_sharding_constraint(x_BLD, layout)
 
 
-def look_up_with_gather(table_VD: jax.Array, tokens_BL: jax.Array, dtype: jnp.dtype, scale: float) -> jax.Array:
+def look_up_with_gather(
+    table_VD: jax.Array, tokens_BL: jax.Array, dtype: jnp.dtype, scale: float
+) -> jax.Array:
     """Returns the scaled embeddings by a gather that XLA differentiates. It is the reference of the other lookup."""
     x_BLD = table_VD[tokens_BL]
     return (x_BLD * scale if scale != 1 else x_BLD).astype(dtype)
@@ -85,7 +88,11 @@ def _forward(
 
 
 def _backward(
-    dtype: jnp.dtype, scale: float, chunk: int, saved: tuple[jax.Array, jax.Array], gradient_BLD: jax.Array
+    dtype: jnp.dtype,
+    scale: float,
+    chunk: int,
+    saved: tuple[jax.Array, jax.Array],
+    gradient_BLD: jax.Array,
 ) -> tuple[jax.Array, None]:
     tokens_BL, table_VD = saved
     V, D = table_VD.shape
