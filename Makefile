@@ -19,7 +19,7 @@ $(VENV)/base: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or 3.12 is needed: make PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
-	$(COMPILE_IMPORTED) "import train, modse_jax.training.loop, modse_jax.evaluation.scoring, modse_jax.evaluation.report"
+	$(COMPILE_IMPORTED) "import train, modse_jax.training.loop, modse_jax.evaluation.scoring, modse_jax.report.pages"
 	touch $@
 
 $(VENV)/dev: $(VENV)/base requirements-dev.txt
@@ -38,7 +38,7 @@ demo: export DEMO_START := $(shell date +%s)
 demo: $(VENV)/base
 	$(PY) train.py --config=configs/tiny.py --workdir=$(DEMO)
 	$(PY) eval.py --workdir=$(DEMO)
-	$(PY) -m modse_jax.evaluation.summary --workdir=$(DEMO) --since=$$DEMO_START
+	$(PY) -m modse_jax.report.demo_summary --workdir=$(DEMO) --since=$$DEMO_START
 
 test: $(VENV)/dev $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(GPU_COMPILER)/installed)
 	$(PY) -m pytest

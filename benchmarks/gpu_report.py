@@ -29,23 +29,44 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.accelerator import phases
-from modse_jax import gpu_compiler
-from modse_jax import mesh as meshes
-from modse_jax.config import UserError
-from modse_jax.moe import expert_ffn, sizing
-from modse_jax.training import step as steps
+from modse_jax.config import device_mesh
+from modse_jax.errors import UserError
+from modse_jax.moe import expert_placement, expert_widths
+from modse_jax.moe.experts import select
+from modse_jax.planning import gpu_compiler
+from modse_jax.training import train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
 DIMS = {"300Mx8": 1536, "700Mx8": 2048}
+
+
 ROUTED = 131_072  # tokens
+
+
 ATTENTIONS = ("cudnn", "blocks")
+
+
 LOG = "ptxas.log"  # where a case's own process writes its error output
+
+
 # XLA logs what ptxas says of each kernel from these files only if it is told to.
 LOG_LEVELS = "subprocess_compilation=5,ptx_compiler_impl=5,nvjitlink_impl=5"
+
+
 VERBOSE_PTXAS = {"xla_gpu_ptx_compiler_extra_flags": "-v"}
+
+
 MATMUL = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*")
+
+
 TENSOR_LOAD = re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.shared")
+
+
 TENSOR_STORE = re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.global")
+
+
 ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared")
 
 
@@ -188,7 +209,7 @@ def list_cases() -> list[Case]:
     """Returns every case: kernels first, then steps of 300Mx8."""
     kernels, step_cases = [], []
     for gpu in ("h100", "h200", "a100", "b200"):
-        backends = [backend for backend in expert_ffn.KERNELS if _takes(backend, gpu)]
+        backends = [backend for backend in select.KERNELS if _takes(backend, gpu)]
         for backend in backends:
             kernels += [Case("kernels", backend, gpu, model) for model in DIMS]
         for attention in ATTENTIONS:
@@ -198,9 +219,9 @@ def list_cases() -> list[Case]:
 
 
 def _takes(backend: str, gpu: str) -> bool:
-    widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, 1536)
+    widths = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, 1536)
     try:
-        expert_ffn.KERNELS[backend].tiles_for(widths, 1536, gpu, "bfloat16")
+        select.KERNELS[backend].tiles_for(widths, 1536, gpu, "bfloat16")
     except ValueError:
         return False
     return True
@@ -254,10 +275,10 @@ def _compile_here(case: Case, folder: str) -> dict:
         config = phases.step_config(
             case.backend, case.attention, True, equal_widths=False, tiny=False, devices=1
         )
-        mesh = meshes.build(config, devices)
+        mesh = device_mesh.build_mesh(config, devices)
         options["xla_gpu_deterministic_ops"] = True
         with gpu_compiler.assume_cudnn():
-            compiled = steps.compiled(config, mesh, options)
+            compiled = train_step.compile_train_step(config, mesh, options)
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     peak = (
@@ -284,9 +305,9 @@ def _lower_kernels(case: Case, devices: Sequence[jax.Device]) -> jax.stages.Lowe
     dim = DIMS[case.model]
     mesh = Mesh(np.array(devices[:1]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
-    widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, dim)
-    placement = sizing.place(widths, 1, "pairs")
-    module = importlib.import_module(expert_ffn.KERNELS[case.backend].__name__)
+    widths = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, dim)
+    placement = expert_placement.place_experts(widths, 1, "pairs")
+    module = importlib.import_module(select.KERNELS[case.backend].__name__)
     job = (
         module.tiles_for(widths, dim, case.gpu, "bfloat16"),
         module.unit_for(widths, case.gpu, "bfloat16"),
@@ -297,7 +318,7 @@ def _lower_kernels(case: Case, devices: Sequence[jax.Device]) -> jax.stages.Lowe
 
     def run(x_ND, rows_E, weights, dy_ND):
         def forward(x_ND, weights):
-            return expert_ffn.run_kernels(
+            return select.run_kernels(
                 case.backend, x_ND, rows_E, weights, jnp.int32(0), placement, job
             )
 
@@ -315,7 +336,7 @@ def _lower_kernels(case: Case, devices: Sequence[jax.Device]) -> jax.stages.Lowe
 # ---- the report ----
 
 
-def select(cases: Sequence[Case], wanted: str | None) -> list[Case]:
+def select_cases(cases: Sequence[Case], wanted: str | None) -> list[Case]:
     """Returns the cases that have all words of an item of --cases, item by item.
 
     Raises UserError if there are none.
@@ -394,7 +415,7 @@ def main(arguments: Sequence[str]) -> int:
             name, folder = options.compile
             print(json.dumps(_compile_here(Case(*name.split()), folder)))
             return 0
-        chosen = select(cases, options.cases)
+        chosen = select_cases(cases, options.cases)
         gpu_compiler.find_compiler()
         rows = []
         for case in chosen:

@@ -3,17 +3,27 @@
 A peer lives in a process of its own: torch's threads spin for a while after every operation, and would take the cores
 from whoever runs next.
 """
+
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 
-from modse_jax import command_line
-from modse_jax.config import Config
+from modse_jax import cli
+from modse_jax.config.options import Config
 
-IMPLEMENTATIONS = ("grouped_mm", "eager", "compiled")    # of the experts; the last is grouped_mm under torch.compile
-TUNED = ("grouped_mm, large pages", "compiled, large pages")    # GLIBC_TUNABLES as our scripts'; others as installed
+IMPLEMENTATIONS = (
+    "grouped_mm",
+    "eager",
+    "compiled",
+)  # of the experts; the last is grouped_mm under torch.compile
+
+
+TUNED = (
+    "grouped_mm, large pages",
+    "compiled, large pages",
+)  # GLIBC_TUNABLES as our scripts'; others as installed
 
 
 def check_installed() -> None:
@@ -25,14 +35,30 @@ def check_installed() -> None:
 def mixtral(config: Config) -> dict:
     """{name: a training step} of Hugging Face's Mixtral with AdamW, fp32."""
     m, o = config.model, config.optimizer
-    shape = dict(vocab_size=m.vocab_size, hidden_size=m.dim, intermediate_size=config.moe.width,
-                 num_hidden_layers=m.num_layers, num_attention_heads=m.num_heads,
-                 num_key_value_heads=m.num_kv_heads or m.num_heads, num_local_experts=config.moe.num_experts,
-                 num_experts_per_tok=config.moe.top_k, router_aux_loss_coef=config.moe.balance_loss_weight)
-    rows = dict(batch=config.training.batch_size, length=config.data.sequence_length, learning_rate=o.learning_rate,
-                weight_decay=o.weight_decay, grad_clip=o.grad_clip)
-    return {f"mixtral {name}": _Peer({**rows, "shape": shape, "experts": name.split(",")[0]}, name in TUNED)
-            for name in (*IMPLEMENTATIONS, *TUNED)}
+    shape = dict(
+        vocab_size=m.vocab_size,
+        hidden_size=m.dim,
+        intermediate_size=config.moe.width,
+        num_hidden_layers=m.num_layers,
+        num_attention_heads=m.num_heads,
+        num_key_value_heads=m.num_kv_heads or m.num_heads,
+        num_local_experts=config.moe.num_experts,
+        num_experts_per_tok=config.moe.top_k,
+        router_aux_loss_coef=config.moe.balance_loss_weight,
+    )
+    rows = dict(
+        batch=config.training.batch_size,
+        length=config.data.sequence_length,
+        learning_rate=o.learning_rate,
+        weight_decay=o.weight_decay,
+        grad_clip=o.grad_clip,
+    )
+    return {
+        f"mixtral {name}": _Peer(
+            {**rows, "shape": shape, "experts": name.split(",")[0]}, name in TUNED
+        )
+        for name in (*IMPLEMENTATIONS, *TUNED)
+    }
 
 
 class _Peer:
@@ -41,9 +67,14 @@ class _Peer:
     def __init__(self, task, large_pages):
         environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
         if large_pages:
-            environment["GLIBC_TUNABLES"] = command_line.LARGE_PAGES
-        self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.peers", json.dumps(task)], text=True,
-                                         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            environment["GLIBC_TUNABLES"] = cli.LARGE_PAGES
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.peers", json.dumps(task)],
+            text=True,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self.versions = self._answer()
 
     def close(self):
@@ -73,19 +104,27 @@ def _serve(task):
 def _versions():
     import torch
     import transformers
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _step(task):
     import torch
     import transformers
+
     torch.manual_seed(0)
     compiled = task["experts"] == "compiled"
     shape = transformers.MixtralConfig(output_router_logits=True, use_cache=False, **task["shape"])
     model = transformers.MixtralForCausalLM(shape)
     model.set_experts_implementation("grouped_mm" if compiled else task["experts"])
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=task["learning_rate"], weight_decay=task["weight_decay"])
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=task["learning_rate"], weight_decay=task["weight_decay"]
+    )
     all_tokens = torch.randint(4, shape.vocab_size, (task["batch"], task["length"] + 1))
     tokens, targets = all_tokens[:, :-1].contiguous(), all_tokens[:, 1:].reshape(-1)
     forward = torch.compile(model) if compiled else model

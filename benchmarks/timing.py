@@ -1,4 +1,5 @@
 """Timing side by side: machines are noisy, so a figure is a ratio of medians over interleaved repeats."""
+
 import json
 import math
 import os
@@ -10,15 +11,17 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from modse_jax import command_line
+from modse_jax import cli
 
 JSON = flags.DEFINE_string("json", None, "write the results there")
+
+
 REPEATS = flags.DEFINE_integer("repeats", 9, "interleaved repeats")
 
 
 def run(main: Callable) -> None:
     """main(arguments) under absl, with the memory settings of train.py."""
-    command_line.use_large_pages()
+    cli.use_large_pages()
     app.run(main)
 
 
@@ -29,15 +32,31 @@ def compile_all(cases: dict[str, tuple[Callable, tuple]]) -> dict[str, dict]:
         start = time.perf_counter()
         compiled = jax.jit(function).lower(*arguments).compile()
         memory = compiled.memory_analysis()
-        peak = None if memory is None else (memory.temp_size_in_bytes + memory.output_size_in_bytes
-                                            + memory.argument_size_in_bytes)
-        out[name] = dict(compiled=compiled, arguments=arguments, compile_seconds=time.perf_counter() - start,
-                         peak_bytes=peak)
+        peak = (
+            None
+            if memory is None
+            else (
+                memory.temp_size_in_bytes
+                + memory.output_size_in_bytes
+                + memory.argument_size_in_bytes
+            )
+        )
+        out[name] = dict(
+            compiled=compiled,
+            arguments=arguments,
+            compile_seconds=time.perf_counter() - start,
+            peak_bytes=peak,
+        )
     return out
 
 
-def interleaved(cases: dict[str, dict], repeats: int, warmup: int = 2, calls: int = 1,
-                alone_over: float = math.inf) -> dict[str, list[float]]:
+def interleaved(
+    cases: dict[str, dict],
+    repeats: int,
+    warmup: int = 2,
+    calls: int = 1,
+    alone_over: float = math.inf,
+) -> dict[str, list[float]]:
     """Seconds of every repeat of every compiled case, one after the other in turn, each waited for.
 
     calls: calls of a case at a time. Of several the first is not timed: after another program the caches and the memory
@@ -76,6 +95,11 @@ def write(result) -> None:
 
 def machine() -> dict:
     """What a result was measured on."""
-    return {"devices": [d.device_kind for d in jax.devices()], "platform": jax.default_backend(),
-            "cores": os.cpu_count(), "processor": platform.machine(), "jax": jax.__version__,
-            "malloc": os.environ.get("GLIBC_TUNABLES", "")}
+    return {
+        "devices": [d.device_kind for d in jax.devices()],
+        "platform": jax.default_backend(),
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+        "jax": jax.__version__,
+        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
+    }

@@ -6,6 +6,7 @@
 Width 4,032 = 1.05 x 3,840, a multiple of 64; the paper prints 4,045, which no tile divides. 1.357 B parameters, 465 M
 active. Time: 3% above configs/modse_300m_x8.py. Expected: a loss close to the baseline's (paper, section 4.2).
 """
+
 from configs import baseline_300m_x8
 
 

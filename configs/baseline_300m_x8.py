@@ -5,6 +5,7 @@
 
 Time as configs/modse_300m_x8.py. Expected: a loss above it (paper, Fig. 2; no numbers are printed).
 """
+
 from configs import modse_300m_x8
 
 

@@ -5,6 +5,7 @@
 
 Time as configs/modse_700m_x8.py. Expected: the "baseline" column of the paper's Table 3, on its private data.
 """
+
 from configs import modse_700m_x8
 
 

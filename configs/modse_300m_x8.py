@@ -12,8 +12,9 @@ H200 at 40% of its peak. Expected: training and validation loss below configs/ba
 numbers are printed). The paper does not state peak learning rate, context, batch or the balance weight: those here are
 the common choices of Llama 2 and Switch. The balance loss counts both choices, as the paper's own tables do.
 """
-from modse_jax.config import default_config
-from modse_jax.moe import sizing
+
+from modse_jax.config.loading import default_config
+from modse_jax.moe import expert_widths
 
 
 def get_config():
@@ -26,7 +27,9 @@ def get_config():
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.moe.width = 3840
-    config.moe.widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, config.model.dim)
+    config.moe.widths = expert_widths.widths_from_ratio_pairs(
+        expert_widths.PAPER_PAIRS, config.model.dim
+    )
     config.moe.pairs = True
     config.moe.gate_term = "learned"
     config.data.source = "prepared:data/corpus"
@@ -34,7 +37,7 @@ def get_config():
     config.data.sequence_length = 4096
     config.training.batch_size = 512
     config.training.gradient_accumulation = 16
-    config.training.steps = 47684    # 100 B tokens
+    config.training.steps = 47684  # 100 B tokens
     config.training.eval_every = 1000
     config.training.checkpoint_every = 1000
     config.training.loss_chunk = 4096

@@ -6,8 +6,9 @@
 Data as for configs/modse_300m_x8.py. The paper trains on 64 A800: 6.1e20 FLOPs, about 18 days on one H200 at 40%.
 Expected: above configs/baseline_700m_x8.py on all nine benchmarks of the paper's Table 3, by 4.4 points in the mean.
 """
+
 from configs import modse_300m_x8
-from modse_jax.moe import sizing
+from modse_jax.moe import expert_widths
 
 
 def get_config():
@@ -16,5 +17,7 @@ def get_config():
     config.model.num_layers = 12
     config.model.num_heads = 32
     config.moe.width = 5120
-    config.moe.widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, config.model.dim)
+    config.moe.widths = expert_widths.widths_from_ratio_pairs(
+        expert_widths.PAPER_PAIRS, config.model.dim
+    )
     return config

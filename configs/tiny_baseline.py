@@ -5,6 +5,7 @@
 Time and expected result as configs/tiny.py; not run to the end yet. Compare the two over several seeds only: one run of
 this size says nothing about widths.
 """
+
 from configs import tiny
 
 

@@ -1,50 +1,58 @@
 """Every test runs on CPU with 8 virtual devices, and silent rank promotion is an error."""
+
 import atexit
-import dataclasses
 import gc
 import os
 import shutil
 import signal
 import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-import jax  # noqa: E402  (the platform is chosen first)
-import pytest  # noqa: E402
+import jax
+import pytest
 
-from modse_jax.config import Config, Data, Evaluation, Model, MoE, Optimizer, Training  # noqa: E402
+os.environ["JAX_PLATFORMS"] = "cpu"
+
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
-gc.set_threshold(100_000, 50, 50)    # tracing makes many objects, and the collector a fifth of its time
+
+
+gc.set_threshold(
+    100_000, 50, 50
+)  # tracing makes many objects, and the collector a fifth of its time
+
+
 # Tests compile far longer than they run: compile carelessly, and equal programs once, the scripts' processes included.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
 CACHE = tempfile.mkdtemp(prefix="modse-compiled-")
+
+
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-CACHE_OPTIONS = {"jax_compilation_cache_dir": CACHE, "jax_persistent_cache_min_compile_time_secs": 0.2}
+
+
+CACHE_OPTIONS = {
+    "jax_compilation_cache_dir": CACHE,
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
+}
+
+
 for name, value in CACHE_OPTIONS.items():
     jax.config.update(name, value)
+
+
 # The older of XLA's two ways to emit CPU code compiles in half the time. Who does not know a flag aborts, so it is not
 # left for libtpu or a later jax to find.
 FASTER_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+
+
 with pytest.MonkeyPatch.context() as patch:
     # Stripped: what does not begin with a dash is a file's name to XLA.
     patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {FASTER_TO_COMPILE}".strip())
     jax.devices()
-
-
-def tiny_config(**sections) -> Config:
-    """Two layers, four experts of three widths; sections override fields: tiny_config(moe=dict(top_k=1)).
-    The reference backend, since it compiles fastest; what is said of `blocked` is tested with it."""
-    base = dict(
-        model=Model(dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300, unroll=1),
-        moe=MoE(num_experts=4, top_k=2, width=12, widths=(20, 4, 12, 12), pairs=True, backend="reference", block_rows=8,
-                tail_rows=8),
-        data=Data(tokenizer="bytes", sequence_length=32),
-        training=Training(batch_size=8, steps=6, log_every=2, checkpoint_every=3, loss_chunk=64),
-        optimizer=Optimizer(learning_rate=1e-2, warmup_steps=2), evaluation=Evaluation(batch_size=8, sample_tokens=4))
-    seed = sections.pop("seed", 0)
-    return Config(seed=seed, **{name: dataclasses.replace(section, **sections.pop(name, {}))
-                                for name, section in base.items()}, **sections)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +79,9 @@ def corpus(tmp_path):
     folder.mkdir()
     for i in range(24):
         lines = [f"def f{i}_{j}(x):\n    return x * {i * j} + g(x, {j})\n\n" for j in range(12)]
-        (folder / f"{i:02}.py").write_text("".join(lines) + "# h\u00e9, \u4e16\u754c, \u041f\u0440\u0438\n")
+        (folder / f"{i:02}.py").write_text(
+            "".join(lines) + "# h\u00e9, \u4e16\u754c, \u041f\u0440\u0438\n"
+        )
     (folder / "latin.py").write_bytes(b"caf\xe9\n")
     (folder / "none.py").write_bytes(b"")
     return folder

@@ -19,10 +19,14 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from benchmarks.accelerator import results, schedule, table
-from modse_jax.config import UserError
+from modse_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+
 BAD_INPUT, NOTHING_MEASURED = 2, 1
+
+
 COMMAND = (sys.executable, "-m", "benchmarks.accelerator.phases")
 
 
@@ -92,9 +96,9 @@ def check_selection(wanted: str | None) -> None:
 
 def list_names() -> list[str]:
     """Returns the names of the phases of all chips."""
-    from modse_jax.moe import expert_ffn  # imports jax, which --show does without
+    from modse_jax.moe.experts import select  # imports jax, which --show does without
 
-    return schedule.all_names(list(expert_ffn.KERNELS))
+    return schedule.all_names(list(select.KERNELS))
 
 
 def open_results(options: argparse.Namespace) -> pathlib.Path:

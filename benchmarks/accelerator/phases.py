@@ -25,18 +25,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import expert_ffn as expert_ffn_benchmark
-from benchmarks import timing
+from benchmarks import expert_ffn, timing
 from benchmarks.accelerator import reference, results
-from modse_jax import chips, config
-from modse_jax import mesh as meshes
+from modse_jax.config import device_mesh, loading, options
 from modse_jax.model import accounting
-from modse_jax.moe import expert_ffn, sizing
-from modse_jax.training import step as steps
+from modse_jax.moe import expert_placement, expert_widths
+from modse_jax.moe.experts import blocked, select
+from modse_jax.runtime import chips, sharding
+from modse_jax.training import train_step
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+
 DTYPE = "bfloat16"
+
+
 TOP_KERNELS = 12  # of a profile
+
+
 # The backends whose kernels jax interprets on a CPU with interpret=True, for --tiny: (the chip
 # whose tiles they use, its interpret argument).
 INTERPRETED = {"pallas_tpu": "v5e", "pallas_triton": "h100"}
@@ -57,24 +63,28 @@ class Layer(NamedTuple):
 
 # Unequal widths and an empty expert; experts that begin and end inside row tiles of up to 512.
 SMALL = Layer(256, (768, 256, 512, 512, 256, 768, 256, 512), (0, 7, 1413, 512, 1, 129, 64, 300))
+
+
 TINY_PAIRS = ((3.0, 1.0), (2.0, 2.0))  # of --tiny: fewer different widths, fewer loops to compile
+
+
 TINY = Layer(128, (256, 128, 128), (30, 0, 523))
 
 
 def measure_facts(write: Callable, tiny: bool, devices: int) -> None:
     """Records what the machine is, what was run on it, and which kernel backends take it."""
     device = jax.devices()[0]
-    chip = chips.name(device)
-    widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, 1536)
+    chip = chips.chip_name(device)
+    widths = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, 1536)
     backends, refused = [], {}
-    for backend, module in expert_ffn.KERNELS.items():
+    for backend, module in select.KERNELS.items():
         try:
             module.tiles_for(widths, 1536, chip, DTYPE)
             backends.append(backend)
         except ValueError as error:
             refused[backend] = str(error)
     if tiny and not backends:
-        backends = [backend for backend in INTERPRETED if backend in expert_ffn.KERNELS]
+        backends = [backend for backend in INTERPRETED if backend in select.KERNELS]
     smi = "name,driver_version,memory.total,clocks.max.sm,clocks.sm,clocks.mem,power.limit"
     write(
         chip=chip,
@@ -141,7 +151,7 @@ def check_kernels(write: Callable, tiny: bool, devices: int, backend: str) -> No
     cases = {"tiny": TINY}
     if not tiny:
         rows = (530, 7, 0, 700, *range(1, 5))  # the widest expert has more than a row tile
-        widths = sizing.widths_from_ratio_pairs(sizing.PAPER_PAIRS, 1536)
+        widths = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, 1536)
         cases = {"small": SMALL, "300Mx8 widths": Layer(1536, widths, rows)}
     for case, layer in cases.items():
         start = time.perf_counter()
@@ -157,9 +167,9 @@ def check_kernels(write: Callable, tiny: bool, devices: int, backend: str) -> No
         )
     if not tiny:
         # The check that a training run makes before its first step.
-        placement = sizing.place(cases["300Mx8 widths"].widths, 1, "pairs")
+        placement = expert_placement.place_experts(cases["300Mx8 widths"].widths, 1, "pairs")
         try:
-            expert_ffn.check_kernels(backend, placement, 1536, meshes.chip(None), DTYPE)
+            select.self_test_kernels(backend, placement, 1536, sharding.chip_name(None), DTYPE)
             write(backend=backend, case="check of a training run", correct=True)
         except RuntimeError as error:
             write(backend=backend, case="check of a training run", correct=False, wrong=str(error))
@@ -172,10 +182,10 @@ def compare_with_reference(backend: str, layer: Layer) -> tuple[list[dict], dict
       each array; and whether the two runs gave the same bits.
     """
     inputs = reference.random_inputs(layer.dim, layer.widths, layer.rows, DTYPE)
-    placement = sizing.place(layer.widths, 1, "pairs")
+    placement = expert_placement.place_experts(layer.widths, 1, "pairs")
     interpret = jax.devices()[0].platform == "cpu"
-    chip = INTERPRETED[backend] if interpret else meshes.chip(None)
-    module = expert_ffn.KERNELS[backend]
+    chip = INTERPRETED[backend] if interpret else sharding.chip_name(None)
+    module = select.KERNELS[backend]
     job = (
         module.tiles_for(layer.widths, layer.dim, chip, DTYPE),
         module.unit_for(layer.widths, chip, DTYPE),
@@ -185,7 +195,7 @@ def compare_with_reference(backend: str, layer: Layer) -> tuple[list[dict], dict
     def run(x_ND, weights, dy_ND):
         def forward(x_ND, weights):
             rows = jnp.asarray(layer.rows, jnp.int32)
-            return expert_ffn.run_kernels(
+            return select.run_kernels(
                 backend, x_ND, rows, weights, jnp.int32(0), placement, job, interpret
             )
 
@@ -205,19 +215,21 @@ def time_layer(write: Callable, tiny: bool, devices: int, backend: str) -> None:
 
     The cases are MoDSE's widths and equal widths of the same sum, with the same routing.
     """
-    dim, routed, pairs = (32, 256, TINY_PAIRS) if tiny else (1536, 131_072, sizing.PAPER_PAIRS)
-    widths = sizing.widths_from_ratio_pairs(pairs, dim)
+    dim, routed, pairs = (
+        (32, 256, TINY_PAIRS) if tiny else (1536, 131_072, expert_widths.PAPER_PAIRS)
+    )
+    widths = expert_widths.widths_from_ratio_pairs(pairs, dim)
     experts = len(widths)
     rows = np.random.default_rng(0).multinomial(routed, np.full(experts, 1 / experts))
     modse = Layer(dim, widths, tuple(rows))
-    equal = modse._replace(widths=sizing.equal_widths(experts, sum(widths) // experts))
+    equal = modse._replace(widths=expert_widths.equal_widths(experts, sum(widths) // experts))
     values = importlib.import_module("configs.modse_300m_x8").get_config().moe
-    blocks = expert_ffn.Blocks(values.block_rows, values.tail_rows, values.saved_activations)
+    blocks = blocked.Blocks(values.block_rows, values.tail_rows, values.saved_activations)
     if tiny:
         blocks = blocks._replace(body=64, tail=64)
     repeats = 2 if tiny else 10
     for case, layer in (("modse", modse), ("equal", equal)):
-        inputs = expert_ffn_benchmark.arguments(dim, layer.widths, rows, DTYPE)
+        inputs = expert_ffn.arguments(dim, layer.widths, rows, DTYPE)
         jobs = _layer_jobs(layer, backend, blocks)
         for what, (function, passes) in jobs.items():
             flops = passes * layer.forward_flops
@@ -239,17 +251,17 @@ def time_layer(write: Callable, tiny: bool, devices: int, backend: str) -> None:
         what="forward",
     )
     # As many tokens through one expert of the mean width.
-    dense = expert_ffn_benchmark.arguments(dim, (width,), [routed], DTYPE)
+    dense = expert_ffn.arguments(dim, (width,), [routed], DTYPE)
     for what, (function, passes) in _layer_jobs(modse, "dense", blocks).items():
         flops = passes * 6.0 * routed * dim * width
         _time(write, function, dense, flops, repeats, backend="dense", case="SwiGLU", what=what)
 
 
 def _layer_jobs(
-    layer: Layer, backend: str, blocks: expert_ffn.Blocks
+    layer: Layer, backend: str, blocks: blocked.Blocks
 ) -> dict[str, tuple[Callable, int]]:
     """Returns the forward pass, and both passes, with their FLOPs over those of the first."""
-    forward = expert_ffn_benchmark.functions(layer.widths, backend, meshes.chip(None), blocks)[0]
+    forward = expert_ffn.functions(layer.widths, backend, sharding.chip_name(None), blocks)[0]
 
     def forward_backward(x_ND, rows_E, weights, dy_ND):
         run = functools.partial(_call_with_rows, forward, rows_E)
@@ -323,7 +335,7 @@ def step_config(
     equal_widths: bool,
     tiny: bool,
     devices: int,
-) -> config.Config:
+) -> options.Config:
     """Returns 300Mx8 with 16 sequences of 4,096 tokens a device, parameters sharded over all."""
     name = "baseline_300m_x8" if equal_widths else "modse_300m_x8"
     values = importlib.import_module(f"configs.{name}").get_config()
@@ -331,7 +343,7 @@ def step_config(
     values.evaluation.batch_size = devices
     values.evaluation.sample_tokens = 16
     if tiny:
-        widths = sizing.widths_from_ratio_pairs(TINY_PAIRS, 32)
+        widths = expert_widths.widths_from_ratio_pairs(TINY_PAIRS, 32)
         values.model.update(dim=32, num_layers=1, num_heads=2, context_length=64, vocab_size=300)
         values.model.update(dtype="float32", remat="none")
         values.moe.update(num_experts=4, width=64, widths=() if equal_widths else widths)
@@ -342,7 +354,7 @@ def step_config(
     values.model.attention = attention
     values.moe.backend = backend
     values.mesh.update(data=1, fsdp=devices, expert=1)
-    return config.from_dict(values.to_dict())
+    return loading.from_dict(values.to_dict())
 
 
 def time_step(
@@ -356,8 +368,8 @@ def time_step(
 ) -> None:
     """Times whole training steps on random tokens, which are the same in every phase."""
     c = step_config(backend, attention, deterministic, equal_widths, tiny, devices)
-    meshes.request_determinism(c)
-    mesh = meshes.build(c, jax.devices()[:devices])
+    device_mesh.request_determinism(c)
+    mesh = device_mesh.build_mesh(c, jax.devices()[:devices])
     what = {
         "backend": backend,
         "attention": attention,
@@ -366,7 +378,7 @@ def time_step(
         "flags": os.environ.get("XLA_FLAGS", ""),
     }
     start = time.perf_counter()
-    compiled = steps.compiled(c, mesh)
+    compiled = train_step.compile_train_step(c, mesh)
     what["compile_seconds"] = round(time.perf_counter() - start, 1)
     memory = compiled.memory_analysis()
     if memory is not None:
@@ -375,8 +387,8 @@ def time_step(
     shape = c.training.batch_size, c.data.sequence_length + 1
     tokens = np.random.default_rng(0).integers(4, c.model.vocab_size, shape, dtype=np.int32)
     rows = {"tokens": tokens, "segments": np.ones(shape, np.int32)}
-    batch = meshes.place(mesh, rows, shape[0])
-    state = steps.first_state(c, mesh)
+    batch = sharding.shard_batch(mesh, rows, shape[0])
+    state = train_step.init_sharded_state(c, mesh)
     seconds, losses, counts = [], [], []
     for index in range(4 if tiny else 12):
         start = time.perf_counter()
@@ -390,7 +402,7 @@ def time_step(
     _profile(write, lambda: compiled(state, batch), backend=backend, attention=attention)
 
 
-def _step_row(c: config.Config, mesh, seconds: list[float], losses: list[float], counts) -> dict:
+def _step_row(c: options.Config, mesh, seconds: list[float], losses: list[float], counts) -> dict:
     """Returns the numbers of a step: rates, model FLOPs utilization, memory and losses."""
     tokens = c.training.batch_size * c.data.sequence_length
     length = c.data.sequence_length
@@ -398,7 +410,7 @@ def _step_row(c: config.Config, mesh, seconds: list[float], losses: list[float],
     width = accounting.realised_width(c, counts)
     realised = tokens * accounting.train_flops_per_token(c, length, width)
     median = float(np.median(seconds))
-    chip = chips.CHIPS.get(meshes.chip(mesh))
+    chip = chips.CHIPS.get(sharding.chip_name(mesh))
     peak = chip and chip.teraflops * 1e12 * mesh.size
     stats = [device.memory_stats() or {} for device in mesh.devices.flat]
     return {

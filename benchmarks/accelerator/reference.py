@@ -10,14 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modse_jax.moe import sizing
-from modse_jax.moe.expert_ffn import ExpertWeights
+from modse_jax.moe import expert_widths
+from modse_jax.moe.experts.expert_weights import ExpertWeights
 
 ARRAYS = ("y", "dx", "dw_gate", "dw_up", "dw_down")
+
+
 PADDING_ROWS = 13
+
+
 # Of an array's norm, and of the root mean square of its elements: what rounding to bfloat16 between
 # the matmuls explains, as in expert_ffn.check_kernels.
 NORM_LIMIT = 0.02
+
+
 ELEMENT_LIMIT = 0.3
 
 
@@ -79,7 +85,7 @@ def run_layer(
 def _slices(widths: Sequence[int], rows: Sequence[int]) -> Iterator[tuple[slice, slice]]:
     """Yields every expert's tokens and hidden units."""
     for first_token, n, first_unit, width in zip(
-        sizing.offsets(rows), rows, sizing.offsets(widths), widths
+        expert_widths.offsets(rows), rows, expert_widths.offsets(widths), widths
     ):
         yield slice(first_token, first_token + n), slice(first_unit, first_unit + width)
 

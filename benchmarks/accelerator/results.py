@@ -8,7 +8,7 @@ import os
 import pathlib
 import time
 
-from modse_jax.config import UserError
+from modse_jax.errors import UserError
 
 
 class Writer:

@@ -4,18 +4,28 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from modse_jax import chips
+from modse_jax.runtime import chips
 
 # Without it XLA times Triton's matmuls while it compiles, which takes a minute or more, and for
 # matmuls of our sizes chooses cuBLAS mostly. One phase runs with it on (`autotuned`).
 NO_TRITON_MATMULS = "--xla_gpu_enable_triton_gemm=false"
+
+
 # Loops with data-dependent trip counts are recorded in CUDA graphs, so that the host does not wait
 # for each of their conditions; or they are not.
 LOOPS_IN_GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE"
+
+
 LOOPS_BY_HOST = "--xla_gpu_enable_command_buffer=-WHILE"
+
+
 CUDNN_RAGGED_DOT = "--xla_gpu_experimental_use_ragged_dot_fusion=true"
+
+
 # The phases of which a result is a measurement.
 MEASURING = ("kernels", "layer", "ragged_dot", "step")
+
+
 DUMP_AUTOTUNING = "--xla_gpu_dump_autotune_results_to={folder}/autotuning-{name}.pbtxt"
 
 

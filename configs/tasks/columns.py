@@ -3,6 +3,7 @@
 Every function makes {split: datasets.Dataset} from the folder `data` (--tasks_dir); the harness also passes what it
 knows of a task, of which `config_source`, the path of its YAML file, names the subject.
 """
+
 import csv
 import json
 import pathlib
@@ -10,7 +11,7 @@ import pathlib
 import datasets
 import pyarrow.ipc
 
-from modse_jax.config import UserError
+from modse_jax.errors import UserError
 
 
 def gsm8k(data, **_):
@@ -24,14 +25,22 @@ def mmlu(data, config_source, **_):
 
     def rows(split):
         with _open(data, f"mmlu/{split}/{subject}_{split}.csv", newline="") as file:
-            return [{"question": r[0], "choices": r[1:5], "answer": "ABCD".index(r[5])} for r in csv.reader(file)]
+            return [
+                {"question": r[0], "choices": r[1:5], "answer": "ABCD".index(r[5])}
+                for r in csv.reader(file)
+            ]
+
     return _splits(dev=rows("dev"), test=rows("test"))
 
 
 def math(data, config_source, **_):
     """math/test.jsonl: problem, level, type, solution; those of one type."""
     name = pathlib.Path(config_source).stem.removeprefix("hendrycks_math_")
-    types = {"counting_and_prob": "Counting & Probability", "num_theory": "Number Theory", "precalc": "Precalculus"}
+    types = {
+        "counting_and_prob": "Counting & Probability",
+        "num_theory": "Number Theory",
+        "precalc": "Precalculus",
+    }
     wanted = types.get(name, name.replace("_", " ").title())
     return _splits(test=[row for row in _jsonl(data, "math/test.jsonl") if row["type"] == wanted])
 
@@ -47,7 +56,9 @@ def piqa(data, **_):
         labels = [int(line) for line in file]
     rows = _jsonl(data, "piqa/valid.jsonl")
     if len(labels) != len(rows):
-        raise UserError(f"{data}/piqa: valid-labels.lst has {len(labels)} lines, valid.jsonl {len(rows)}")
+        raise UserError(
+            f"{data}/piqa: valid-labels.lst has {len(labels)} lines, valid.jsonl {len(rows)}"
+        )
     return _splits(validation=[{**row, "label": label} for row, label in zip(rows, labels)])
 
 
@@ -59,11 +70,20 @@ def siqa(data, **_):
 
 def triviaqa(data, **_):
     """triviaqa/triviaqa_sm_sub.jsonl: context ("Question: ...?\\nAnswer:"), answer, aliases."""
+
     def question(row):
         return _unquoted(row["context"].removeprefix("Question: ").removesuffix("\nAnswer:"))
+
     rows = _jsonl(data, "triviaqa/triviaqa_sm_sub.jsonl")
-    return _splits(validation=[{"question": question(row),
-                                "answer": {"value": row["answer"], "aliases": row["aliases"]}} for row in rows])
+    return _splits(
+        validation=[
+            {
+                "question": question(row),
+                "answer": {"value": row["answer"], "aliases": row["aliases"]},
+            }
+            for row in rows
+        ]
+    )
 
 
 def _unquoted(text):
@@ -81,11 +101,17 @@ def _agieval_row(row):
     """AGIEval's own prompts; its only cloze task here is in Chinese."""
     passage = row["passage"] or ""
     if not row["options"]:
-        return {"query": f"{passage}\u95ee\u9898\uff1a{row['question']}\n\u7b54\u6848\uff1a", "answer": row["answer"]}
-    letters = "ABCDEFG"[:len(row["options"])]
-    return {"query": f"{passage}Q: {row['question']} Answer Choices: {' '.join(row['options'])}\n"
-                     f"A: Among A through {letters[-1]}, the answer is",
-            "choices": row["options"], "gold": [letters.index(row["label"])]}
+        return {
+            "query": f"{passage}\u95ee\u9898\uff1a{row['question']}\n\u7b54\u6848\uff1a",
+            "answer": row["answer"],
+        }
+    letters = "ABCDEFG"[: len(row["options"])]
+    return {
+        "query": f"{passage}Q: {row['question']} Answer Choices: {' '.join(row['options'])}\n"
+        f"A: Among A through {letters[-1]}, the answer is",
+        "choices": row["options"],
+        "gold": [letters.index(row["label"])],
+    }
 
 
 def classification(file, shots="", names="", **_):
@@ -100,8 +126,15 @@ def classification(file, shots="", names="", **_):
     for row in (row for rows in splits.values() for row in rows):
         if str(row["label"]) not in known:
             raise UserError(f"{names} lacks the label {row['label']!r} of {file}")
-    return _splits(**{split: [{"text": row["text"], "labels": known, "gold": known.index(str(row["label"]))}
-                              for row in rows] for split, rows in splits.items()})
+    return _splits(
+        **{
+            split: [
+                {"text": row["text"], "labels": known, "gold": known.index(str(row["label"]))}
+                for row in rows
+            ]
+            for split, rows in splits.items()
+        }
+    )
 
 
 def _splits(**splits):
@@ -124,5 +157,7 @@ def _open(data, name, mode="r", encoding="utf-8", **options):
     try:
         return open(path, mode, encoding=encoding, **options)
     except OSError as error:
-        raise UserError(f"task data {path} cannot be read: {error.strerror}; --tasks_dir names the folder that holds "
-                        f"{name}, and configs/tasks/columns.py says what is in it") from None
+        raise UserError(
+            f"task data {path} cannot be read: {error.strerror}; --tasks_dir names the folder that holds "
+            f"{name}, and configs/tasks/columns.py says what is in it"
+        ) from None

@@ -7,12 +7,13 @@ concat: documents laid end to end and cut; only the last record is padded, but m
 document. best_fit: a document that fits into a record is never cut; records end in padding (Ding et al. 2024, "Fewer
 Truncations Improve Language Modeling").
 """
+
 import bisect
 from collections.abc import Iterator
 
 import numpy as np
 
-WINDOW = 4096    # pieces that best_fit looks at together
+WINDOW = 4096  # pieces that best_fit looks at together
 
 
 class Packer:
@@ -26,13 +27,13 @@ class Packer:
         self._document += 1
         if self._best_fit:
             for start in range(0, max(len(ids) - 1, 1), self._length):
-                self._pieces.append(ids[start:start + self._length + 1])
+                self._pieces.append(ids[start : start + self._length + 1])
                 if len(self._pieces) >= WINDOW:
                     yield self._filled()
             return
-        step = 512 * self._length    # a long document goes through in slices
+        step = 512 * self._length  # a long document goes through in slices
         for start in range(0, len(ids), step):
-            piece = ids[start:start + step]
+            piece = ids[start : start + step]
             self._pieces.append((piece, np.full(len(piece), self._document, np.int32)))
             self._size += len(piece)
             if self._size > step:
@@ -52,7 +53,7 @@ class Packer:
             segments = np.pad(segments, (0, missing))
         whole = (len(tokens) - 1) // self._length
         at = np.arange(whole)[:, None] * self._length + np.arange(self._length + 1)[None, :]
-        self._pieces = [(tokens[whole * self._length:], segments[whole * self._length:])]
+        self._pieces = [(tokens[whole * self._length :], segments[whole * self._length :])]
         self._size = len(self._pieces[0][0])
         segments = segments[at]
         return tokens[at], np.where(segments > 0, segments - segments[:, :1] + 1, 0)
@@ -73,7 +74,7 @@ class Packer:
 
 def best_fit(sizes: list[int], room: int) -> list[list[int]]:
     """Bins of indices whose sizes sum to at most `room`: the largest first, each into the bin that it fills best."""
-    bins, spaces = [], []    # spaces: (room left, bin), sorted
+    bins, spaces = [], []  # spaces: (room left, bin), sorted
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         found = bisect.bisect_left(spaces, (sizes[index], -1))
         if found == len(spaces):
@@ -93,10 +94,22 @@ def waste(sizes: list[int], length: int) -> dict[str, dict[str, float]]:
     documents of these token counts."""
     ends = np.cumsum(sizes)
     fits = np.array(sizes) <= length + 1
-    cut = ((ends - sizes) // length != (ends - 2) // length) & fits    # its first and last but one in two records
+    cut = (
+        (ends - sizes) // length != (ends - 2) // length
+    ) & fits  # its first and last but one in two records
     records = -(-(int(ends[-1]) - 1) // length)
-    pieces = [min(length + 1, size - start) for size in sizes for start in range(0, max(size - 1, 1), length)]
-    bins = sum(len(best_fit(pieces[i:i + WINDOW], length + 1)) for i in range(0, len(pieces), WINDOW))
-    return {"concat": {"padding": 1 - (int(ends[-1]) - 1) / (records * length),
-                       "cut": float(cut.sum() / max(fits.sum(), 1))},
-            "best_fit": {"padding": 1 - sum(pieces) / (bins * (length + 1)), "cut": 0.0}}
+    pieces = [
+        min(length + 1, size - start)
+        for size in sizes
+        for start in range(0, max(size - 1, 1), length)
+    ]
+    bins = sum(
+        len(best_fit(pieces[i : i + WINDOW], length + 1)) for i in range(0, len(pieces), WINDOW)
+    )
+    return {
+        "concat": {
+            "padding": 1 - (int(ends[-1]) - 1) / (records * length),
+            "cut": float(cut.sum() / max(fits.sum(), 1)),
+        },
+        "best_fit": {"padding": 1 - sum(pieces) / (bins * (length + 1)), "cut": 0.0},
+    }

@@ -7,6 +7,7 @@ a run that was killed goes on where it was. Two passes: the first looks (empty, 
 which are held out), the second tokenizes. A document becomes begin, tokens, end; packing.py lays them into records. DIR
 holds the TFDS dataset, the tokenizer and card.json, and appears under its name only when complete.
 """
+
 import argparse
 import contextlib
 import functools
@@ -29,21 +30,34 @@ import tqdm
 from array_record.python import array_record_module
 from tensorflow_datasets.core import example_serializer
 
-from modse_jax import integrity
-from modse_jax.config import PACKINGS, UNDECODABLE, Data, UserError
+from modse_jax.config.options import PACKINGS, UNDECODABLE, DataConfig
 from modse_jax.data import packing, sources, tokenizers
-from modse_jax.lock import Lock
+from modse_jax.errors import UserError
+from modse_jax.runtime import integrity
+from modse_jax.runtime.lock import Lock
 
 FORMAT = 3
+
+
 SPLITS = ("train", "validation")
+
+
 NAME, VERSION = "token_records", "1.0.0"
-BATCH_BYTES = 1 << 20     # of text tokenized at a time
-FEW_DOCUMENTS = 1_000_000    # whose hashes are compared all at once
-SAMPLED = 100_000         # documents on which both packings are compared
+
+
+BATCH_BYTES = 1 << 20  # of text tokenized at a time
+
+
+FEW_DOCUMENTS = 1_000_000  # whose hashes are compared all at once
+
+
+SAMPLED = 100_000  # documents on which both packings are compared
+
+
 SCANNED, SHARDS, PLAN = "scanned", "shards", "plan"
 
 
-def prepare(data: Data, out: str, vocab_size: int, workers: int = 1) -> dict:
+def prepare(data: DataConfig, out: str, vocab_size: int, workers: int = 1) -> dict:
     """Writes the dataset of a config's data section and returns its card.
 
     Args: vocab_size: used only to train a tokenizer ("sentencepiece"). workers: processes.
@@ -82,18 +96,30 @@ def prepare(data: Data, out: str, vocab_size: int, workers: int = 1) -> dict:
 def _parts(data):
     if not data.validation_source:
         return sources.parts(data.source, data.field)
-    return [p for source, held in ((data.source, False), (data.validation_source, True))
-            for p in sources.parts(source, data.field, held)]
+    return [
+        p
+        for source, held in ((data.source, False), (data.validation_source, True))
+        for p in sources.parts(source, data.field, held)
+    ]
 
 
 def _take_up(partial, data, vocab_size, parts, encoder):
     """An empty working directory, or one that a run with the same options and sources has left."""
-    def stamp(part):
-        return [[path, os.stat(path).st_mtime_ns] for _, path in part.files] if part.kind != "tfds" else []
 
-    plan = {"format": FORMAT, "data": {k: getattr(data, k) for k in OPTIONS}, "vocab_size": vocab_size,
-            "tokenizer": tokenizers.fingerprint(encoder) if encoder else "",
-            "parts": [[*p, stamp(p)] for p in parts]}
+    def stamp(part):
+        return (
+            [[path, os.stat(path).st_mtime_ns] for _, path in part.files]
+            if part.kind != "tfds"
+            else []
+        )
+
+    plan = {
+        "format": FORMAT,
+        "data": {k: getattr(data, k) for k in OPTIONS},
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizers.fingerprint(encoder) if encoder else "",
+        "parts": [[*p, stamp(p)] for p in parts],
+    }
     plan = hashlib.blake2b(json.dumps(plan).encode(), digest_size=16).hexdigest()
     if (partial / PLAN).exists() and (partial / PLAN).read_text() == plan:
         return
@@ -103,38 +129,61 @@ def _take_up(partial, data, vocab_size, parts, encoder):
     integrity.write(partial / PLAN, plan)
 
 
-OPTIONS = ("source", "validation_source", "field", "tokenizer", "sequence_length", "validation_fraction", "packing",
-            "drop_duplicates", "undecodable")
+OPTIONS = (
+    "source",
+    "validation_source",
+    "field",
+    "tokenizer",
+    "sequence_length",
+    "validation_fraction",
+    "packing",
+    "drop_duplicates",
+    "undecodable",
+)
 
 
 # ---- first pass ------------------------------------------------------------------------------------------------------
+
 
 class _Scan:
     """What the first pass found. limit: held out is what lies below it. dropped: document numbers of every part."""
 
     def __init__(self, facts, limit, dropped, duplicates):
         self.limit, self.dropped = limit, dropped
-        self.counts = {"empty_documents": sum(f["empty"] for f in facts),
-                       "undecodable_documents": sum(f["undecodable"] for f in facts), "duplicate_documents": duplicates,
-                       "dropped_documents": sum(map(len, dropped))}
+        self.counts = {
+            "empty_documents": sum(f["empty"] for f in facts),
+            "undecodable_documents": sum(f["undecodable"] for f in facts),
+            "duplicate_documents": duplicates,
+            "dropped_documents": sum(map(len, dropped)),
+        }
         self.bytes = sum(f["bytes"] for f in facts)
 
 
 def _scan(data, parts, partial, workers):
-    facts = _over_parts(functools.partial(_scan_part, data, partial), parts, workers, "reading", data)
+    facts = _over_parts(
+        functools.partial(_scan_part, data, partial), parts, workers, "reading", data
+    )
     documents = sum(f["documents"] for f in facts)
     if not documents:
-        raise UserError(f"source {data.source!r} has no document that is not empty and is UTF-8 "
-                        f"({sum(f['empty'] for f in facts)} empty, {sum(f['undecodable'] for f in facts)} not UTF-8)")
+        raise UserError(
+            f"source {data.source!r} has no document that is not empty and is UTF-8 "
+            f"({sum(f['empty'] for f in facts)} empty, {sum(f['undecodable'] for f in facts)} not UTF-8)"
+        )
     mine = [f for f, part in zip(facts, parts) if part.held_out is None and f["documents"]]
     limit = 0.0
     if mine:
         if sum(f["documents"] for f in mine) == 1:
-            raise UserError(f"source {data.source!r} is a single document of {mine[0]['bytes']} bytes: nothing to hold "
-                            f"out; give more files, or one file of over {sources.PIECE_BYTES} bytes with blank lines, "
-                            "or a validation_source")
-        limit = sources.limit(sum(f["below"] for f in mine), min(f["least"] for f in mine),
-                              max(f["greatest"] for f in mine), data.validation_fraction)
+            raise UserError(
+                f"source {data.source!r} is a single document of {mine[0]['bytes']} bytes: nothing to hold "
+                f"out; give more files, or one file of over {sources.PIECE_BYTES} bytes with blank lines, "
+                "or a validation_source"
+            )
+        limit = sources.holdout_threshold(
+            sum(f["below"] for f in mine),
+            min(f["least"] for f in mine),
+            max(f["greatest"] for f in mine),
+            data.validation_fraction,
+        )
     repeated = _repeated([partial / SCANNED / f"{i:05}.hashes" for i in range(len(parts))])
     dropped = repeated if data.drop_duplicates else [repeated[0][:0]] * len(parts)
     return _Scan(facts, limit, dropped, sum(map(len, repeated)))
@@ -147,14 +196,19 @@ def _scan_part(data, partial, number, part):
     facts = dict(documents=0, bytes=0, empty=0, undecodable=0, below=0, least=1.0, greatest=0.0)
     digests = Array("Q")
     for name, text in _usable(part, data.undecodable, facts):
-        where = sources.place(name)
+        where = sources.holdout_score(name)
         facts["documents"], facts["bytes"] = facts["documents"] + 1, facts["bytes"] + len(text)
         facts["below"] += where < data.validation_fraction
-        facts["least"], facts["greatest"] = min(facts["least"], where), max(facts["greatest"], where)
+        facts["least"], facts["greatest"] = (
+            min(facts["least"], where),
+            max(facts["greatest"], where),
+        )
         digests.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
     with open(partial / SCANNED / f"{number:05}.hashes", "wb") as file:
         digests.tofile(file)
-    integrity.sync(partial / SCANNED / f"{number:05}.hashes")    # before the file that says that it is there
+    integrity.sync(
+        partial / SCANNED / f"{number:05}.hashes"
+    )  # before the file that says that it is there
     integrity.write(path, json.dumps(facts))
     return facts
 
@@ -168,8 +222,10 @@ def _usable(part, undecodable, facts):
         except UnicodeDecodeError as error:
             facts["undecodable"] += 1
             if undecodable == "fail":
-                raise UserError(f"{part.where}: document {document.name} is not UTF-8 (byte {error.start}); with "
-                                "undecodable=skip it is left out, with replace what is wrong is replaced") from None
+                raise UserError(
+                    f"{part.where}: document {document.name} is not UTF-8 (byte {error.start}); with "
+                    "undecodable=skip it is left out, with replace what is wrong is replaced"
+                ) from None
             if undecodable == "skip":
                 continue
             text = text.decode("utf-8", "replace").encode()
@@ -203,8 +259,12 @@ def _trained(data, parts, scan, partial, vocab_size):
     """A tokenizer trained on the training documents, once."""
     path = partial / "tokenizer.model"
     if not path.exists():
-        train = (text for number, part in enumerate(parts)
-                 for _, text, held in _documents(data, scan.limit, scan.dropped[number], part) if not held)
+        train = (
+            text
+            for number, part in enumerate(parts)
+            for _, text, held in _documents(data, scan.limit, scan.dropped[number], part)
+            if not held
+        )
         model = tokenizers.train_sentencepiece(train, vocab_size).serialized()
         path.with_suffix(".tmp").write_bytes(model)
         path.with_suffix(".tmp").replace(path)
@@ -214,42 +274,65 @@ def _trained(data, parts, scan, partial, vocab_size):
 def _documents(data, limit, dropped, part):
     """(name, text, whether it is held out) of the part's documents that are used."""
     dropped = set(dropped.tolist())
-    for number, (name, text) in enumerate(_usable(part, data.undecodable, dict(undecodable=0, empty=0))):
+    for number, (name, text) in enumerate(
+        _usable(part, data.undecodable, dict(undecodable=0, empty=0))
+    ):
         if number not in dropped:
-            yield name, text, part.held_out if part.held_out is not None else sources.place(name) < limit
+            yield (
+                name,
+                text,
+                part.held_out if part.held_out is not None else sources.holdout_score(name) < limit,
+            )
 
 
 # ---- second pass -----------------------------------------------------------------------------------------------------
 
+
 def _encode(data, parts, scan, encoder, partial, workers):
     """The shards of every part; returns the card."""
     model = encoder.kind, encoder.serialized()
-    work = functools.partial(_encode_part, data, partial, model, scan.limit, max(20, SAMPLED // len(parts)))
+    work = functools.partial(
+        _encode_part, data, partial, model, scan.limit, max(20, SAMPLED // len(parts))
+    )
     facts = _over_parts(work, parts, workers, "tokenizing", data, scan.dropped)
     splits = {}
     for split in SPLITS:
         mine = [f[split] for f in facts]
-        splits[split] = {name: sum(m[name] for m in mine)
-                         for name in ("documents", "bytes", "tokens", "records", "padding")}
-        splits[split]["sha256"] = hashlib.sha256("".join(m["sha256"] for m in mine).encode()).hexdigest()
+        splits[split] = {
+            name: sum(m[name] for m in mine)
+            for name in ("documents", "bytes", "tokens", "records", "padding")
+        }
+        splits[split]["sha256"] = hashlib.sha256(
+            "".join(m["sha256"] for m in mine).encode()
+        ).hexdigest()
         splits[split]["shards"] = [m["records"] for m in mine]
     if splits["train"]["tokens"] < data.sequence_length:
         found = splits["train"]["tokens"]
-        raise UserError(f"source {data.source!r} has {found} training tokens, fewer than one record of "
-                        f"{data.sequence_length}; give more text or a shorter sequence_length")
+        raise UserError(
+            f"source {data.source!r} has {found} training tokens, fewer than one record of "
+            f"{data.sequence_length}; give more text or a shorter sequence_length"
+        )
     if not splits["validation"]["tokens"]:
-        raise UserError(f"nothing is held out of {data.validation_source or data.source!r}; give more text, or a "
-                        "larger validation_fraction")
+        raise UserError(
+            f"nothing is held out of {data.validation_source or data.source!r}; give more text, or a "
+            "larger validation_fraction"
+        )
     sample = [size for f in facts for size in f["sizes"]]
-    return {"format": FORMAT, **{k: getattr(data, k) for k in OPTIONS if k != "tokenizer"},
-            "tokenizer": tokenizers.fingerprint(encoder), "vocab_size": encoder.vocab_size, **scan.counts,
-            "waste": packing.waste(sample, data.sequence_length), "splits": splits,
-            "command": _command(data)}
+    return {
+        "format": FORMAT,
+        **{k: getattr(data, k) for k in OPTIONS if k != "tokenizer"},
+        "tokenizer": tokenizers.fingerprint(encoder),
+        "vocab_size": encoder.vocab_size,
+        **scan.counts,
+        "waste": packing.waste(sample, data.sequence_length),
+        "splits": splits,
+        "command": _command(data),
+    }
 
 
 def _command(data):
     """What makes this data again."""
-    default, flags = Data(), [f"--source={data.source}", f"--tokenizer={data.tokenizer}"]
+    default, flags = DataConfig(), [f"--source={data.source}", f"--tokenizer={data.tokenizer}"]
     for name in OPTIONS:
         value = getattr(data, name)
         if name not in ("source", "tokenizer") and value != getattr(default, name):
@@ -262,7 +345,9 @@ def _encode_part(data, partial, model, limit, sampled, number, part, dropped):
     if path.exists():
         return integrity.read_json(path)
     encoder = tokenizers.from_serialized(*model, "the tokenizer")
-    facts = {split: _Split(data, encoder, partial / SHARDS / f"{split}-{number:05}") for split in SPLITS}
+    facts = {
+        split: _Split(data, encoder, partial / SHARDS / f"{split}-{number:05}") for split in SPLITS
+    }
     sizes, waiting, size = [], [], 0
 
     def encoded():
@@ -303,7 +388,7 @@ class _Split:
         self._facts["bytes"] += len(text)
 
     def add(self, ids):
-        self._facts["tokens"] += len(ids) - 1    # predicted: all but the document's first
+        self._facts["tokens"] += len(ids) - 1  # predicted: all but the document's first
         for block in self._packer.add(ids):
             self._write(*block)
 
@@ -322,10 +407,16 @@ class _Split:
 
 def features(length: int, vocab_size: int) -> tfds.features.FeaturesDict:
     """Of a record of that many tokens: raw bytes, as narrow as the ids allow."""
+
     def array(dtype):
         return tfds.features.Tensor(shape=(length,), dtype=dtype, encoding="bytes")
-    return tfds.features.FeaturesDict({"tokens": array(np.uint16 if vocab_size <= 2**16 else np.uint32),
-                                       "segments": array(np.uint16 if length < 2**16 else np.uint32)})
+
+    return tfds.features.FeaturesDict(
+        {
+            "tokens": array(np.uint16 if vocab_size <= 2**16 else np.uint32),
+            "segments": array(np.uint16 if length < 2**16 else np.uint32),
+        }
+    )
 
 
 class Serializer:
@@ -335,8 +426,10 @@ class Serializer:
     def __init__(self, length, vocab_size):
         self._features = features(length, vocab_size)
         self._dtypes = {name: np.dtype(f.np_dtype) for name, f in self._features.items()}
-        marks = {name: np.full(length, mark).astype(self._dtypes[name]) for name, mark in
-                 (("tokens", 0xABAB), ("segments", 0xCDCD))}
+        marks = {
+            name: np.full(length, mark).astype(self._dtypes[name])
+            for name, mark in (("tokens", 0xABAB), ("segments", 0xCDCD))
+        }
         template = self.slow(marks)
         self._at = {name: template.index(mark.tobytes()) for name, mark in marks.items()}
         self._template = np.frombuffer(template, np.uint8)
@@ -344,13 +437,15 @@ class Serializer:
     def slow(self, record):
         serializer = example_serializer.ExampleSerializer(self._features.get_serialized_info())
         example = serializer.get_tf_example(self._features.encode_example(record))
-        return example.SerializeToString(deterministic=True)    # else in another order in every process
+        return example.SerializeToString(
+            deterministic=True
+        )  # else in another order in every process
 
     def __call__(self, tokens, segments):
         rows = np.tile(self._template, (len(tokens), 1))
         for name, array in (("tokens", tokens), ("segments", segments)):
             raw = np.ascontiguousarray(array.astype(self._dtypes[name])).view(np.uint8)
-            rows[:, self._at[name]:self._at[name] + raw.shape[1]] = raw
+            rows[:, self._at[name] : self._at[name] + raw.shape[1]] = raw
         return [row.tobytes() for row in rows]
 
 
@@ -363,21 +458,38 @@ def _finish(partial, out, card, encoder):
     for split in SPLITS:
         lengths = card["splits"][split].pop("shards")
         used = [number for number, count in enumerate(lengths) if count]
-        template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=NAME, split=split,
-                                                 filetype_suffix="array_record")
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=NAME, split=split, filetype_suffix="array_record"
+        )
         for new, number in enumerate(used):
-            os.link(partial / SHARDS / f"{split}-{number:05}",
-                    folder / f"{NAME}-{split}.array_record-{new:05}-of-{len(used):05}")
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[lengths[n] for n in used], num_bytes=0,
-                                         filename_template=template))
-    tfds.folder_dataset.write_metadata(data_dir=folder, split_infos=infos, check_data=False, features=features(
-        card["sequence_length"] + 1, card["vocab_size"]))
+            os.link(
+                partial / SHARDS / f"{split}-{number:05}",
+                folder / f"{NAME}-{split}.array_record-{new:05}-of-{len(used):05}",
+            )
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[lengths[n] for n in used],
+                num_bytes=0,
+                filename_template=template,
+            )
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        split_infos=infos,
+        check_data=False,
+        features=features(card["sequence_length"] + 1, card["vocab_size"]),
+    )
     (partial / "tokenizer.model").write_bytes(encoder.serialized())
     working = {SCANNED, SHARDS, PLAN}
-    card["files"] = {name: fact for name, fact in integrity.facts(partial).items() if name.split("/")[0] not in working}
+    card["files"] = {
+        name: fact
+        for name, fact in integrity.manifest_entries(partial).items()
+        if name.split("/")[0] not in working
+    }
     card["fingerprint"] = fingerprint(card)
     integrity.write(partial / "card.json", json.dumps(card, indent=2) + "\n")
-    (partial / PLAN).unlink()    # first: without it nothing below is taken up again
+    (partial / PLAN).unlink()  # first: without it nothing below is taken up again
     for name in (SCANNED, SHARDS):
         shutil.rmtree(partial / name)
     with contextlib.suppress(FileNotFoundError):
@@ -394,26 +506,35 @@ def fingerprint(card: dict) -> str:
 
 # ---- many processes --------------------------------------------------------------------------------------------------
 
+
 def _over_parts(work, parts, workers, what, data, more=None):
     """work(number, part[, its item of more]) of every part, in order, in that many processes; a bar with documents/s,
     MB/s, time left."""
     unit = "rec" if data.source.startswith("tfds:") else "B"
-    bar = tqdm.tqdm(total=sum(p.size for p in parts), unit=unit, unit_scale=True, desc=what, disable=None)
+    bar = tqdm.tqdm(
+        total=sum(p.size for p in parts), unit=unit, unit_scale=True, desc=what, disable=None
+    )
     results, documents, begin = [None] * len(parts), 0, time.monotonic()
     extra = [[item] for item in more] if more is not None else [[]] * len(parts)
     tasks = [(work, number, part, *extra[number]) for number, part in enumerate(parts)]
     with contextlib.ExitStack() as stack:
         stack.callback(bar.close)
         if min(workers, len(parts)) > 1:
-            pool = futures.ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"),
-                                               _join)
+            pool = futures.ProcessPoolExecutor(
+                min(workers, len(parts)), multiprocessing.get_context("spawn"), _join
+            )
             stack.callback(_end, pool)
-            done = (f.result() for f in futures.as_completed([pool.submit(_call, task) for task in tasks]))
+            done = (
+                f.result()
+                for f in futures.as_completed([pool.submit(_call, task) for task in tasks])
+            )
         else:
             done = map(_call, tasks)
         for number, result in done:
             results[number] = result
-            documents += result.get("documents") or sum(result[s]["documents"] for s in SPLITS if s in result)
+            documents += result.get("documents") or sum(
+                result[s]["documents"] for s in SPLITS if s in result
+            )
             bar.update(parts[number].size)
             bar.set_postfix_str(f"{documents / (time.monotonic() - begin):,.0f} documents/s")
     return results
@@ -436,7 +557,9 @@ def _join():
     workers must not go on writing."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(
+        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
+    ).start()
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -447,31 +570,61 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def main(argv=None):
-    default, parser = Data(), OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default, parser = (
+        DataConfig(),
+        OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter),
+    )
     parser.add_argument("--source", required=True, help=sources.FORMS)
-    parser.add_argument("--tokenizer", required=True,
-                        help="bytes, sentencepiece:FILE, hf:FILE, or sentencepiece (train one)")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        help="bytes, sentencepiece:FILE, hf:FILE, or sentencepiece (train one)",
+    )
     parser.add_argument("--out", required=True, help="a new directory")
-    parser.add_argument("--sequence_length", type=int, default=default.sequence_length,
-                        help="predicted tokens per record")
-    parser.add_argument("--validation_source", default="",
-                        help="held-out documents; then all of --source is for training")
-    parser.add_argument("--validation_fraction", type=float, default=default.validation_fraction,
-                        help="share of documents held out, where there is no --validation_source")
-    parser.add_argument("--field", default=default.field,
-                        help="jsonl field, parquet column, or tfds feature of the text")
+    parser.add_argument(
+        "--sequence_length",
+        type=int,
+        default=default.sequence_length,
+        help="predicted tokens per record",
+    )
+    parser.add_argument(
+        "--validation_source",
+        default="",
+        help="held-out documents; then all of --source is for training",
+    )
+    parser.add_argument(
+        "--validation_fraction",
+        type=float,
+        default=default.validation_fraction,
+        help="share of documents held out, where there is no --validation_source",
+    )
+    parser.add_argument(
+        "--field",
+        default=default.field,
+        help="jsonl field, parquet column, or tfds feature of the text",
+    )
     parser.add_argument("--packing", choices=PACKINGS, default=default.packing)
-    parser.add_argument("--drop_duplicates", action="store_true", help="of exact copies, keep the first")
-    parser.add_argument("--undecodable", choices=UNDECODABLE, default=default.undecodable,
-                        help="documents not in UTF-8")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="pieces, where a tokenizer is trained")
+    parser.add_argument(
+        "--drop_duplicates", action="store_true", help="of exact copies, keep the first"
+    )
+    parser.add_argument(
+        "--undecodable",
+        choices=UNDECODABLE,
+        default=default.undecodable,
+        help="documents not in UTF-8",
+    )
+    parser.add_argument(
+        "--vocab_size", type=int, default=4096, help="pieces, where a tokenizer is trained"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     a = parser.parse_args(argv)
     if a.sequence_length < 2 or not 0 < a.validation_fraction < 1 or a.workers < 1:
-        parser.error("--sequence_length must be >= 2, --validation_fraction between 0 and 1, --workers >= 1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)    # an end in order, workers and all
+        parser.error(
+            "--sequence_length must be >= 2, --validation_fraction between 0 and 1, --workers >= 1"
+        )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an end in order, workers and all
     try:
-        data = Data(**{k: getattr(a, k) for k in OPTIONS})
+        data = DataConfig(**{k: getattr(a, k) for k in OPTIONS})
         card = prepare(data, a.out, a.vocab_size, a.workers)
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
@@ -482,17 +635,25 @@ def main(argv=None):
 
 def summary(card: dict) -> str:
     """The card in a few lines."""
-    lines = [f"source {card['source']}, tokenizer {card['tokenizer']} ({card['vocab_size']} ids), records of "
-             f"{card['sequence_length']}, {card['packing']}; {card['empty_documents']} documents empty, "
-             f"{card['undecodable_documents']} not UTF-8 ({card['undecodable']}), "
-             f"{card['duplicate_documents']} repeated ({card['dropped_documents']} dropped)"]
+    lines = [
+        f"source {card['source']}, tokenizer {card['tokenizer']} ({card['vocab_size']} ids), records of "
+        f"{card['sequence_length']}, {card['packing']}; {card['empty_documents']} documents empty, "
+        f"{card['undecodable_documents']} not UTF-8 ({card['undecodable']}), "
+        f"{card['duplicate_documents']} repeated ({card['dropped_documents']} dropped)"
+    ]
     for split, c in card["splits"].items():
-        lines.append(f"{split}: {c['documents']:,} documents, {c['bytes']:,} bytes, {c['tokens']:,} tokens "
-                     f"({c['bytes'] / max(c['tokens'], 1):.2f} bytes each), {c['records']:,} records, "
-                     f"{c['padding']:,} padding")
-    lines.append("wasted by packing: " + "; ".join(
-        f"{kind} {w['padding']:.2%} padding, {w['cut']:.0%} of documents that fit a record cut"
-        for kind, w in card["waste"].items()))
+        lines.append(
+            f"{split}: {c['documents']:,} documents, {c['bytes']:,} bytes, {c['tokens']:,} tokens "
+            f"({c['bytes'] / max(c['tokens'], 1):.2f} bytes each), {c['records']:,} records, "
+            f"{c['padding']:,} padding"
+        )
+    lines.append(
+        "wasted by packing: "
+        + "; ".join(
+            f"{kind} {w['padding']:.2%} padding, {w['cut']:.0%} of documents that fit a record cut"
+            for kind, w in card["waste"].items()
+        )
+    )
     return "\n".join(lines)
 
 

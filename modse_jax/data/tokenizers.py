@@ -3,6 +3,7 @@
 A tokenizer is named by a string: "bytes", "sentencepiece:FILE", "hf:FILE" (a tokenizer.json of the tokenizers library),
 or "sentencepiece" (train one on the source).
 """
+
 import hashlib
 import io
 import os
@@ -12,12 +13,17 @@ from collections.abc import Iterable
 import numpy as np
 import sentencepiece
 
-from modse_jax.config import UserError
+from modse_jax.errors import UserError
 
 KINDS = ("bytes", "sentencepiece", "hf")
+
+
 SAMPLED_LINES = 40000
+
+
 # Line ends and the indent after them as single pieces: otherwise half of a program's tokens are white space.
 SYMBOLS = ["\n", "\n\n"] + ["\n" + "\u2581" * spaces for spaces in (2, 4, 8, 12, 16, 20, 24)]
+
 
 # What normalisation, dropped spaces, a dummy prefix or missing byte fallback would change.
 PROBE = "x  two  spaces \r\n\ttab caf\u00e9 e\u0301 \ufb01 \u00bd \u4e16\u754c \U0001f600 \u2581 end ".encode()
@@ -25,6 +31,7 @@ PROBE = "x  two  spaces \r\n\ttab caf\u00e9 e\u0301 \ufb01 \u00bd \u4e16\u754c \
 
 class Bytes:
     """One token per byte."""
+
     kind, pad_id, bos_id, eos_id, vocab_size = "bytes", 0, 1, 2, 259
 
     def encode(self, text: bytes) -> np.ndarray:
@@ -42,33 +49,48 @@ class Bytes:
 
 class SentencePiece:
     """A sentencepiece model with byte fallback. Its text must be UTF-8; decoding gives back the same bytes."""
+
     kind = "sentencepiece"
 
     def __init__(self, model: bytes):
-        self._model, self._processor = model, sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._model, self._processor = (
+            model,
+            sentencepiece.SentencePieceProcessor(model_proto=model),
+        )
         p = self._processor
-        self.pad_id, self.bos_id, self.eos_id, self.vocab_size = p.pad_id(), p.bos_id(), p.eos_id(), p.vocab_size()
+        self.pad_id, self.bos_id, self.eos_id, self.vocab_size = (
+            p.pad_id(),
+            p.bos_id(),
+            p.eos_id(),
+            p.vocab_size(),
+        )
         if min(self.pad_id, self.bos_id, self.eos_id) < 0:
-            raise UserError("the sentencepiece model lacks a pad, bos or eos piece; train one with "
-                            "modse_jax.data.train_tokenizer")
+            raise UserError(
+                "the sentencepiece model lacks a pad, bos or eos piece; train one with "
+                "modse_jax.data.train_tokenizer"
+            )
         self._special = {self.pad_id, self.bos_id, self.eos_id}
         if self.decode(self.encode(PROBE)) != PROBE:
-            raise UserError("the sentencepiece model loses text (it normalises, drops spaces or has no byte fallback), "
-                            "so bits per byte would be wrong; train one with modse_jax.data.train_tokenizer")
+            raise UserError(
+                "the sentencepiece model loses text (it normalises, drops spaces or has no byte fallback), "
+                "so bits per byte would be wrong; train one with modse_jax.data.train_tokenizer"
+            )
 
     def encode(self, text: bytes) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[bytes]) -> list[np.ndarray]:
         """Token ids of each text, over all cores."""
-        mark = "\u2581"    # sentencepiece's own sign for a space: where a text holds one, it is spelt in bytes
+        mark = "\u2581"  # sentencepiece's own sign for a space: where a text holds one, it is spelt in bytes
         spelt = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in mark.encode()]
         parts = [text.decode("utf-8").split(mark) for text in texts]
-        flat = self._processor.encode([part for split in parts for part in split], num_threads=os.cpu_count())
+        flat = self._processor.encode(
+            [part for split in parts for part in split], num_threads=os.cpu_count()
+        )
         out, start = [], 0
         for split in parts:
             ids = list(flat[start])
-            for more in flat[start + 1:start + len(split)]:
+            for more in flat[start + 1 : start + len(split)]:
                 ids += spelt + more
             out.append(np.array(ids, np.int32))
             start += len(split)
@@ -78,8 +100,12 @@ class SentencePiece:
         ids = [int(i) for i in ids if i not in self._special and i < self.vocab_size]
         # As pieces, not as text: text would replace a byte sequence that is cut in the middle of a character.
         pieces = (self._processor.id_to_piece(i) for i in ids)
-        return b"".join(bytes([int(piece[3:5], 16)]) if self._processor.is_byte(i) else
-                        piece.replace("\u2581", " ").encode("utf-8") for i, piece in zip(ids, pieces))
+        return b"".join(
+            bytes([int(piece[3:5], 16)])
+            if self._processor.is_byte(i)
+            else piece.replace("\u2581", " ").encode("utf-8")
+            for i, piece in zip(ids, pieces)
+        )
 
     def serialized(self) -> bytes:
         return self._model
@@ -87,46 +113,65 @@ class SentencePiece:
 
 class HuggingFace:
     """A tokenizer.json with byte-level pieces. What it lacks of pad, begin and end is added to its vocabulary."""
+
     kind = "hf"
-    NAMES = (("pad_id", ("<pad>", "[PAD]", "<|padding|>", "<|pad|>")),
-             ("bos_id", ("<bos>", "<s>", "<|begin_of_text|>")),
-             ("eos_id", ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>")))
+    NAMES = (
+        ("pad_id", ("<pad>", "[PAD]", "<|padding|>", "<|pad|>")),
+        ("bos_id", ("<bos>", "<s>", "<|begin_of_text|>")),
+        ("eos_id", ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>")),
+    )
 
     def __init__(self, model: bytes):
         import tokenizers
+
         self._tokenizer = t = tokenizers.Tokenizer.from_buffer(model)
         for name, spellings in self.NAMES:
             found = [s for s in spellings if t.token_to_id(s) is not None]
             if not found:
                 t.add_special_tokens([spellings[0]])
             setattr(self, name, t.token_to_id((found or spellings)[0]))
-        t.encode_special_tokens = True    # a text that spells "<pad>" is text
+        t.encode_special_tokens = True  # a text that spells "<pad>" is text
         t.no_truncation()
         t.no_padding()
         self.vocab_size, self._model = t.get_vocab_size(), t.to_str().encode()
         self._special = {self.pad_id, self.bos_id, self.eos_id}
-        missing = [c for c, b in BYTE_OF.items() if t.token_to_id(c) is None and b not in NEVER_IN_UTF8]
+        missing = [
+            c for c, b in BYTE_OF.items() if t.token_to_id(c) is None and b not in NEVER_IN_UTF8
+        ]
         if missing or max(t.get_vocab().values()) >= self.vocab_size:
-            raise UserError(f"the tokenizer lacks pieces for {len(missing)} of the 256 bytes, or its ids have gaps; "
-                            "train one with modse_jax.data.train_tokenizer --kind=hf")
+            raise UserError(
+                f"the tokenizer lacks pieces for {len(missing)} of the 256 bytes, or its ids have gaps; "
+                "train one with modse_jax.data.train_tokenizer --kind=hf"
+            )
         probe = PROBE + b" ".join(s.encode() for _, spellings in self.NAMES for s in spellings)
         if self.decode(self.encode(probe)) != probe:
-            raise UserError("the tokenizer loses text (it normalises, adds or drops spaces, or is not byte-level), so "
-                            "bits per byte would be wrong; train one with modse_jax.data.train_tokenizer --kind=hf")
+            raise UserError(
+                "the tokenizer loses text (it normalises, adds or drops spaces, or is not byte-level), so "
+                "bits per byte would be wrong; train one with modse_jax.data.train_tokenizer --kind=hf"
+            )
 
     def encode(self, text: bytes) -> np.ndarray:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[bytes]) -> list[np.ndarray]:
         """Token ids of each text, over all cores."""
-        encoded = self._tokenizer.encode_batch_fast([t.decode("utf-8") for t in texts], add_special_tokens=False)
+        encoded = self._tokenizer.encode_batch_fast(
+            [t.decode("utf-8") for t in texts], add_special_tokens=False
+        )
         return [np.array(e.ids, np.int32) for e in encoded]
 
     def decode(self, ids: Iterable[int]) -> bytes:
         # By pieces, not as text: text would replace a byte sequence that is cut in the middle of a character.
-        pieces = (self._tokenizer.id_to_token(int(i)) for i in ids if i not in self._special and i < self.vocab_size)
-        return b"".join(bytes(BYTE_OF[c] for c in piece) if all(c in BYTE_OF for c in piece) else piece.encode()
-                        for piece in pieces if piece is not None)
+        pieces = (
+            self._tokenizer.id_to_token(int(i))
+            for i in ids
+            if i not in self._special and i < self.vocab_size
+        )
+        return b"".join(
+            bytes(BYTE_OF[c] for c in piece) if all(c in BYTE_OF for c in piece) else piece.encode()
+            for piece in pieces
+            if piece is not None
+        )
 
     def serialized(self) -> bytes:
         return self._model
@@ -141,7 +186,11 @@ def _byte_level():
 
 
 BYTE_OF = _byte_level()
+
+
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+
+
 Tokenizer = Bytes | SentencePiece | HuggingFace
 
 
@@ -151,7 +200,9 @@ def load(spec: str) -> Tokenizer:
     if kind == "bytes" and not file:
         return Bytes()
     if kind not in KINDS[1:] or not file:
-        raise UserError(f"tokenizer {spec!r} must be bytes, sentencepiece:FILE, hf:FILE or sentencepiece")
+        raise UserError(
+            f"tokenizer {spec!r} must be bytes, sentencepiece:FILE, hf:FILE or sentencepiece"
+        )
     path = pathlib.Path(file).expanduser()
     if not path.is_file():
         raise UserError(f"tokenizer file {path} does not exist")
@@ -165,9 +216,10 @@ def from_serialized(kind: str, model: bytes, name: str) -> Tokenizer:
         return SentencePiece(model) if kind == "sentencepiece" else HuggingFace(model)
     except UserError:
         raise
-    except Exception:    # whatever the library raises
-        raise UserError(f"{name} is not a {'sentencepiece model' if kind == 'sentencepiece' else 'tokenizer.json'}"
-                        ) from None
+    except Exception:  # whatever the library raises
+        raise UserError(
+            f"{name} is not a {'sentencepiece model' if kind == 'sentencepiece' else 'tokenizer.json'}"
+        ) from None
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -180,31 +232,61 @@ def train_sentencepiece(documents: Iterable[bytes], vocab_size: int) -> Sentence
 
     Pieces may join letters and punctuation ("self."): 6% fewer tokens on Python source. Deterministic for equal input.
     """
-    lines = _thin((line for text in documents for line in text.decode("utf-8").split("\n") if line), SAMPLED_LINES)
+    lines = _thin(
+        (line for text in documents for line in text.decode("utf-8").split("\n") if line),
+        SAMPLED_LINES,
+    )
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=out, vocab_size=vocab_size, model_type="bpe",
-            byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
-            split_digits=True, split_by_unicode_script=False, user_defined_symbols=SYMBOLS, max_sentence_length=16384,
-            shuffle_input_sentence=False, hard_vocab_limit=False,
-            pad_id=0, bos_id=1, eos_id=2, unk_id=3, num_threads=1, minloglevel=2)
+            sentence_iterator=iter(lines),
+            model_writer=out,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            split_by_unicode_script=False,
+            user_defined_symbols=SYMBOLS,
+            max_sentence_length=16384,
+            shuffle_input_sentence=False,
+            hard_vocab_limit=False,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            num_threads=1,
+            minloglevel=2,
+        )
     except RuntimeError as error:
-        raise UserError(f"sentencepiece could not train {vocab_size} pieces on this source: {error}") from None
+        raise UserError(
+            f"sentencepiece could not train {vocab_size} pieces on this source: {error}"
+        ) from None
     return SentencePiece(out.getvalue())
 
 
 def train_hf(documents: Iterable[bytes], vocab_size: int) -> HuggingFace:
     """A byte-level BPE that loses nothing, as GPT-2's, with digits apart. Deterministic for equal input."""
     import tokenizers
+
     t = tokenizers.Tokenizer(tokenizers.models.BPE())
-    t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(individual_digits=True),
-                                                          tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Digits(individual_digits=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     t.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[spellings[0] for _, spellings in HuggingFace.NAMES], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=vocab_size,
+        special_tokens=[spellings[0] for _, spellings in HuggingFace.NAMES],
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
     lines = (line for text in documents for line in text.decode("utf-8").splitlines(keepends=True))
     lines = _thin(lines, SAMPLED_LINES)
     t.train_from_iterator(lines, trainer)

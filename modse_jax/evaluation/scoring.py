@@ -1,4 +1,5 @@
 """Evaluate a checkpoint of a workdir: held-out loss, routing, samples; into eval/STEP.json and the console."""
+
 import codecs
 import dataclasses
 import json
@@ -9,23 +10,26 @@ from typing import NamedTuple
 
 import jax
 
-from modse_jax import integrity, processes
-from modse_jax import mesh as meshes
-from modse_jax.config import Config, UserError, from_dict
+from modse_jax.config.loading import from_dict
+from modse_jax.config.options import Config
 from modse_jax.data import loader, tokenizers
-from modse_jax.model import sampling, transformer
-from modse_jax.training import metrics, validation
-from modse_jax.training import step as steps
-from modse_jax.training.checkpoints import Checkpoints
+from modse_jax.errors import UserError
+from modse_jax.model import kernel_selection, sampling, transformer
+from modse_jax.runtime import integrity, processes, sharding
+from modse_jax.training import metrics, train_step, validation
+from modse_jax.training.checkpointing import Checkpoints
 
 SUITES = ("loss", "routing", "sample")
-STREAMED = 8    # tokens between two looks at a sample
 
 
-class Run(NamedTuple):
+TOKENS_PER_CHUNK = 8  # tokens between two looks at a sample
+
+
+class LoadedModel(NamedTuple):
     """A trained model and the data it was trained on."""
+
     config: Config
-    data: loader.Data
+    data: loader.TrainingData
     mesh: jax.sharding.Mesh
     step: int
     params: dict
@@ -35,39 +39,55 @@ def read_config(workdir: pathlib.Path) -> Config:
     """The config of a workdir, from its config.json: data, never code."""
     path = workdir / "config.json"
     if not path.is_file():
-        raise UserError(f"--workdir={workdir} holds no run (no config.json); train one with train.py")
+        raise UserError(
+            f"--workdir={workdir} holds no run (no config.json); train one with train.py"
+        )
     try:
         return from_dict(integrity.read_json(path))
     except ValueError as error:
         raise UserError(f"{path.parent}: {error}") from None
 
 
-def open_run(workdir: pathlib.Path, step: int, batch_size: int) -> Run:
+def open_run(workdir: pathlib.Path, step: int, batch_size: int) -> LoadedModel:
     """A checkpoint's parameters. Args: step: 0 for the newest. batch_size: sequences, spread over all devices."""
-    mesh = meshes.for_batch(batch_size)
+    mesh = sharding.build_batch_mesh(batch_size)
     config = _avoid_wrong_kernels(read_config(workdir), mesh)
     checkpoints = open_checkpoints(workdir)
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=meshes.replicated(mesh)),
-                            jax.eval_shape(lambda: steps.initial_state(config)))
-    data = processes.together(lambda: loader.load(config, workdir), first_alone=True)
-    step = _sound(checkpoints, workdir, step,
-                        {"data": data.fingerprint, "tokenizer": tokenizers.fingerprint(data.tokenizer)})
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
+        jax.eval_shape(lambda: train_step.init_state(config)),
+    )
+    data = processes.on_all_processes(lambda: loader.load(config, workdir), first_alone=True)
+    step = find_valid_step(
+        checkpoints,
+        workdir,
+        step,
+        {"data": data.fingerprint, "tokenizer": tokenizers.fingerprint(data.tokenizer)},
+    )
     state, reason = checkpoints.restore(step, abstract)
     checkpoints.close()
     if reason:
         raise UserError(f"checkpoint {step} is damaged: {reason}; name another with --step")
     params = state.params
-    return Run(config, data, mesh, step, params)
+    return LoadedModel(config, data, mesh, step, params)
 
 
 def _avoid_wrong_kernels(config: Config, mesh: jax.sharding.Mesh) -> Config:
     """Returns the config, with plain XLA for experts and attention if kernels fail their check on a device."""
     try:
-        processes.together(lambda: transformer.check_kernels(transformer.for_evaluation(config), mesh))
+        processes.on_all_processes(
+            lambda: kernel_selection.check_kernels(kernel_selection.for_evaluation(config), mesh)
+        )
     except UserError as error:
-        print(f"{error}; this evaluation uses moe.backend=blocked and model.attention=blocks", file=sys.stderr)
-        return dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend="blocked"),
-                                   model=dataclasses.replace(config.model, attention="blocks"))
+        print(
+            f"{error}; this evaluation uses moe.backend=blocked and model.attention=blocks",
+            file=sys.stderr,
+        )
+        return dataclasses.replace(
+            config,
+            moe=dataclasses.replace(config.moe, backend="blocked"),
+            model=dataclasses.replace(config.model, attention="blocks"),
+        )
     return config
 
 
@@ -80,23 +100,31 @@ def open_checkpoints(workdir: pathlib.Path) -> Checkpoints:
     return checkpoints
 
 
-def _sound(checkpoints, workdir, step, facts):
+def find_valid_step(checkpoints, workdir, step, facts):
     """That step, or the newest sound one (0). Raises UserError where it is damaged, or of other data."""
+
     def check(step, meta):
         for name, value in facts.items():
             if meta[name] != value:
-                raise UserError(f"checkpoint {step} was trained with other data ({name} {meta[name]!r}), now "
-                                f"{value!r}; restore the data it was trained on")
+                raise UserError(
+                    f"checkpoint {step} was trained with other data ({name} {meta[name]!r}), now "
+                    f"{value!r}; restore the data it was trained on"
+                )
 
     if not step:
         found = checkpoints.newest(check)
         for number, reason in found.damaged:
-            print(f"checkpoint {number} is damaged ({reason}); evaluating step {found.step}", file=sys.stderr)
+            print(
+                f"checkpoint {number} is damaged ({reason}); evaluating step {found.step}",
+                file=sys.stderr,
+            )
         return found.step
     have = checkpoints.steps()
     if step not in have:
-        raise UserError(f"--step={step} is not saved in {workdir}; saved: {', '.join(map(str, have))}")
-    reason = processes.from_first(lambda: checkpoints.verify(step))
+        raise UserError(
+            f"--step={step} is not saved in {workdir}; saved: {', '.join(map(str, have))}"
+        )
+    reason = processes.broadcast_from_main(lambda: checkpoints.verify(step))
     if reason:
         raise UserError(f"checkpoint {step} is damaged: {reason}; name another with --step")
     check(step, checkpoints.meta(step))
@@ -108,12 +136,22 @@ def verify(workdir: str) -> tuple[str, bool]:
     workdir = pathlib.Path(workdir).expanduser().absolute()
     checkpoints = open_checkpoints(workdir)
     reasons = {step: checkpoints.verify(step) for step in checkpoints.steps()}
-    lines = [f"step {step:8}  {'damaged: ' + reason if reason else 'good'}" for step, reason in reasons.items()]
+    lines = [
+        f"step {step:8}  {'damaged: ' + reason if reason else 'good'}"
+        for step, reason in reasons.items()
+    ]
     return "\n".join(lines), not any(reasons.values())
 
 
-def evaluate(workdir: str, step: int, suites: tuple[str, ...], limit: int, batch_size: int,
-             prompts: tuple[str, ...], show: Callable[[str], None] = lambda text: None) -> dict:
+def evaluate(
+    workdir: str,
+    step: int,
+    suites: tuple[str, ...],
+    limit: int,
+    batch_size: int,
+    prompts: tuple[str, ...],
+    show: Callable[[str], None] = lambda text: None,
+) -> dict:
     """Runs the suites and writes eval/STEP.json, or eval/STEP.firstN.json with a limit.
 
     Args: step: 0 for the newest. limit: validation records, 0 for all. batch_size: 0 for the config's. prompts: () for
@@ -132,10 +170,10 @@ def evaluate(workdir: str, step: int, suites: tuple[str, ...], limit: int, batch
             result["loss"] = loss
         if "routing" in suites:
             result["routing"] = {"widths": list(run.config.widths), "layers": routing}
-    show(console(result) + "\n")
+    show(format_results(result) + "\n")
     if "sample" in suites:
         result["samples"] = sample(run, prompts or run.config.evaluation.prompts, show)
-    if processes.first():
+    if processes.is_main_process():
         result = write(workdir, run.step, limit, result)
     return result
 
@@ -149,7 +187,7 @@ def write(workdir: pathlib.Path, step: int, limit: int, result: dict) -> dict:
     """Adds to the results of a step what `result` has of them; returns all."""
     path = results_path(workdir, step, limit)
     path.parent.mkdir(exist_ok=True)
-    if path.exists():    # suites run one after the other make one result
+    if path.exists():  # suites run one after the other make one result
         result = {**json.loads(path.read_text()), **result}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=2) + "\n")
@@ -157,29 +195,38 @@ def write(workdir: pathlib.Path, step: int, limit: int, result: dict) -> dict:
     return result
 
 
-def validate(run: Run, limit: int, batch_size: int) -> tuple[dict, list[dict]]:
+def validate(run: LoadedModel, limit: int, batch_size: int) -> tuple[dict, list[dict]]:
     """Loss over the held-out records, and routing by layer."""
-    score = steps.jitted_score_step(run.config, run.mesh)
+    score = train_step.jitted_score_step(run.config, run.mesh)
     scored = {}
     for dataset in run.data.datasets:
-        batches = loader.validation_batches(dataset, batch_size, run.config.model.vocab_size, limit,
-                                            meshes.local_rows(run.mesh, batch_size))
-        placed = (meshes.place(run.mesh, batch, batch_size) for batch in batches)
+        batches = loader.validation_batches(
+            dataset,
+            batch_size,
+            run.config.model.vocab_size,
+            limit,
+            sharding.local_rows(run.mesh, batch_size),
+        )
+        placed = (sharding.shard_batch(run.mesh, batch, batch_size) for batch in batches)
         whole = not limit or limit >= len(dataset.splits["validation"])
         scored[dataset.name] = validation.run(score, run.params, placed, dataset, whole)
     result, statistics = validation.together(scored)
     return result, metrics.routing_by_layer(statistics, run.config.widths)
 
 
-def sample(run: Run, prompts: tuple[str, ...], show: Callable[[str], None] = lambda text: None) -> list[dict]:
+def sample(
+    run: LoadedModel, prompts: tuple[str, ...], show: Callable[[str], None] = lambda text: None
+) -> list[dict]:
     """A continuation of each prompt, as the run's evaluation settings say."""
     e, tokenizer = run.config.evaluation, run.data.tokenizer
     room = run.config.model.context_length - e.sample_tokens
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt.encode()).tolist()] for prompt in prompts]
     for prompt, tokens in zip(prompts, ids):
         if len(tokens) > room:
-            raise UserError(f"prompt {prompt[:40]!r} has {len(tokens)} tokens; with evaluation.sample_tokens="
-                            f"{e.sample_tokens} the context holds {max(room, 0)}")
+            raise UserError(
+                f"prompt {prompt[:40]!r} has {len(tokens)} tokens; with evaluation.sample_tokens="
+                f"{e.sample_tokens} the context holds {max(room, 0)}"
+            )
     out = []
     for number, prompt in enumerate(prompts):
         show(f"\nsample after {prompt!r}\n" + _indented("\n" + prompt)[1:])
@@ -199,35 +246,54 @@ def _indented(text):
 def _continued(run, prompt, number):
     """Pieces of text after a prompt, whole characters."""
     e, tokenizer = run.config.evaluation, run.data.tokenizer
-    graph, _ = transformer.build_abstract(transformer.for_evaluation(run.config))
-    params = jax.tree.map(lambda a: a.addressable_data(0), run.params)    # all of it is on every device
+    graph, _ = transformer.build_abstract_model(kernel_selection.for_evaluation(run.config))
+    params = jax.tree.map(
+        lambda a: a.addressable_data(0), run.params
+    )  # all of it is on every device
     settings = sampling.Settings(e.temperature, e.top_k, e.top_p)
     key = jax.random.fold_in(jax.random.key(run.config.seed), number)
-    pieces = sampling.stream(graph, params, [prompt], e.sample_tokens, settings, key, tokenizer.pad_id,
-                             tokenizer.eos_id, STREAMED)
+    pieces = sampling.stream(
+        graph,
+        params,
+        [prompt],
+        e.sample_tokens,
+        settings,
+        key,
+        tokenizer.pad_id,
+        tokenizer.eos_id,
+        TOKENS_PER_CHUNK,
+    )
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for tokens, in pieces:
+    for (tokens,) in pieces:
         yield decoder.decode(tokenizer.decode(tokens))
     yield decoder.decode(b"", final=True)
 
 
-def console(result: dict) -> str:
+def format_results(result: dict) -> str:
     """Loss and routing as tables."""
     lines = [f"checkpoint of step {result['step']}"]
     if "loss" in result:
         r = result["loss"]
         part = f" (first {result['limit']} records)" if result["limit"] else ""
-        lines += [f"  validation{part}: loss {r['loss']:.4f} nats/token, {r['bits_per_byte']:.4f} bits/byte, "
-                  f"{r['tokens']:,} tokens"]
+        lines += [
+            f"  validation{part}: loss {r['loss']:.4f} nats/token, {r['bits_per_byte']:.4f} bits/byte, "
+            f"{r['tokens']:,} tokens"
+        ]
     if "routing" in result:
         widths = result["routing"]["widths"]
-        lines += ["", "share of tokens per expert, %", "  layer  " + "".join(f"{w:>7}" for w in widths[:16])
-                  + "   max/mean  entropy  mean width"]
+        lines += [
+            "",
+            "share of tokens per expert, %",
+            "  layer  "
+            + "".join(f"{w:>7}" for w in widths[:16])
+            + "   max/mean  entropy  mean width",
+        ]
         for layer in result["routing"]["layers"]:
             counts = layer["tokens_per_expert"]
-            lines.append(f"  {layer['layer']:5}  " + "".join(f"{100 * c / max(sum(counts), 1):7.1f}"
-                                                             for c in counts[:16])
-                         + f"   {layer['max_over_mean']:8.3f}  {layer['entropy']:7.3f}  "
-                         + f"{layer['count_weighted_width']:10.1f}")
+            lines.append(
+                f"  {layer['layer']:5}  "
+                + "".join(f"{100 * c / max(sum(counts), 1):7.1f}" for c in counts[:16])
+                + f"   {layer['max_over_mean']:8.3f}  {layer['entropy']:7.3f}  "
+                + f"{layer['count_weighted_width']:10.1f}"
+            )
     return "\n".join(lines)
-

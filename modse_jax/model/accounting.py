@@ -3,6 +3,7 @@
 FLOPs count multiplications and additions of matrix products, attention scores over the whole context included (the
 convention of PaLM, appendix B, which most published MFU use). Legend: D model, E experts, K top-k, H flat hidden axis.
 """
+
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,12 +11,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from modse_jax import chips
-from modse_jax.config import Config
+from modse_jax.config.options import Config
+from modse_jax.runtime import chips
 
 
 class Parameters(NamedTuple):
     """Counts over all layers. `experts` are all of them; `gates` and `norms` are what the paper's totals leave out."""
+
     embeddings: int
     attention: int
     experts: int
@@ -42,7 +44,8 @@ def parameters(config: Config) -> Parameters:
         attention=m.num_layers * (2 * D * D + 2 * D * kv),
         experts=m.num_layers * 3 * D * sum(config.widths),
         gates=m.num_layers * gates,
-        norms=(2 * m.num_layers + 1) * D)
+        norms=(2 * m.num_layers + 1) * D,
+    )
 
 
 def active_experts(config: Config, mean_width: float) -> int:
@@ -76,13 +79,16 @@ def train_flops_per_token(config: Config, sequence_length: int, mean_width: floa
     p = parameters(config)
     head = m.vocab_size * m.dim
     weights = head + p.attention + m.num_layers * m.dim * config.moe.num_experts
-    return 6 * (weights + active_experts(config, mean_width)) + 12 * m.num_layers * m.dim * sequence_length
+    return (
+        6 * (weights + active_experts(config, mean_width))
+        + 12 * m.num_layers * m.dim * sequence_length
+    )
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     """FLOP/s of devices of one kind together: from the table, on CPU measured by a float32 matrix product (the devices
     of a process share its cores); None where unknown."""
-    chip = chips.name(devices[0])
+    chip = chips.chip_name(devices[0])
     if chip == "cpu":
         return _measure_cpu() * len({device.process_index for device in devices})
     return chips.CHIPS[chip].teraflops * 1e12 * len(devices) if chip in chips.CHIPS else None
@@ -92,6 +98,7 @@ def peak_flops(devices: Sequence[jax.Device]) -> float | None:
 def _measure_cpu(size: int = 1536, repeats: int = 5) -> float:
     """Best of a few products of square matrices: what this machine reaches, not what its maker prints."""
     import time
+
     a = jax.random.normal(jax.random.key(0), (size, size))
     product = jax.jit(lambda a: a @ a).lower(a).compile()
     seconds = []

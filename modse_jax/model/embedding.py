@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modse_jax import chips
-from modse_jax import mesh as meshes
+from modse_jax.runtime import chips, sharding
 
 # Tokens of one matmul. The one-hot matrix takes 262 MB in bfloat16 at a vocabulary of 32,000;
 # smaller chunks read and write the accumulator more often.
@@ -39,12 +38,12 @@ def look_up(
     Args: with_matmul: selects the gradient; None selects it by the platform.
     """
     if with_matmul is None:
-        with_matmul = chips.is_gpu(meshes.chip(mesh))
+        with_matmul = chips.is_gpu(sharding.chip_name(mesh))
     if mesh is None:
         look_up_here = look_up_with_matmul_gradient if with_matmul else look_up_with_gather
         return look_up_here(table_VD, tokens_BL, dtype, scale)
 
-    rows, width = PartitionSpec(meshes.DATA), meshes.RULES["embed"]
+    rows, width = PartitionSpec(sharding.DATA), sharding.AXIS_RULES["embed"]
     tokens_BL = jax.lax.with_sharding_constraint(tokens_BL, NamedSharding(mesh, rows))
     if with_matmul:
         # A shard_map all-reduces the gradient over `data` once. XLA would all-reduce every chunk's.
@@ -54,13 +53,13 @@ def look_up(
             ),
             mesh=mesh,
             in_specs=(PartitionSpec(None, width), rows),
-            out_specs=PartitionSpec(meshes.DATA, None, width),
+            out_specs=PartitionSpec(sharding.DATA, None, width),
             check_vma=False,
         )(table_VD, tokens_BL)
     else:
         x_BLD = look_up_with_gather(table_VD, tokens_BL, dtype, scale)
-    sharding = NamedSharding(mesh, PartitionSpec(meshes.DATA, None, width))
-    return jax.lax.with_sharding_constraint(x_BLD, sharding)
+    layout = NamedSharding(mesh, PartitionSpec(sharding.DATA, None, width))
+    return jax.lax.with_sharding_constraint(x_BLD, layout)
 
 
 def look_up_with_gather(

@@ -2,6 +2,7 @@
 
 Legend: B batch, P padded prompt length, V vocabulary.
 """
+
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from modse_jax import gpu_options
+from modse_jax.runtime import gpu_options
 
 
 class Settings(NamedTuple):
     """temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -23,14 +25,24 @@ class Settings(NamedTuple):
 
 class Decoding(NamedTuple):
     """What the next token is drawn from, for B texts."""
-    cache: tuple[jax.Array, jax.Array]    # keys, values [layers, B, S, G, C]
+
+    cache: tuple[jax.Array, jax.Array]  # keys, values [layers, B, S, G, C]
     logits_BV: jax.Array
-    positions_B: jax.Array    # of the next token
-    done_B: jax.Array         # whether a text has ended: it goes on as padding, and costs no expert
+    positions_B: jax.Array  # of the next token
+    done_B: jax.Array  # whether a text has ended: it goes on as padding, and costs no expert
 
 
-def stream(graph, params, prompts: Sequence[Sequence[int]], max_new_tokens: int, settings: Settings, key: jax.Array,
-           pad_id: int, eos_id: int, chunk: int) -> Iterator[list[list[int]]]:
+def stream(
+    graph,
+    params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    settings: Settings,
+    key: jax.Array,
+    pad_id: int,
+    eos_id: int,
+    chunk: int,
+) -> Iterator[list[list[int]]]:
     """New tokens after each prompt, without the end token, in pieces of `chunk` as they come; the same for any chunk.
 
     Args: graph, params: as from transformer.build_abstract. prompts: token ids, any lengths above 0, with
@@ -46,8 +58,13 @@ def stream(graph, params, prompts: Sequence[Sequence[int]], max_new_tokens: int,
     keys = jax.random.split(key, max_new_tokens)
     for first in range(0, max_new_tokens, chunk):
         ended = np.asarray(state.done_B)
-        state, tokens_BN = decode_here(graph, params, state, keys[first:first + chunk], settings, pad_id, eos_id)
-        yield [[] if over else _until(row, eos_id) for over, row in zip(ended, np.asarray(tokens_BN).tolist())]
+        state, tokens_BN = decode_here(
+            graph, params, state, keys[first : first + chunk], settings, pad_id, eos_id
+        )
+        yield [
+            [] if over else _until(row, eos_id)
+            for over, row in zip(ended, np.asarray(tokens_BN).tolist())
+        ]
         if np.asarray(state.done_B).all():
             return
 
@@ -59,15 +76,19 @@ def _programs(device: jax.Device) -> tuple[Callable, Callable]:
     options = gpu_options.compiler_options(device)
     if not options:
         return prefill, decode
-    return (jax.jit(prefill.__wrapped__, static_argnums=(0, 4), compiler_options=options),
-            jax.jit(decode.__wrapped__, static_argnums=(0, 4, 5, 6), compiler_options=options))
+    return (
+        jax.jit(prefill.__wrapped__, static_argnums=(0, 4), compiler_options=options),
+        jax.jit(decode.__wrapped__, static_argnums=(0, 4, 5, 6), compiler_options=options),
+    )
 
 
-def padded(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(
+    rows: Sequence[Sequence[int]], length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [B, length], lengths [B]), int32, padding on the right."""
     tokens_BP = np.full((len(rows), length), pad_id, np.int32)
     for i, row in enumerate(rows):
-        tokens_BP[i, :len(row)] = row
+        tokens_BP[i, : len(row)] = row
     return tokens_BP, np.array([len(row) for row in rows], np.int32)
 
 
@@ -91,8 +112,12 @@ def decode(graph, params, state: Decoding, keys, settings: Settings, pad_id: int
     def step(state, key):
         tokens_B = jnp.where(state.done_B, pad_id, pick(state.logits_BV, settings, key))
         done_B = state.done_B | (tokens_B == eos_id)
-        x_B1D, out = model.cached(tokens_B[:, None], state.positions_B[:, None], ~done_B[:, None], state.cache)
-        return Decoding(out.cache, model.logits(x_B1D)[:, 0], state.positions_B + 1, done_B), tokens_B
+        x_B1D, out = model.cached(
+            tokens_B[:, None], state.positions_B[:, None], ~done_B[:, None], state.cache
+        )
+        return Decoding(
+            out.cache, model.logits(x_B1D)[:, 0], state.positions_B + 1, done_B
+        ), tokens_B
 
     state, tokens_NB = jax.lax.scan(step, state, keys)
     return state, tokens_NB.T
@@ -109,11 +134,15 @@ def pick(logits_BV: jax.Array, settings: Settings, key: jax.Array) -> jax.Array:
     if settings.top_p < 1:
         sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         p_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV    # probability ahead of a token: below top_p for those kept
-        least_B1 = jnp.min(jnp.where(before_BV < settings.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+        before_BV = (
+            jnp.cumsum(p_BV, axis=-1) - p_BV
+        )  # probability ahead of a token: below top_p for those kept
+        least_B1 = jnp.min(
+            jnp.where(before_BV < settings.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True
+        )
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
     return jax.random.categorical(key, logits_BV, axis=-1)
 
 
 def _until(tokens, end):
-    return tokens[:tokens.index(end)] if end in tokens else tokens
+    return tokens[: tokens.index(end)] if end in tokens else tokens

@@ -2,7 +2,7 @@
 
 Legend: B batch, L length, D model, V vocabulary; a leading `layers` axis on every parameter of a block.
 """
-import dataclasses
+
 from typing import NamedTuple
 
 import jax
@@ -10,80 +10,35 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modse_jax import mesh as meshes
-from modse_jax.config import ANYWHERE, Config, UserError
-from modse_jax.model import attention, embedding
-from modse_jax.moe import expert_ffn, layer
+from modse_jax.config.options import Config
+from modse_jax.model import embedding
+from modse_jax.model.attention import attention_layer
+from modse_jax.moe import layer
 from modse_jax.moe.router import ROUTING, RouterStatistics
+from modse_jax.runtime import sharding
 
-MOST_UNROLLED = 4    # blocks, where model.unroll is 0: a step in seven size classes then compiles in 45 s on 2 cores
+MOST_UNROLLED = 4  # blocks, where model.unroll is 0: a step in seven size classes then compiles in 45 s on 2 cores
 
 
 class Output(NamedTuple):
     """What a forward pass knows besides its activations. The losses are unweighted sums over layers."""
+
     balance_loss: jax.Array
     z_loss: jax.Array
-    statistics: RouterStatistics    # every array with a leading axis of layers
-    cache: tuple | None             # keys, values [layers, B, S, G, C]
-    choices: tuple | None           # gates, expert ids [layers, B, L, K], where asked for
+    statistics: RouterStatistics  # every array with a leading axis of layers
+    cache: tuple | None  # keys, values [layers, B, S, G, C]
+    choices: tuple | None  # gates, expert ids [layers, B, L, K], where asked for
 
 
-class Kernels(NamedTuple):
-    """What multiplies in training, "auto" decided. note: why "auto" does not take the chip's kernels for experts, or
-    how much they pad."""
-    experts: str
-    attention: str
-    note: str
-
-    def line(self) -> str:
-        """Returns the line that a run prints."""
-        return f"experts: {self.experts}{self.note and f' ({self.note})'}; attention: {self.attention}"
-
-
-def kernels(config: Config, mesh: Mesh) -> Kernels:
-    """Raises UserError where what is asked for does not run on the mesh."""
-    m, chip, placement = config.model, meshes.chip(mesh), meshes.placement(config, mesh)
-    job = config.moe.backend, placement, (layer.rows_at_once(config, mesh), m.dim), chip, m.dtype
-    try:
-        expert_ffn.check_backend(*job)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    experts, note = expert_ffn.chosen(*job)
-    shape = 1, config.data.sequence_length, m.num_heads, m.dim // m.num_heads
-    return Kernels(experts, attention.chosen(m.attention, shape, chip, m.dtype), note)
-
-
-def check_kernels(config: Config, mesh: Mesh) -> Kernels:
-    """Returns `kernels(config, mesh)` after those that have never run on hardware were checked on this device."""
-    m, found = config.model, kernels(config, mesh)
-    if found.experts in expert_ffn.KERNELS:
-        try:
-            expert_ffn.check_kernels(found.experts, meshes.placement(config, mesh), m.dim, meshes.chip(mesh), m.dtype)
-        except RuntimeError as error:    # they do not run, or their results are wrong
-            raise UserError(str(error)) from None
-    if found.attention == "cudnn":
-        attention.check_cudnn((m.num_heads, m.num_kv_heads or m.num_heads, m.dim // m.num_heads),
-                              config.data.sequence_length)
-    return found
-
-
-def build(config: Config, mesh: Mesh | None = None) -> "Transformer":
+def build_model(config: Config, mesh: Mesh | None = None) -> "Transformer":
     """A freshly initialised model: a function of config.seed alone."""
     return Transformer(config, nnx.Rngs(params=config.seed), mesh)
 
 
-def build_abstract(config: Config, mesh: Mesh | None = None):
+def build_abstract_model(config: Config, mesh: Mesh | None = None):
     """(graph, abstract parameters as a plain dict) of the model, with no memory spent."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: build(config, mesh)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(config, mesh)))
     return graph, nnx.to_pure_dict(state)
-
-
-def for_evaluation(config: Config) -> Config:
-    """The same model, dropless (with a capacity a token's score would depend on its batch mates), on any device."""
-    backend = config.moe.backend if config.moe.backend in ANYWHERE else "auto"
-    kind = "blocks" if config.model.attention == "blocks" else "auto"
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention=kind),
-                               moe=dataclasses.replace(config.moe, capacity_factor=0.0, backend=backend))
 
 
 class RMSNorm(nnx.Module):
@@ -101,7 +56,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: Config, mesh: Mesh | None, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.model.dim, config.model.norm_eps)
-        self.attention = attention.Attention(config.model, mesh, rngs)
+        self.attention = attention_layer.Attention(config.model, mesh, rngs)
         self.moe_norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.moe = layer.MoELayer(config, mesh, rngs)
 
@@ -110,7 +65,12 @@ class Block(nnx.Module):
         x_BLD = x_BLD + y_BLD
         seen_BLD = self.moe_norm(x_BLD)
         y_BLD, *losses_and_statistics = self.moe(seen_BLD, valid_BL)
-        return x_BLD + y_BLD, cache, *losses_and_statistics, self.moe.choices(seen_BLD) if trace else None
+        return (
+            x_BLD + y_BLD,
+            cache,
+            *losses_and_statistics,
+            self.moe.choices(seen_BLD) if trace else None,
+        )
 
 
 class Transformer(nnx.Module):
@@ -126,7 +86,9 @@ class Transformer(nnx.Module):
         self.blocks = nnx.vmap(lambda key: Block(config, mesh, nnx.Rngs(params=key)))(keys)
         self.final_norm = RMSNorm(m.dim, m.norm_eps)
         if not m.tie_embeddings:
-            self.head = nnx.Param(0.5 * m.dim**-0.5 * jax.random.normal(rngs.params(), (m.dim, m.vocab_size)))
+            self.head = nnx.Param(
+                0.5 * m.dim**-0.5 * jax.random.normal(rngs.params(), (m.dim, m.vocab_size))
+            )
 
     def __call__(self, tokens_BL, segments_BL):
         """(logits_BLV in float32, Output) of packed rows; segment 0 is padding."""
@@ -135,14 +97,14 @@ class Transformer(nnx.Module):
 
     def hidden(self, tokens_BL, segments_BL, trace: bool = False):
         """(x_BLD after the last norm, Output) of packed rows. trace: with every token's experts."""
-        place = attention.packed_place(segments_BL, self.config)
+        place = attention_layer.packed_inputs(segments_BL, self.config)
         x_BLD, out = self._run(self._embed(tokens_BL), place, segments_BL > 0, None, trace)
         return x_BLD, out._replace(cache=None)
 
     def cached(self, tokens_BL, positions_BL, valid_BL, cache):
         """(x_BLD after the last norm, Output) of tokens at given positions after what the cache holds: prefill and
         decoding alike. `cache` is a pair [layers, B, S, G, C]; a position of S or more is not stored."""
-        place = attention.cached_place(positions_BL, cache[0].shape[2], self.config)
+        place = attention_layer.cached_inputs(positions_BL, cache[0].shape[2], self.config)
         return self._run(self._embed(tokens_BL), place, valid_BL, cache)
 
     def empty_cache(self, batch: int, length: int):
@@ -152,7 +114,9 @@ class Transformer(nnx.Module):
 
     def logits(self, x_BLD):
         w_DV = self.head_weight()
-        return jnp.einsum("bld,dv->blv", x_BLD, w_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "bld,dv->blv", x_BLD, w_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32
+        )
 
     def head_weight(self):
         """w_DV, the output embedding, float32."""
@@ -163,53 +127,73 @@ class Transformer(nnx.Module):
         embedding, and adds up all of its gradient everywhere."""
         # A tied embedding is small enough for logits, but too small beside a block's output (as in Gemma).
         scale = self.config.dim**0.5 if self.config.tie_embeddings else 1.0
-        x_BLD = embedding.look_up(self.embedding[...], tokens_BL, jnp.dtype(self.config.dtype), scale, self.mesh)
+        x_BLD = embedding.look_up(
+            self.embedding[...], tokens_BL, jnp.dtype(self.config.dtype), scale, self.mesh
+        )
         if self.mesh is not None:
-            x_BLD = self._constrained(x_BLD, (meshes.DATA, meshes.FSDP), None, meshes.EXPERT)
+            x_BLD = self._constrained(x_BLD, (sharding.DATA, sharding.FSDP), None, sharding.EXPERT)
         return self._spread(x_BLD)
 
     def _constrained(self, array, *axes):
-        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*axes)))
+        return jax.lax.with_sharding_constraint(
+            array, NamedSharding(self.mesh, PartitionSpec(*axes))
+        )
 
     def _spread(self, x_BLD):
         """Its batch over all devices: weights that are cut along the model width must not cut activations there."""
-        return x_BLD if self.mesh is None else jax.lax.with_sharding_constraint(x_BLD, meshes.batch(self.mesh))
+        return (
+            x_BLD
+            if self.mesh is None
+            else jax.lax.with_sharding_constraint(x_BLD, sharding.batch_sharding(self.mesh))
+        )
 
     def _run(self, x_BLD, place, valid_BL, cache, trace=False):
         graph, stacked = nnx.split(self.blocks)
 
         def block(x_BLD, of_layer):
             weights, layer_cache = of_layer
-            x_BLD, layer_cache, *rest = nnx.merge(graph, weights)(self._spread(x_BLD), place, valid_BL, layer_cache,
-                                                                  trace)
+            x_BLD, layer_cache, *rest = nnx.merge(graph, weights)(
+                self._spread(x_BLD), place, valid_BL, layer_cache, trace
+            )
             return x_BLD, (layer_cache if cache is not None else None, *rest)
 
         unroll, policy = self._unroll(x_BLD.shape[1]), self._policy()
-        if policy is not None:    # only a loop keeps XLA from finding the forward pass's numbers again
+        if (
+            policy is not None
+        ):  # only a loop keeps XLA from finding the forward pass's numbers again
             block = jax.checkpoint(block, prevent_cse=unroll > 1, policy=policy)
-        x_BLD, (cache, balance_loss, z_loss, statistics, choices) = jax.lax.scan(block, x_BLD, (stacked, cache),
-                                                                                 unroll=unroll)
-        return self.final_norm(x_BLD), Output(jnp.sum(balance_loss), jnp.sum(z_loss), statistics, cache, choices)
+        x_BLD, (cache, balance_loss, z_loss, statistics, choices) = jax.lax.scan(
+            block, x_BLD, (stacked, cache), unroll=unroll
+        )
+        return self.final_norm(x_BLD), Output(
+            jnp.sum(balance_loss), jnp.sum(z_loss), statistics, cache, choices
+        )
 
     def _unroll(self, length):
         """Blocks side by side, where few, are faster on CPU. But XLA then begins whatever it can, and what is computed
         again for a backward pass saves no memory."""
         if self.config.unroll:
             return min(self.config.unroll, self.config.num_layers)
-        few = self.config.num_layers <= MOST_UNROLLED and meshes.chip(self.mesh) == "cpu"
-        return self.config.num_layers if few and self._policy() is None and length <= attention.KEPT_LENGTH else 1
+        few = self.config.num_layers <= MOST_UNROLLED and sharding.chip_name(self.mesh) == "cpu"
+        return (
+            self.config.num_layers
+            if few and self._policy() is None and length <= attention_layer.KEPT_LENGTH
+            else 1
+        )
 
     def _policy(self):
         """What a block keeps for its backward pass; None: everything."""
         if self.config.remat != "none":
             return _saved(self.config.remat)
-        if self.mesh is not None and self.mesh.shape[meshes.FSDP] > 1:    # else every layer's whole weights are kept
+        if (
+            self.mesh is not None and self.mesh.shape[sharding.FSDP] > 1
+        ):  # else every layer's whole weights are kept
             return _all_but_gathered_weights
         return None
 
 
 def _all_but_gathered_weights(primitive, *_, **params):
-    return not (primitive.name == "all_gather" and meshes.FSDP in params["axis_name"])
+    return not (primitive.name == "all_gather" and sharding.FSDP in params["axis_name"])
 
 
 def _saved(remat):
@@ -219,4 +203,5 @@ def _saved(remat):
     if remat == "full":
         return routing
     return jax.checkpoint_policies.save_from_both_policies(
-        routing, jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        routing, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    )

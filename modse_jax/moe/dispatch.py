@@ -2,6 +2,7 @@
 
 Legend: T tokens, K top-k, N = T * K routed rows, D model, E experts.
 """
+
 import math
 from typing import NamedTuple
 
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 
-class Plan(NamedTuple):
+class DispatchPlan(NamedTuple):
     """Where every routed row goes. Routed row t * K + k is token t's k-th choice."""
-    order_N: jax.Array      # sorted position -> routed row
-    inverse_N: jax.Array    # routed row -> sorted position
-    rows_E: jax.Array       # rows of every expert; rows past their sum belong to nobody
-    dropped: jax.Array      # valid routed rows over capacity
+
+    order_N: jax.Array  # sorted position -> routed row
+    inverse_N: jax.Array  # routed row -> sorted position
+    rows_E: jax.Array  # rows of every expert; rows past their sum belong to nobody
+    dropped: jax.Array  # valid routed rows over capacity
 
 
 def capacity(tokens: int, num_experts: int, top_k: int, factor: float) -> int:
@@ -22,7 +24,9 @@ def capacity(tokens: int, num_experts: int, top_k: int, factor: float) -> int:
     return math.ceil(factor * tokens * top_k / num_experts)
 
 
-def plan(ids_TK: jax.Array, valid_T: jax.Array, num_experts: int, capacity: int = 0) -> Plan:
+def plan_dispatch(
+    ids_TK: jax.Array, valid_T: jax.Array, num_experts: int, capacity: int = 0
+) -> DispatchPlan:
     """Sorts the routed rows by expert, stably; rows of invalid tokens, rows over capacity and those whose id is
     num_experts (an expert of another shard) come last, ownerless.
 
@@ -37,18 +41,22 @@ def plan(ids_TK: jax.Array, valid_T: jax.Array, num_experts: int, capacity: int 
         ids_TK = jnp.where(kept_TK, ids_TK, num_experts)
     ids_N = ids_TK.reshape(T * K)
     order_N = _stable_argsort(ids_N, num_experts + 1)
-    inverse_N = jnp.zeros_like(order_N).at[order_N].set(jnp.arange(T * K, dtype=jnp.int32), unique_indices=True)
+    inverse_N = (
+        jnp.zeros_like(order_N)
+        .at[order_N]
+        .set(jnp.arange(T * K, dtype=jnp.int32), unique_indices=True)
+    )
     rows_E = jnp.sum(ids_N[:, None] == jnp.arange(num_experts)[None, :], axis=0, dtype=jnp.int32)
-    return Plan(order_N, inverse_N, rows_E, dropped)
+    return DispatchPlan(order_N, inverse_N, rows_E, dropped)
 
 
-def dispatch(x_TD: jax.Array, plan: Plan) -> jax.Array:
+def dispatch(x_TD: jax.Array, plan: DispatchPlan) -> jax.Array:
     """x_ND: the token of every sorted row."""
     top_k = plan.order_N.shape[0] // x_TD.shape[0]
     return _dispatch(x_TD, plan.order_N, plan.inverse_N, top_k)
 
 
-def combine(y_ND: jax.Array, gates_TK: jax.Array, plan: Plan) -> jax.Array:
+def combine(y_ND: jax.Array, gates_TK: jax.Array, plan: DispatchPlan) -> jax.Array:
     """y_TD = sum over k of gate * row, summed in float32 and returned in y's type. Ownerless rows must be 0."""
     y_TKD = _permute(y_ND, plan.inverse_N, plan.order_N).reshape(*gates_TK.shape, y_ND.shape[1])
     y_TD = jnp.einsum("tkd,tk->td", y_TKD, gates_TK, preferred_element_type=jnp.float32)

@@ -7,6 +7,7 @@ has room for every row of every device: nothing can overflow.
 
 Legend: T tokens, R = T * K routed rows of a device, n shards, S slots of a shard (sizing.Placement), D model.
 """
+
 import functools
 from typing import NamedTuple
 
@@ -14,27 +15,30 @@ import jax
 import jax.numpy as jnp
 
 
-class Moves(NamedTuple):
+class SendPlan(NamedTuple):
     """Parts to send, by destination and slot there: int32 [n * S], as jax.lax.ragged_all_to_all takes them."""
-    input_offsets: jax.Array     # first row of a part, here
+
+    input_offsets: jax.Array  # first row of a part, here
     send_sizes: jax.Array
-    output_offsets: jax.Array    # its first row, there
-    recv_sizes: jax.Array        # rows of the parts that come here, by where they come from
+    output_offsets: jax.Array  # its first row, there
+    recv_sizes: jax.Array  # rows of the parts that come here, by where they come from
 
 
-def moves(rows_nS: jax.Array, axis: str) -> tuple[Moves, Moves, jax.Array]:
+def plan_sends(rows_nS: jax.Array, axis: str) -> tuple[SendPlan, SendPlan, jax.Array]:
     """(there, back, rows of this shard's slots) from this device's routed rows for every slot of every shard [n, S]."""
-    rows_nnS = jax.lax.all_gather(rows_nS, axis)    # source, destination, slot
+    rows_nnS = jax.lax.all_gather(rows_nS, axis)  # source, destination, slot
     me, n = jax.lax.axis_index(axis), rows_nS.shape[0]
-    first_nnS = _before(rows_nnS.reshape(n, -1), 1).reshape(rows_nnS.shape)    # of a part, at its source
+    first_nnS = _before(rows_nnS.reshape(n, -1), 1).reshape(
+        rows_nnS.shape
+    )  # of a part, at its source
     total_nS = jnp.sum(rows_nnS, axis=0)
-    place_nnS = _before(total_nS, 1)[None] + _before(rows_nnS, 0)              # and at its destination
+    place_nnS = _before(total_nS, 1)[None] + _before(rows_nnS, 0)  # and at its destination
 
     def flat(*arrays):
         return (a.reshape(-1).astype(jnp.int32) for a in arrays)
 
-    there = Moves(*flat(first_nnS[me], rows_nnS[me], place_nnS[me], rows_nnS[:, me]))
-    back = Moves(*flat(place_nnS[:, me], rows_nnS[:, me], first_nnS[:, me], rows_nnS[me]))
+    there = SendPlan(*flat(first_nnS[me], rows_nnS[me], place_nnS[me], rows_nnS[:, me]))
+    back = SendPlan(*flat(place_nnS[:, me], rows_nnS[:, me], first_nnS[:, me], rows_nnS[me]))
     return there, back, total_nS[me]
 
 
@@ -43,7 +47,9 @@ def _before(counts, axis):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def send(x_RD: jax.Array, there: Moves, back: Moves, rows: int, axis: str, native: bool) -> jax.Array:
+def send(
+    x_RD: jax.Array, there: SendPlan, back: SendPlan, rows: int, axis: str, native: bool
+) -> jax.Array:
     """Rows as they arrive: [rows, D], 0 where none does. Its gradient goes back the same way.
 
     Args: there, back: of `moves`, or the other way round. native: use the collective of TPU and GPU; else the slow

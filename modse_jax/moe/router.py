@@ -2,6 +2,7 @@
 
 Legend: T tokens, D model, E experts, K top-k.
 """
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from modse_jax import chips
-from modse_jax.config import MoE
+from modse_jax.config.options import MoEConfig
+from modse_jax.runtime import chips
 
-ROUTING = "routing"    # the name under which rematerialisation keeps the chosen experts
+ROUTING = "routing"  # the name under which rematerialisation keeps the chosen experts
 
 
 class RouterWeights(NamedTuple):
     """w_gate [D, E]; w_noise [D, E] and noise_scale [E] only with gate_term="learned" (else None)."""
+
     w_gate: jax.Array
     w_noise: jax.Array | None = None
     noise_scale: jax.Array | None = None
@@ -24,18 +26,19 @@ class RouterWeights(NamedTuple):
 
 class RouterStatistics(NamedTuple):
     """Sums over the valid tokens of one layer; `reduce` has made them global."""
-    counts_KE: jax.Array      # int32: tokens whose k-th choice is expert e
-    gates_KE: jax.Array       # float32: the gates of those tokens, summed
-    entropy: jax.Array        # float32: entropy of softmax(all logits), nats, summed over tokens
-    tokens: jax.Array         # int32: valid tokens
-    dropped: jax.Array        # int32: routed rows over capacity (filled in by the layer)
+
+    counts_KE: jax.Array  # int32: tokens whose k-th choice is expert e
+    gates_KE: jax.Array  # float32: the gates of those tokens, summed
+    entropy: jax.Array  # float32: entropy of softmax(all logits), nats, summed over tokens
+    tokens: jax.Array  # int32: valid tokens
+    dropped: jax.Array  # int32: routed rows over capacity (filled in by the layer)
 
 
 class Routing(NamedTuple):
-    gates_TK: jax.Array       # float32, largest logit first
-    ids_TK: jax.Array         # int32
-    balance_loss: jax.Array   # unweighted
-    z_loss: jax.Array         # unweighted
+    gates_TK: jax.Array  # float32, largest logit first
+    ids_TK: jax.Array  # int32
+    balance_loss: jax.Array  # unweighted
+    z_loss: jax.Array  # unweighted
     statistics: RouterStatistics
 
 
@@ -78,7 +81,9 @@ def top_k_ids_in_rounds(logits_TE: jax.Array, top_k: int) -> jax.Array:
     ids = []
     for _ in range(top_k):
         largest_T1 = jnp.max(keys_TE, axis=1, keepdims=True)
-        id_T1 = jnp.min(jnp.where(keys_TE == largest_T1, id_TE, logits_TE.shape[1]), axis=1, keepdims=True)
+        id_T1 = jnp.min(
+            jnp.where(keys_TE == largest_T1, id_TE, logits_TE.shape[1]), axis=1, keepdims=True
+        )
         keys_TE = jnp.where(id_TE == id_T1, taken, keys_TE)
         ids.append(id_T1)
     return jnp.concatenate(ids, axis=1)
@@ -94,7 +99,7 @@ def gates(logits_TE: jax.Array, top_k: int, gate: str, chip: str) -> tuple[jax.A
     ids_TK = checkpoint_name(top_k_ids(jax.lax.stop_gradient(logits_TE), top_k, chip), ROUTING)
     chosen_TKE = ids_TK[:, :, None] == jnp.arange(logits_TE.shape[1])[None, None, :]
 
-    def kept(values_TE):    # no gather: its gradient would be a scatter
+    def kept(values_TE):  # no gather: its gradient would be a scatter
         return jnp.sum(jnp.where(chosen_TKE, values_TE[:, None, :], 0), axis=-1)
 
     if gate == "top_k_softmax":
@@ -105,7 +110,9 @@ def gates(logits_TE: jax.Array, top_k: int, gate: str, chip: str) -> tuple[jax.A
     return gates_TK, ids_TK
 
 
-def balance_loss(counts_KE: jax.Array, probability_sum_E: jax.Array, tokens: jax.Array, count: str) -> jax.Array:
+def balance_loss(
+    counts_KE: jax.Array, probability_sum_E: jax.Array, tokens: jax.Array, count: str
+) -> jax.Array:
     """N * sum_i f_i P_i (MoDSE, Eq. 9-12): K at perfect balance with count="top_k", 1 with "argmax".
 
     Args:
@@ -119,14 +126,23 @@ def balance_loss(counts_KE: jax.Array, probability_sum_E: jax.Array, tokens: jax
     return counts_KE.shape[1] * jnp.sum(fraction_E * probability_sum_E / tokens)
 
 
-def route(x_TD: jax.Array, valid_T: jax.Array, weights: RouterWeights, config: MoE, eps: float, chip: str,
-          reduce: Callable = lambda sums: sums) -> Routing:
+def route(
+    x_TD: jax.Array,
+    valid_T: jax.Array,
+    weights: RouterWeights,
+    config: MoEConfig,
+    eps: float,
+    chip: str,
+    reduce: Callable = lambda sums: sums,
+) -> Routing:
     """Routes every token; those with valid_T False get gates too, but count for nothing in losses and statistics.
 
     Args: reduce: sums its argument over the devices that share the batch, so that the losses are the global batch's
     (the balance loss: unless config.balance_loss_scope says otherwise).
     """
-    x_TD = jnp.where(valid_T[:, None], x_TD, 0)    # NaN in padding would reach the weights' gradient as 0 * NaN
+    x_TD = jnp.where(
+        valid_T[:, None], x_TD, 0
+    )  # NaN in padding would reach the weights' gradient as 0 * NaN
     logits_TE = gate_logits(x_TD, weights, eps)
     gates_TK, ids_TK = gates(logits_TE, config.top_k, config.gate, chip)
     log_p_TE = jax.nn.log_softmax(logits_TE, axis=-1)
@@ -143,16 +159,23 @@ def route(x_TD: jax.Array, valid_T: jax.Array, weights: RouterWeights, config: M
         gates_KE=jax.lax.stop_gradient(jnp.sum(masked(gates_TK[:, :, None], chosen_TKE), axis=0)),
         entropy=jax.lax.stop_gradient(-jnp.sum(masked(p_TE * log_p_TE, valid_T[:, None]))),
         tokens=jnp.sum(valid_T, dtype=jnp.int32),
-        dropped=jnp.zeros((), jnp.int32))
+        dropped=jnp.zeros((), jnp.int32),
+    )
     p_sum_E, mine = jnp.sum(masked(p_TE, valid_T[:, None]), axis=0), statistics
     statistics, p_batch_E, z_sum = reduce((mine, p_sum_E, jnp.sum(masked(z_T * z_T, valid_T))))
     if config.balance_loss_scope == "batch":
-        balance = balance_loss(statistics.counts_KE, p_batch_E, statistics.tokens, config.balance_loss_count)
+        balance = balance_loss(
+            statistics.counts_KE, p_batch_E, statistics.tokens, config.balance_loss_count
+        )
     else:
         balance = balance_loss(mine.counts_KE, p_sum_E, mine.tokens, config.balance_loss_count)
-        balance = reduce(balance * mine.tokens) / jnp.maximum(statistics.tokens, 1).astype(jnp.float32)
+        balance = reduce(balance * mine.tokens) / jnp.maximum(statistics.tokens, 1).astype(
+            jnp.float32
+        )
     return Routing(
-        gates_TK, ids_TK,
+        gates_TK,
+        ids_TK,
         balance_loss=balance,
         z_loss=z_sum / jnp.maximum(statistics.tokens, 1).astype(jnp.float32),
-        statistics=statistics)
+        statistics=statistics,
+    )

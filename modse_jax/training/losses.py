@@ -2,6 +2,7 @@
 
 Legend: B batch, L length, C columns of L in a chunk, P devices, D model, V vocabulary.
 """
+
 import functools
 
 import jax
@@ -9,14 +10,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modse_jax import mesh as meshes
+from modse_jax.runtime import sharding
 
 
 def reference_cross_entropy(x_BLD, w_DV, targets_BL, weights_BL):
     """The same as `cross_entropy`, with all logits at once."""
-    logits_BLV = jnp.einsum("bld,dv->blv", x_BLD, w_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
+    logits_BLV = jnp.einsum(
+        "bld,dv->blv", x_BLD, w_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32
+    )
     log_p_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
-    return -jnp.sum(weights_BL * jnp.take_along_axis(log_p_BLV, targets_BL[:, :, None], axis=-1)[:, :, 0])
+    return -jnp.sum(
+        weights_BL * jnp.take_along_axis(log_p_BLV, targets_BL[:, :, None], axis=-1)[:, :, 0]
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -64,12 +69,20 @@ def _forward(x_BLD, w_DV, targets_BL, weights_BL, chunk, mesh):
         dlogits_BCV = (jnp.exp(logits_BCV - lse_BC[:, :, None]) - hot_BCV) * weights_BC[:, :, None]
         dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
         dx_BCD = jnp.einsum("bcv,dv->bcd", dlogits_BCV, w)
-        dw_PDV += jnp.einsum("pbcd,pbcv->pdv", *(a.reshape(P, -1, *a.shape[1:]) for a in (x_BCD, dlogits_BCV)),
-                             preferred_element_type=jnp.float32)
+        dw_PDV += jnp.einsum(
+            "pbcd,pbcv->pdv",
+            *(a.reshape(P, -1, *a.shape[1:]) for a in (x_BCD, dlogits_BCV)),
+            preferred_element_type=jnp.float32,
+        )
         return (loss + jnp.sum(weights_BC * nll_BC), _constrained(dw_PDV, mesh, ("batch",))), dx_BCD
 
-    carry = (jnp.zeros((), jnp.float32), _constrained(jnp.zeros((P, *w_DV.shape), jnp.float32), mesh, ("batch",)))
-    (loss, dw_PDV), dx_nBCD = lax.scan(one, carry, _chunks((x_BLD, targets_BL, weights_BL), chunk * P))
+    carry = (
+        jnp.zeros((), jnp.float32),
+        _constrained(jnp.zeros((P, *w_DV.shape), jnp.float32), mesh, ("batch",)),
+    )
+    (loss, dw_PDV), dx_nBCD = lax.scan(
+        one, carry, _chunks((x_BLD, targets_BL, weights_BL), chunk * P)
+    )
     return loss, (_unchunk(dx_nBCD, x_BLD.shape[1]), _summed(dw_PDV, mesh).astype(w_DV.dtype))
 
 
@@ -85,8 +98,11 @@ def _summed(dw_PDV, mesh):
     """Over devices. First over those that share the weights, so that each gets its part; then the parts over copies."""
     if mesh is None:
         return dw_PDV[0]
-    parts = NamedSharding(mesh, PartitionSpec(meshes.DATA, *meshes.spec(meshes.PARAMETERS["head"])))
-    dw_PDV = dw_PDV.reshape(mesh.shape[meshes.DATA], -1, *dw_PDV.shape[1:])
+    parts = NamedSharding(
+        mesh,
+        PartitionSpec(sharding.DATA, *sharding.partition_spec(sharding.PARAMETER_AXES["head"])),
+    )
+    dw_PDV = dw_PDV.reshape(mesh.shape[sharding.DATA], -1, *dw_PDV.shape[1:])
     return jnp.sum(lax.with_sharding_constraint(jnp.sum(dw_PDV, axis=1), parts), axis=0)
 
 
@@ -95,7 +111,13 @@ def _devices(mesh):
 
 
 def _constrained(array, mesh, meanings):
-    return array if mesh is None else lax.with_sharding_constraint(array, NamedSharding(mesh, meshes.spec(meanings)))
+    return (
+        array
+        if mesh is None
+        else lax.with_sharding_constraint(
+            array, NamedSharding(mesh, sharding.partition_spec(meanings))
+        )
+    )
 
 
 def _logits(x_BCD, w_DV):

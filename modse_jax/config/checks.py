@@ -1,0 +1,122 @@
+"""TODO"""
+
+import dataclasses
+import math
+
+from modse_jax.config.option_fields import fields_of, get_option
+from modse_jax.errors import UserError
+from modse_jax.moe import expert_widths
+
+
+def check_fields(config):
+    for path, field in fields_of(type(config)):
+        value, rule = get_option(config, path), field.metadata
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}={value} must be finite")
+        if rule["choices"] and value not in rule["choices"]:
+            raise UserError(f"{path}={value!r} must be one of {', '.join(rule['choices'])}")
+        for name, sign, bad in (
+            ("minimum", ">=", lambda v, b: v < b),
+            ("above", ">", lambda v, b: v <= b),
+            ("below", "<", lambda v, b: v >= b),
+        ):
+            if rule[name] is not None and bad(value, rule[name]):
+                raise UserError(f"{path}={value} must be {sign} {rule[name]}")
+
+
+def check_model(config):
+    m = config.model
+    if m.dim % m.num_heads:
+        divisors = [n for n in range(1, m.dim + 1) if m.dim % n == 0 and (m.dim // n) % 2 == 0]
+        raise UserError(
+            f"model.dim={m.dim} does not divide by model.num_heads={m.num_heads}; "
+            f"heads that divide it: {', '.join(map(str, divisors[:12]))}"
+        )
+    if (m.dim // m.num_heads) % 2:
+        raise UserError(
+            f"head size model.dim/model.num_heads={m.dim // m.num_heads} must be even (rotary pairs)"
+        )
+    if m.num_kv_heads and m.num_heads % m.num_kv_heads:
+        raise UserError(
+            f"model.num_heads={m.num_heads} does not divide by model.num_kv_heads={m.num_kv_heads}"
+        )
+    if config.data.sequence_length > m.context_length:
+        raise UserError(
+            f"data.sequence_length={config.data.sequence_length} is longer than "
+            f"model.context_length={m.context_length}; lower the first or raise the second"
+        )
+
+
+def check_moe(config):
+    moe = config.moe
+    if moe.top_k > moe.num_experts:
+        raise UserError(f"moe.top_k={moe.top_k} is larger than moe.num_experts={moe.num_experts}")
+    try:
+        if moe.widths:
+            expert_widths.check_widths(moe.widths)
+            if len(moe.widths) != moe.num_experts:
+                raise ValueError(f"{len(moe.widths)} widths for {moe.num_experts} experts")
+        if moe.pairs:
+            expert_widths.check_pairs(config.widths, moe.width)
+    except ValueError as error:
+        raise UserError(f"moe.widths: {error}") from None
+    if moe.exchange == "all_to_all" and (moe.placement != "pairs" or moe.capacity_factor):
+        raise UserError(
+            "moe.exchange=all_to_all sends every row to a whole expert: it needs moe.placement=pairs and "
+            "moe.capacity_factor=0; or take moe.exchange=gather"
+        )
+    if moe.tail_rows > moe.block_rows:
+        raise UserError(
+            f"moe.tail_rows={moe.tail_rows} is larger than moe.block_rows={moe.block_rows}"
+        )
+
+
+def check_data(config):
+    mixture = config.data.mixture
+    total = sum(weight for _, weight in mixture)
+    for name, weight in mixture:
+        if not math.isfinite(weight) or weight <= 0 or weight < total / 1000:
+            raise UserError(
+                f"data.mixture: the weight of {name!r} is {weight}; weights must be positive, and none "
+                "below a thousandth of their sum"
+            )
+    if len({name for name, _ in mixture}) < len(mixture):
+        raise UserError(f"data.mixture={mixture} names a directory twice; add up its weights")
+
+
+def check_training(config):
+    t = config.training
+    if t.batch_size % t.gradient_accumulation:
+        raise UserError(
+            f"training.batch_size={t.batch_size} does not divide by "
+            f"training.gradient_accumulation={t.gradient_accumulation}"
+        )
+    if t.rewind and (len(t.rewind) != 2 or min(t.rewind) < 1):
+        raise UserError(
+            f"training.rewind={t.rewind} must be (a saved step, batches to skip), or () for none"
+        )
+    if 0 < t.spike_factor <= 1:
+        raise UserError(f"training.spike_factor={t.spike_factor} must be above 1, or 0 for none")
+    o = config.optimizer
+    for name in ("initial_learning_rate", "final_learning_rate"):
+        if getattr(o, name) > o.learning_rate:
+            raise UserError(
+                f"optimizer.{name}={getattr(o, name)} is above the peak "
+                f"optimizer.learning_rate={o.learning_rate}"
+            )
+    e = config.evaluation
+    if not e.prompts or not all(e.prompts):
+        raise UserError(f"evaluation.prompts={e.prompts} must be texts that are not empty")
+    if e.sample_tokens >= config.model.context_length:
+        raise UserError(
+            f"evaluation.sample_tokens={e.sample_tokens} must be below model.context_length="
+            f"{config.model.context_length}"
+        )
+    if config.evaluation.top_p > 1:
+        raise UserError(f"evaluation.top_p={config.evaluation.top_p} must be <= 1")
+    mesh = dataclasses.asdict(config.mesh)
+    if 0 in mesh.values() or list(mesh.values()).count(-1) > 1:
+        raise UserError(
+            f"{', '.join(f'mesh.{k}={v}' for k, v in mesh.items())}: each must be a number of devices, or "
+            "-1 for the rest in one place at most"
+        )

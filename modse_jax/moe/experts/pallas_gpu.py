@@ -1,0 +1,677 @@
+"""The grouped expert FFN as Pallas Mosaic GPU kernels for Hopper (sm90), over tiles of routed
+tokens that are sorted by expert.
+
+Three kernels do all matmuls of the forward and backward passes. A *visit* is the part of one
+tile of rows that belongs to one expert; a tile that several experts share is visited by each.
+
+    A  hidden-out: one visit x 64 hidden units of its expert      [rows, D] x [D, 64]
+       forward: gate and up, followed by SwiGLU; backward: the gradient of the hidden
+       activations, followed by the gradient of SwiGLU
+
+              D                   flat hidden axis H
+          +---------+       +------+--------+---------+          +--+
+     rows |####|    |   x   |      |  ##    |         |  ->      |##| rows of one expert
+          +----+----+     D | e=0  |  ##e=1 |   e=2   |          +--+
+                            +------+--------+---------+           64 of its hidden units
+
+    B  hidden-in: one visit x 128 of the model axis, summed over the expert's hidden units
+       forward: down; backward: dx, the sum of two matmuls
+
+         widest expert          D
+          +-------+          +--+----+
+     rows |#####  |   x  e=1 |##|    |  ->  [rows, 128]
+          +-------+          +--+----+
+
+    C  weights: 128 of the model axis x `wide` of the flat hidden axis, summed over the rows
+       of the expert that owns these hidden units: the three weight gradients
+
+             128                   wide
+          +--+----+              +--+----+
+     rows |##|    |^T  x    rows |##|    |  ->  [128, wide] or [wide, 128]
+          +--+----+              +--+----+
+
+The kernels are persistent: one block per multiprocessor, which takes every n-th task of a list
+that is built on the device from the routing (expert_tasks.py), once per layer. Weights are read
+through one descriptor of the flat hidden axis. Operands that a matmul needs transposed are
+transposed as they are read from shared memory, so no transposed copy is made of any array.
+
+Each visit stores only its own rows, in pieces whose sizes are powers of two. In kernel C the
+rows of neighboring experts are set to 0 by a select before they are summed. Rows after those of
+the last expert, and hidden units after those of a narrow expert, may therefore hold NaN.
+
+The kernels are tested in interpret mode, which does not model asynchronous copies, and are
+compiled to machine code for an H100. They have not run on hardware (LOG.md).
+
+Legend: N routed tokens (rows), D model, E experts, H flat hidden axis, M widest expert; tiles:
+V visits, T tasks of kernel A, C of the flat hidden axis.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from modse_jax.moe import expert_placement
+from modse_jax.moe.experts import hidden_unit_padding, tile_lists
+
+CHIPS = {"h100": 132, "h200": 132}  # multiprocessors
+
+
+DTYPES = ("bfloat16", "float16")
+
+
+# The depth of one pipeline step, and the hidden units of a tile of kernel A, which sums two.
+UNIT = 64
+
+
+# The model dimensions of a tile of kernels B and C.
+MODEL = 128
+
+
+MAX_TASKS = 2**24
+
+
+# With 10 visits in a group, 132 tasks of kernel A at a time read 10 tiles of rows (3.9 MB at
+# D=1536) and about 14 tiles of both weights (5.5 MB), which stay in the 50 MB L2 cache. One tile
+# of rows through all hidden units would stream 42 MB of weights per wave at 300Mx8.
+VISITS_PER_GROUP = 10
+
+
+class Tiles(NamedTuple):
+    """Tile sizes: rows; hidden units of kernel A (`hidden`) and of kernel C (`wide`); the number
+    of pipeline steps in flight; the number of multiprocessors (blocks)."""
+
+    rows: int = 128
+    hidden: int = UNIT
+    wide: int = 128
+    stages: int = 4
+    blocks: int = 132
+
+
+class HiddenOutTasks(NamedTuple):
+    """The tasks of kernel A. Entries from `live` on are never run."""
+
+    live: jax.Array  # int32 [1]
+    start_T: jax.Array  # first row of the visit within the tile of rows
+    end_T: jax.Array  # the row after its last one
+    row_tile_T: jax.Array
+    column_T: jax.Array  # tile of the expert's own hidden units
+    flat_T: jax.Array  # the same tile on the flat hidden axis
+
+
+class HiddenInTasks(NamedTuple):
+    """The visits of kernel B, the widest expert first. Entries from `live` on are never run."""
+
+    live: jax.Array  # int32 [1]
+    start_V: jax.Array
+    end_V: jax.Array
+    row_tile_V: jax.Array
+    steps_V: jax.Array  # tiles of hidden units of the expert
+    first_V: jax.Array  # its first tile on the flat hidden axis
+
+
+class WeightTasks(NamedTuple):
+    """The tiles of the flat hidden axis for kernel C, the expert with most rows first."""
+
+    start_C: jax.Array  # first row of the expert
+    end_C: jax.Array  # the row after its last one
+    column_C: jax.Array  # tile of the expert's own hidden units
+    flat_C: jax.Array  # the same tile on the flat hidden axis
+
+
+class Lists(NamedTuple):
+    """The task lists of one routing."""
+
+    hidden_out: HiddenOutTasks
+    hidden_in: HiddenInTasks
+    weights: WeightTasks
+    num_rows: jax.Array  # int32 []: routed tokens of all experts
+
+
+class Kept(NamedTuple):
+    """What the backward pass reuses of the forward pass."""
+
+    gate_NM: jax.Array
+    up_NM: jax.Array
+    lists: Lists
+
+
+def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
+    """Returns the tiles for a chip.
+
+    Raises: ValueError for a chip without these kernels, a type that they do not multiply, or
+    widths that cannot be divided into tiles. The message names backends that would run.
+    """
+    if chip not in CHIPS:
+        raise ValueError(
+            f"moe.backend=pallas_gpu needs one of {', '.join(CHIPS)}, this is {chip}; backends that "
+            "run anywhere: auto, blocked, reference"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"pallas_gpu multiplies {' and '.join(DTYPES)}, not {dtype}; set model.dtype=bfloat16, "
+            "or use a backend that takes any: blocked, reference"
+        )
+    if dim % MODEL:
+        raise ValueError(
+            f"pallas_gpu on {chip}: model.dim={dim} is not divisible by {MODEL}; backends that take "
+            "any: blocked, reference"
+        )
+    wide = 128 if all(hidden_unit_padding.pad_width(w, UNIT) % 128 == 0 for w in widths) else UNIT
+    return Tiles(wide=wide, blocks=_count_multiprocessors(chip))
+
+
+def unit_for(widths: Sequence[int], chip: str, dtype: str) -> int:
+    """Returns the number of hidden units of which every expert's width must be a multiple (see expert_padding)."""
+    return UNIT
+
+
+def _count_multiprocessors(chip: str) -> int:
+    """Asks this machine's GPU, which may have fewer than others of its name; without one, uses
+    the table."""
+    device = jax.local_devices()[0]
+    return device.core_count if device.platform == "gpu" else CHIPS[chip]
+
+
+def check_rows(tiles: Tiles) -> int:
+    """Returns a number of rows for one expert that exercises every path of the kernels: whole
+    tiles, more steps than are in flight, and a remainder."""
+    return 2 * tiles.rows + (tiles.stages + 2) * UNIT + 5
+
+
+def check_tasks(num_rows: int, placement: expert_placement.Placement, tiles: Tiles) -> None:
+    """Raises ValueError if the task list for so many rows would be too long."""
+    bound = tile_lists.task_bound(num_rows, placement, tiles)
+    if bound > MAX_TASKS:
+        raise ValueError(
+            f"pallas_gpu: {num_rows} rows over widths {placement.widths} make {bound} tasks of tiles "
+            f"{tiles.rows} x {tiles.hidden}, more than {MAX_TASKS}; lower training.batch_size, or use a "
+            "backend without a list: blocked, reference"
+        )
+
+
+# ---- forward and backward passes ----
+
+
+def forward(
+    x_ND: jax.Array,
+    rows_E: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    shard: jax.Array,
+    placement: expert_placement.Placement,
+    tiles: Tiles,
+    interpret: Any,
+    keep: bool,
+) -> tuple[jax.Array, Kept | None]:
+    """Computes the expert FFN of every row. See expert_kernels.py for the interface.
+
+    Every width divides by 64, D by 128, the type is bfloat16 or float16, and the number of rows
+    passes check_tasks.
+    """
+    w_gate, w_up, w_down = weights
+    x = _pad_rows(x_ND, tiles)
+    lists = build_lists(rows_E, shard, x.shape[0], placement, tiles)
+    widest = _widest(placement)
+    epilogue, num_outputs = (_swiglu_keeping, 3) if keep else (tile_lists.swiglu, 1)
+    hidden_NM, *kept = run_hidden_out(
+        x,
+        (w_gate, w_up),
+        False,
+        epilogue,
+        num_outputs,
+        (),
+        lists.hidden_out,
+        widest,
+        tiles,
+        interpret,
+    )
+    y = run_hidden_in([(hidden_NM, w_down)], False, lists.hidden_in, tiles, interpret)
+    y_ND = _clear_padding(y, x_ND.shape[0], lists)
+    return y_ND, Kept(*kept, lists) if keep else None
+
+
+def backward(
+    x_ND: jax.Array,
+    rows_E: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    shard: jax.Array,
+    kept: Kept,
+    dy_ND: jax.Array,
+    placement: expert_placement.Placement,
+    tiles: Tiles,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Computes the gradients of x_ND and of the three weights. See expert_kernels.py."""
+    w_gate, w_up, w_down = weights
+    x, dy = _pad_rows(x_ND, tiles), _pad_rows(dy_ND, tiles)
+    lists = kept.lists
+    hidden_NM, dgate_NM, dup_NM = run_hidden_out(
+        dy,
+        (w_down,),
+        True,
+        _swiglu_backward,
+        3,
+        (kept.gate_NM, kept.up_NM),
+        lists.hidden_out,
+        _widest(placement),
+        tiles,
+        interpret,
+    )
+    dx = run_hidden_in(
+        [(dgate_NM, w_gate), (dup_NM, w_up)], True, lists.hidden_in, tiles, interpret
+    )
+    flat_width = w_gate.shape[1]
+    run_c = functools.partial(
+        run_weights, flat_width=flat_width, tasks=lists.weights, tiles=tiles, interpret=interpret
+    )
+    dw_gate = run_c(x, dgate_NM, hidden_first=False)
+    dw_up = run_c(x, dup_NM, hidden_first=False)
+    dw_down = run_c(dy, hidden_NM, hidden_first=True)
+    return _clear_padding(dx, x_ND.shape[0], lists), dw_gate, dw_up, dw_down
+
+
+def _swiglu_keeping(gate, up):
+    return *tile_lists.swiglu(gate, up), gate, up
+
+
+def _swiglu_backward(dhidden, gate, up):
+    return tile_lists.swiglu_backward(gate, up, dhidden)
+
+
+def _widest(placement: expert_placement.Placement) -> int:
+    return max(max(widths) for widths in placement.widths)
+
+
+def _pad_rows(x_ND: jax.Array, tiles: Tiles) -> jax.Array:
+    """Pads to at least one whole tile of rows."""
+    num_rows = max(1, -(-x_ND.shape[0] // tiles.rows)) * tiles.rows
+    return jnp.pad(x_ND, ((0, num_rows - x_ND.shape[0]), (0, 0)))
+
+
+def _clear_padding(y_ND: jax.Array, num_rows: int, lists: Lists) -> jax.Array:
+    """Sets rows of no expert to 0, whatever the kernels left there."""
+    routed_N1 = (jnp.arange(num_rows) < lists.num_rows)[:, None]
+    return jnp.where(routed_N1, y_ND[:num_rows], 0)
+
+
+# ---- task lists ----
+
+
+def build_lists(
+    rows_E: jax.Array,
+    shard: jax.Array,
+    num_rows: int,
+    placement: expert_placement.Placement,
+    tiles: Tiles,
+) -> Lists:
+    """Builds the task lists of all kernels for one routing. num_rows: whole tiles of rows."""
+    num_tiles = num_rows // tiles.rows
+    columns = tile_lists.columns_of(placement, shard, num_rows, tiles)
+    end_E = jnp.cumsum(rows_E).astype(jnp.int32)
+    start_E = end_E - rows_E
+
+    def own_rows(expert, row_tile):
+        first = row_tile * tiles.rows
+        start = jnp.maximum(start_E[expert] - first, 0)
+        return start, jnp.minimum(end_E[expert] - first, tiles.rows)
+
+    work = tile_lists.hidden_out_groups(rows_E, columns, tiles, num_tiles, VISITS_PER_GROUP)
+    hidden_out = HiddenOutTasks(
+        work.live[None],
+        *own_rows(work.expert, work.row_tile),
+        work.row_tile,
+        work.column,
+        work.flat,
+    )
+
+    expert_V, row_tile_V, live_V = tile_lists.visit_list(rows_E, tiles, num_tiles)
+    steps_V = jnp.where(live_V, columns.count_E[expert_V], 0)
+    order_V = jnp.argsort(-steps_V, stable=True)
+    expert_V, row_tile_V, steps_V = expert_V[order_V], row_tile_V[order_V], steps_V[order_V]
+    live = jnp.sum(live_V, dtype=jnp.int32)[None]
+    hidden_in = HiddenInTasks(
+        live, *own_rows(expert_V, row_tile_V), row_tile_V, steps_V, columns.first_E[expert_V]
+    )
+
+    scale = tiles.wide // tiles.hidden
+    expert_C = columns.expert_C[::scale]
+    column_C = jnp.arange(expert_C.shape[0], dtype=jnp.int32) - columns.first_E[expert_C] // scale
+    flat_C = jnp.argsort(-rows_E[expert_C], stable=True).astype(jnp.int32)
+    expert_C = expert_C[flat_C]
+    weights = WeightTasks(start_E[expert_C], end_E[expert_C], column_C[flat_C], flat_C)
+    return Lists(hidden_out, hidden_in, weights, end_E[-1])
+
+
+# ---- kernel A ----
+
+
+def run_hidden_out(
+    rows_ND: jax.Array,
+    weights: Sequence[jax.Array],
+    transposed: bool,
+    epilogue: Callable,
+    num_outputs: int,
+    kept: Sequence[jax.Array],
+    tasks: HiddenOutTasks,
+    widest: int,
+    tiles: Tiles,
+    interpret: Any,
+) -> Sequence[jax.Array]:
+    """Kernel A: multiplies rows by their expert's weights and applies an epilogue.
+
+    Args: weights: [D, H] each, or [H, D] if transposed. kept: [N, M] arrays of the forward pass.
+    Returns: num_outputs arrays [N, M], epilogue(the matmul with each of the weights, each of the
+    kept arrays), in float32 and rounded once.
+    """
+    (N, D), dtype = rows_ND.shape, rows_ND.dtype
+    num_weights, num_kept = len(weights), len(kept)
+    block = (tiles.rows, tiles.hidden)
+    rows_spec = (tiles.rows, UNIT)
+    weights_spec = (tiles.hidden, UNIT) if transposed else (UNIT, tiles.hidden)
+
+    def hidden_out_kernel(live, start, end, row_tile, column, flat, x_gmem, *refs):
+        w_gmem, kept_gmem = refs[:num_weights], refs[num_weights : num_weights + num_kept]
+        out_gmem = refs[num_weights + num_kept :]
+
+        @plgpu.nd_loop((live[0],), collective_axes="sm")
+        def run_task(loop):
+            task = loop.index[0]
+            r, c, f = row_tile[task], column[task], flat[task]
+
+            def multiply(*accumulators):
+                def hidden_out_step(_, x_smem, *w_smem):
+                    for accumulator, tile in zip(accumulators, w_smem):
+                        _multiply_add(accumulator, x_smem, tile, interpret, right_t=transposed)
+                    # The previous step has finished: delay_release=1 frees its tiles.
+                    plgpu.wgmma_wait(len(accumulators))
+
+                def weights_index(k):
+                    return (f, k) if transposed else (k, f)
+
+                x_blocks = plgpu.BlockSpec(rows_spec, lambda k: (r, k), delay_release=1)
+                w_blocks = plgpu.BlockSpec(weights_spec, weights_index, delay_release=1)
+                plgpu.emit_pipeline(
+                    hidden_out_step,
+                    grid=(D // UNIT,),
+                    max_concurrent_steps=tiles.stages,
+                    in_specs=[x_blocks] + [w_blocks] * num_weights,
+                )(x_gmem, *w_gmem)
+                return tuple(accumulator[...] for accumulator in accumulators)
+
+            values = pl.run_scoped(multiply, *[plgpu.ACC(block)] * num_weights)
+
+            first_row = r * tiles.rows
+            units = pl.ds(c * tiles.hidden, tiles.hidden)
+
+            def finish(saved):
+                outputs = [value.astype(dtype) for value in epilogue(*values, *saved)]
+                _store_rows(outputs, out_gmem, first_row, start[task], end[task], units)
+
+            def load_kept_and_finish(barrier, *kept_smem):
+                for gmem, smem in zip(kept_gmem, kept_smem):
+                    rows = pl.ds(first_row, tiles.rows)
+                    plgpu.copy_gmem_to_smem(gmem.at[rows, units], smem, barrier)
+                plgpu.barrier_wait(barrier)
+                finish([smem[...].astype(jnp.float32) for smem in kept_smem])
+
+            if num_kept:
+                scratch = [plgpu.SMEM(block, dtype, transforms=_swizzled(dtype))] * num_kept
+                barrier = plgpu.Barrier(num_arrivals=num_kept)
+                pl.run_scoped(load_kept_and_finish, barrier, *scratch)
+            else:
+                finish([])
+
+    out_type = [jax.ShapeDtypeStruct((N, widest), dtype)] * num_outputs
+    return _call(hidden_out_kernel, out_type, tiles, interpret)(*tasks, rows_ND, *weights, *kept)
+
+
+# ---- kernel B ----
+
+
+def run_hidden_in(
+    pairs: Sequence[tuple[jax.Array, jax.Array]],
+    transposed: bool,
+    tasks: HiddenInTasks,
+    tiles: Tiles,
+    interpret: Any,
+) -> jax.Array:
+    """Kernel B: sums, over pairs, hidden activations [N, M] x weights ([H, D], or [D, H] if
+    transposed). Returns [N, D]."""
+    (hidden_NM, weights), *_ = pairs
+    N, dtype = hidden_NM.shape[0], hidden_NM.dtype
+    D = weights.shape[0 if transposed else 1]
+    weights_spec = (MODEL, UNIT) if transposed else (UNIT, MODEL)
+
+    def hidden_in_kernel(live, start, end, row_tile, steps, first, *refs):
+        *operands_gmem, out_gmem = refs
+
+        @plgpu.nd_loop((live[0] * (D // MODEL),), collective_axes="sm")
+        def run_task(loop):
+            visit = lax.div(loop.index[0], D // MODEL)
+            q = lax.rem(loop.index[0], D // MODEL)
+            r, f = row_tile[visit], first[visit]
+
+            def multiply(accumulator):
+                def hidden_in_step(_, hidden_smem, w_smem):
+                    _multiply_add(accumulator, hidden_smem, w_smem, interpret, right_t=transposed)
+                    plgpu.wgmma_wait(1)
+
+                def weights_index(k):
+                    return (q, f + k) if transposed else (f + k, q)
+
+                hidden_blocks = plgpu.BlockSpec(
+                    (tiles.rows, UNIT), lambda k: (r, k), delay_release=1
+                )
+                w_blocks = plgpu.BlockSpec(weights_spec, weights_index, delay_release=1)
+                for hidden_gmem, w_gmem in zip(operands_gmem[::2], operands_gmem[1::2]):
+                    plgpu.emit_pipeline(
+                        hidden_in_step,
+                        grid=(steps[visit],),
+                        max_concurrent_steps=tiles.stages,
+                        in_specs=[hidden_blocks, w_blocks],
+                    )(hidden_gmem, w_gmem)
+                    # The next pipeline starts by overwriting the tiles of this one.
+                    plgpu.wgmma_wait(0)
+                return accumulator[...]
+
+            value = pl.run_scoped(multiply, plgpu.ACC((tiles.rows, MODEL)))
+
+            _store_rows(
+                [value.astype(dtype)],
+                [out_gmem],
+                r * tiles.rows,
+                start[visit],
+                end[visit],
+                pl.ds(q * MODEL, MODEL),
+            )
+
+    out_type = jax.ShapeDtypeStruct((N, D), dtype)
+    operands = [array for pair in pairs for array in pair]
+    return _call(hidden_in_kernel, out_type, tiles, interpret)(*tasks, *operands)
+
+
+# ---- kernel C ----
+
+
+def run_weights(
+    rows_ND: jax.Array,
+    hidden_NM: jax.Array,
+    hidden_first: bool,
+    flat_width: int,
+    tasks: WeightTasks,
+    tiles: Tiles,
+    interpret: Any,
+) -> jax.Array:
+    """Kernel C: multiplies rows by hidden activations, summed over the rows of each expert.
+
+    Returns: [H, D] if hidden_first, else [D, H].
+    """
+    D, dtype = rows_ND.shape[1], rows_ND.dtype
+    block = (tiles.wide, MODEL) if hidden_first else (MODEL, tiles.wide)
+    shape = (flat_width, D) if hidden_first else (D, flat_width)
+    transforms = _swizzled(dtype)
+
+    def weights_kernel(start, end, column, flat, x_gmem, hidden_gmem, out_gmem):
+        @plgpu.nd_loop((flat_width // tiles.wide * (D // MODEL),), collective_axes="sm")
+        def run_task(loop):
+            task = lax.div(loop.index[0], D // MODEL)
+            q = lax.rem(loop.index[0], D // MODEL)
+            lo, hi, c, f = start[task], end[task], column[task], flat[task]
+            first_step = lax.div(lo, UNIT)
+            steps = lax.div(hi + UNIT - 1, UNIT) - first_step
+
+            def multiply(accumulator):
+                def weights_step(indices, x_smem, hidden_smem):
+                    @pl.when((indices[0] == 0) | (indices[0] == steps - 1))
+                    def clear_rows_of_neighbors():
+                        first_row = (first_step + indices[0]) * UNIT
+                        for tile in (x_smem, hidden_smem):
+                            _clear_rows_outside(tile, lo - first_row, hi - first_row)
+                        plgpu.commit_smem()
+
+                    left, right = (hidden_smem, x_smem) if hidden_first else (x_smem, hidden_smem)
+                    _multiply_add(accumulator, left, right, interpret, left_t=True)
+                    plgpu.wgmma_wait(1)
+
+                x_blocks = plgpu.BlockSpec(
+                    (UNIT, MODEL),
+                    lambda k: (first_step + k, q),
+                    delay_release=1,
+                    transforms=transforms,
+                )
+                hidden_blocks = plgpu.BlockSpec(
+                    (UNIT, tiles.wide),
+                    lambda k: (first_step + k, c),
+                    delay_release=1,
+                    transforms=transforms,
+                )
+
+                @pl.when(hi > lo)
+                def run_pipeline():
+                    plgpu.emit_pipeline(
+                        weights_step,
+                        grid=(steps,),
+                        max_concurrent_steps=tiles.stages,
+                        in_specs=[x_blocks, hidden_blocks],
+                    )(x_gmem, hidden_gmem)
+
+                return accumulator[...]
+
+            value = pl.run_scoped(multiply, plgpu.ACC(block))
+
+            def finish(out_smem):
+                out_smem[...] = value.astype(dtype)
+                plgpu.commit_smem()
+                model_dims, units = pl.ds(q * MODEL, MODEL), pl.ds(f * tiles.wide, tiles.wide)
+                place = (units, model_dims) if hidden_first else (model_dims, units)
+                plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[place])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            pl.run_scoped(finish, plgpu.SMEM(block, dtype, transforms=transforms))
+
+    out_type = jax.ShapeDtypeStruct(shape, dtype)
+    return _call(weights_kernel, out_type, tiles, interpret)(*tasks, rows_ND, hidden_NM)
+
+
+# ---- shared by the kernels ----
+
+
+def _call(kernel: Callable, out_type: Any, tiles: Tiles, interpret: Any) -> Callable:
+    options = {"interpret": interpret} if interpret else {}
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(tiles.blocks,),
+        grid_names=("sm",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        **options,
+    )
+
+
+def _multiply_add(accumulator, left_smem, right_smem, interpret, left_t=False, right_t=False):
+    """Adds left x right to the accumulator. left_t, right_t: use the transpose of a tile.
+
+    wgmma reads 16-bit operands from shared memory in either order. The interpreter of jax before
+    0.11 does not, so there a transposed copy of the tile is made.
+    """
+    if not (left_t or right_t):
+        plgpu.wgmma(accumulator, left_smem, right_smem)
+        return
+    tile = left_smem if left_t else right_smem
+
+    def multiply(tile_t):
+        operands = (tile_t, right_smem) if left_t else (left_smem, tile_t)
+        plgpu.wgmma(accumulator, *operands)
+
+    def multiply_copy(copy_smem):
+        copy_smem[...] = tile[...].T
+        multiply(copy_smem)
+
+    if interpret and jax.__version_info__ < (0, 11):
+        pl.run_scoped(multiply_copy, plgpu.SMEM(tile.shape[::-1], tile.dtype))
+    else:
+        multiply(tile.transpose((1, 0)))
+
+
+def _clear_rows_outside(tile_smem, start: jax.Array, end: jax.Array) -> None:
+    """Sets the rows of a tile in shared memory outside start:end to 0."""
+    row = lax.broadcasted_iota(jnp.int32, tile_smem.shape, 0)
+    value = tile_smem[...]
+    tile_smem[...] = jnp.where((row >= start) & (row < end), value, jnp.zeros_like(value))
+
+
+def _swizzled(dtype) -> tuple:
+    """Returns the layout of tiles in shared memory that registers and copies reach without bank
+    conflicts: 128 bytes of a row, their order changed from row to row."""
+    swizzle = plgpu.find_swizzle(UNIT * dtype.itemsize * 8)
+    return plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def _store_rows(values, outputs_gmem, first_row, start, end, columns) -> None:
+    """Stores rows start:end of tiles in registers.
+
+    Nearly all visits own all rows of their tile, and go through a swizzled tile in shared
+    memory. A part of a tile may begin at any row, where a swizzled tile cannot be cut: it goes
+    through a plain tile, whose bank conflicts cost about a quarter of kernel A's time.
+    """
+    shape, dtype = values[0].shape, values[0].dtype
+
+    def store_tile(*tiles_smem):
+        for smem, value in zip(tiles_smem, values):
+            smem[...] = value
+        plgpu.commit_smem()
+        for smem, gmem in zip(tiles_smem, outputs_gmem):
+            plgpu.copy_smem_to_gmem(smem, gmem.at[pl.ds(first_row, shape[0]), columns])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def store_part(*tiles_smem):
+        for smem, value in zip(tiles_smem, values):
+            smem[...] = value
+        plgpu.commit_smem()
+        # A copy has a static number of rows: pieces of all powers of two below a whole tile.
+        done, size = start, shape[0] // 2
+        while size:
+
+            @pl.when(((end - start) & size) != 0)
+            def store_piece(done=done, size=size):
+                for smem, gmem in zip(tiles_smem, outputs_gmem):
+                    rows = pl.ds(first_row + done, size)
+                    plgpu.copy_smem_to_gmem(smem.at[pl.ds(done, size)], gmem.at[rows, columns])
+
+            done = done + ((end - start) & size)
+            size //= 2
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(end - start == shape[0])
+    def store_whole_tile():
+        scratch = plgpu.SMEM(shape, dtype, transforms=_swizzled(dtype))
+        pl.run_scoped(store_tile, *[scratch] * len(values))
+
+    @pl.when(end - start != shape[0])
+    def store_part_of_tile():
+        pl.run_scoped(store_part, *[plgpu.SMEM(shape, dtype)] * len(values))

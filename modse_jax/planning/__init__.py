@@ -1,0 +1,1 @@
+"""Training steps compiled and counted for hardware that is not attached."""

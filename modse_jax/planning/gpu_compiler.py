@@ -1,0 +1,493 @@
+"""Compiles programs for NVIDIA GPUs that are not attached to this machine.
+
+XLA's CUDA plugin compiles down to machine code without a GPU, a driver or a CUDA
+installation, given a description of the GPU (a "target config"). This module finds the
+plugin, describes the GPUs, and reads what the compiled program launches.
+
+    devices = gpu_compiler.describe_topology("h100", hosts=1, devices_per_host=8)
+    ... build a mesh of these devices and lower a function that is sharded over it ...
+    compiled = lowered.compile(compiler_options=gpu_compiler.compile_options(dump_to=folder))
+    launches = gpu_compiler.read_launches(folder)
+
+The plugin packages are installed in a folder beside the environment (`install_command`),
+because an environment that holds them tries to start a GPU in every process. Only a process
+that calls `load_compiler` puts that folder on its path.
+"""
+
+import collections
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+
+from modse_jax.errors import UserError
+
+PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt")  # of the same version as jax
+
+
+# ptxas and libdevice, which the compiler calls and reads: NVIDIA's packages, or a CUDA toolkit.
+TOOL_PACKAGES = ("nvidia-cuda-nvcc==13.0.*", "nvidia-nvvm==13.0.*")
+
+
+TOOLS = ("bin/ptxas", "nvvm/libdevice/libdevice.10.bc")
+
+
+FOLDER = "gpu-compiler"  # inside sys.prefix
+
+
+CUDA_VERSION = "13.0.0"  # assumed driver and runtime; XLA makes no CUDA graphs without both
+
+
+CUDNN_VERSION = (9, 28, 1)  # assumed; see `assume_cudnn`
+
+
+class GpuTarget(NamedTuple):
+    """The properties of a GPU that change what XLA compiles for it."""
+
+    device_kind: str
+    compute_capability: tuple[int, int]
+    accelerated: bool  # has the architecture-specific instructions (sm_90a: wgmma, TMA)
+    multiprocessors: int
+    shared_memory_per_block: int  # bytes, opt-in limit
+    shared_memory_per_multiprocessor: int
+    memory_bytes: int
+    memory_bandwidth: int  # bytes per second
+    l2_cache_bytes: int
+    clock_ghz: float
+    float32_lanes: int  # per multiprocessor
+    nvlinks: int
+
+
+# From NVIDIA's data sheets and the table of compute capabilities in the CUDA programming
+# guide. XLA writes the target config of a real GPU with --xla_dump_to. The peak rates that
+# prices are computed with are in chips.CHIPS.
+GPU_TARGETS = {
+    "a100": GpuTarget(
+        device_kind="NVIDIA A100-SXM4-80GB",
+        compute_capability=(8, 0),
+        accelerated=False,
+        multiprocessors=108,
+        shared_memory_per_block=166_912,
+        shared_memory_per_multiprocessor=167_936,
+        memory_bytes=85_100_068_864,
+        memory_bandwidth=2_039_040_000_000,
+        l2_cache_bytes=41_943_040,
+        clock_ghz=1.41,
+        float32_lanes=64,
+        nvlinks=12,
+    ),
+    "b200": GpuTarget(
+        device_kind="NVIDIA B200",
+        compute_capability=(10, 0),
+        accelerated=True,
+        multiprocessors=148,
+        shared_memory_per_block=232_448,
+        shared_memory_per_multiprocessor=233_472,
+        memory_bytes=191_514_411_008,
+        memory_bandwidth=7_672_320_000_000,
+        l2_cache_bytes=132_644_864,
+        clock_ghz=1.965,
+        float32_lanes=128,
+        nvlinks=18,
+    ),
+    "h100": GpuTarget(
+        device_kind="NVIDIA H100 80GB HBM3",
+        compute_capability=(9, 0),
+        accelerated=True,
+        multiprocessors=132,
+        shared_memory_per_block=232_448,
+        shared_memory_per_multiprocessor=233_472,
+        memory_bytes=84_942_979_072,
+        memory_bandwidth=3_352_320_000_000,
+        l2_cache_bytes=52_428_800,
+        clock_ghz=1.98,
+        float32_lanes=128,
+        nvlinks=18,
+    ),
+    "h200": GpuTarget(
+        device_kind="NVIDIA H200",
+        compute_capability=(9, 0),
+        accelerated=True,
+        multiprocessors=132,
+        shared_memory_per_block=232_448,
+        shared_memory_per_multiprocessor=233_472,
+        memory_bytes=151_397_597_184,
+        memory_bandwidth=4_800_000_000_000,
+        l2_cache_bytes=52_428_800,
+        clock_ghz=1.98,
+        float32_lanes=128,
+        nvlinks=18,
+    ),
+}
+
+
+# A GpuTargetConfigProto of XLA. It must not have a `cub_version`: XLA would then compile sorts
+# as calls of CUB and ask CUDA for a device. Without `feature_extension` Mosaic kernels do not
+# assemble, and without the driver and runtime versions there are no CUDA graphs.
+_TARGET_CONFIG = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {target.shared_memory_per_block}
+  shared_memory_per_core: {target.shared_memory_per_multiprocessor}
+  threads_per_core_limit: 2048
+  core_count: {target.multiprocessors}
+  fpus_per_core: {target.float32_lanes}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  memory_bandwidth: {target.memory_bandwidth}
+  l2_cache_size: {target.l2_cache_bytes}
+  clock_rate_ghz: {target.clock_ghz}
+  device_memory_size: {target.memory_bytes}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
+  device_interconnect_info {{ active_links: {target.nvlinks} }}
+  name: "{target.device_kind}"
+  driver_version: "{cuda}"
+  runtime_version: "{cuda}"
+  compile_time_toolkit_version: "{cuda}"
+  dnn_version: "{cudnn[0]}.{cudnn[1]}.{cudnn[2]}"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: {cudnn[0]} minor: {cudnn[1]} patch: {cudnn[2]} }}
+device_description_str: "{target.device_kind}"
+"""
+
+
+def compiler_folder() -> pathlib.Path:
+    """Returns the folder beside the environment that `install_command` installs into."""
+    return pathlib.Path(sys.prefix) / FOLDER
+
+
+def install_command(folder: pathlib.Path | None) -> str:
+    """Returns the command that installs the compiler for the installed version of jax.
+
+    Args:
+        folder: where to; None for the environment itself.
+    """
+    pins = [f"{package}=={jax.__version__}" for package in PACKAGES]
+    pins = " ".join([*pins, *(f"'{package}'" for package in TOOL_PACKAGES)])
+    return f"pip install --no-deps --target={folder} {pins}" if folder else f"pip install {pins}"
+
+
+def find_compiler() -> pathlib.Path | None:
+    """Returns the folder of the compiler's packages, or None if they are in the environment.
+
+    Raises UserError if a package is missing or has another version than jax.
+    """
+    in_environment = {package: _version(package, sys.path) for package in PACKAGES}
+    folder = None if any(in_environment.values()) else compiler_folder()
+    found = in_environment if folder is None else {p: _version(p, [str(folder)]) for p in PACKAGES}
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
+        raise UserError(
+            "compiling for a GPU needs XLA's CUDA compiler, which exists for Linux on x86_64 and "
+            f"aarch64, and this is {platform.system()} on {platform.machine()}; plan on such a machine"
+        )
+    for package, version in found.items():
+        if version is None:
+            raise UserError(
+                f"compiling for a GPU needs XLA's CUDA compiler, and {package} is neither in the "
+                f"environment nor in {compiler_folder()}; install it with: {install_command(folder)}"
+            )
+        if version != jax.__version__:
+            raise UserError(
+                f"{package} has version {version} and jax has {jax.__version__}, and they must be the "
+                f"same; install it with: {install_command(folder)}"
+            )
+    find_cuda_tools(folder)
+    return folder
+
+
+def find_cuda_tools(folder: pathlib.Path | None) -> pathlib.Path:
+    """Returns the directory of ptxas and libdevice: beside the compiler, or a CUDA toolkit.
+
+    Args:
+        folder: the folder of the compiler; None for the environment.
+
+    Raises UserError if there is none.
+    """
+    paths = [str(folder)] if folder else sys.path
+    toolkits = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    candidates = [pathlib.Path(path) / "nvidia" / "cu13" for path in paths]
+    candidates += [pathlib.Path(path) for path in toolkits if path]
+    for candidate in candidates:
+        if all((candidate / tool).is_file() for tool in TOOLS):
+            return candidate
+    raise UserError(
+        f"compiling for a GPU needs ptxas and libdevice, and there is no {' with '.join(TOOLS)} in "
+        f"{', '.join(map(str, candidates))}; install them with: {install_command(folder)}"
+    )
+
+
+def _version(package: str, path: Sequence[str]) -> str | None:
+    for distribution in importlib.metadata.distributions(name=package, path=list(path)):
+        return distribution.version
+    return None
+
+
+@functools.cache
+def load_compiler() -> None:
+    """Makes XLA's CUDA compiler known to jax. No GPU is started.
+
+    The process must run on another platform (JAX_PLATFORMS=cpu), otherwise jax would look for
+    GPUs. Raises UserError if the compiler is missing or has another version than jax.
+    """
+    folder = find_compiler()
+    if not jax.config.jax_platforms or "cuda" in jax.config.jax_platforms:
+        raise UserError(
+            f"jax_platforms={jax.config.jax_platforms!r} while compiling for a GPU that is not "
+            "attached; set JAX_PLATFORMS=cpu"
+        )
+    if folder is not None:
+        sys.path.append(str(folder))
+        importlib.invalidate_caches()
+    # Mosaic sets these two when it is imported, and reads them when it compiles.
+    importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    tools = str(find_cuda_tools(folder))
+    os.environ.update(CUDA_ROOT=tools, MOSAIC_GPU_CUDA_ROOT=tools)
+    plugin = importlib.import_module("jax_cuda13_plugin")
+    # Mosaic looks for its runtime when it is imported, which may have been before this.
+    runtime = pathlib.Path(plugin.__file__).parent / "libmosaic_gpu_runtime.so"
+    os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(runtime)
+    _register_with_jax()
+
+
+def _register_with_jax() -> None:
+    """Registers the plugin, the Triton compiler included. Uses jax's internals (0.10 to 0.12).
+
+    jax looks for plugins once, at the first use of a device. A process that has used one before
+    needs the plugin's own `initialize`, and the callbacks that jax runs for each plugin.
+    jaxlib.gpu_triton looks for the plugin when jax is imported, and is imported again.
+    """
+    import jaxlib.gpu_triton
+    from jax._src import xla_bridge
+
+    if not hasattr(jaxlib.gpu_triton, "TritonKernelCall"):
+        importlib.reload(jaxlib.gpu_triton)
+    xla_bridge._discover_and_register_pjrt_plugins()
+    if "cuda" in xla_bridge._backend_factories:
+        return
+    importlib.import_module("jax_plugins.xla_cuda13").initialize()
+    for callback in xla_bridge._plugin_callbacks:
+        callback(c_api=xla_bridge._backend_factories["cuda"].c_api)
+
+
+def target_config(gpu: str) -> str:
+    """Returns the description of a GPU that XLA's compiler takes, as text."""
+    target = GPU_TARGETS[gpu]
+    major, minor = target.compute_capability
+    extension = "ACCELERATED_FEATURES" if target.accelerated else "NONE"
+    return _TARGET_CONFIG.format(
+        target=target,
+        major=major,
+        minor=minor,
+        extension=extension,
+        cuda=CUDA_VERSION,
+        cudnn=CUDNN_VERSION,
+    )
+
+
+def describe_topology(gpu: str, hosts: int = 1, devices_per_host: int = 1) -> list[jax.Device]:
+    """Returns devices of a kind in GPU_TARGETS to compile for; nothing can run on them.
+
+    Devices are numbered host by host, and `process_index` is the host.
+    """
+    if gpu not in GPU_TARGETS:
+        raise UserError(f"gpu={gpu!r} is not known; choose one of {', '.join(GPU_TARGETS)}")
+    load_compiler()
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=target_config(gpu), topology=f"1x{hosts}x{devices_per_host}"
+    )
+    return list(topology.devices)
+
+
+def compile_options(deterministic: bool = False, dump_to: str | pathlib.Path = "") -> dict:
+    """Returns XLA options under which the compiler makes the program that a real GPU would get.
+
+    Without a GPU XLA cannot time Triton's matmuls and would choose tiles of 16 for all of them.
+    With Triton off it calls cuBLAS, as a GPU mostly does.
+
+    Args:
+        deterministic: as mesh.request_determinism sets for training.
+        dump_to: a folder to write the program and its list of launches into.
+    """
+    options = {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_deterministic_ops": deterministic,
+        "xla_gpu_cuda_data_dir": str(find_cuda_tools(find_compiler())),
+    }
+    if dump_to:
+        options |= {"xla_dump_to": str(dump_to), "xla_dump_hlo_as_text": True}
+    return options
+
+
+@contextlib.contextmanager
+def assume_cudnn() -> Iterator[None]:
+    """Lets model.attention=cudnn be lowered on a machine without cuDNN.
+
+    jax asks for the version of the installed library when it traces attention, and the compiled
+    program does not depend on the answer. There is no public way to give it one: the function
+    that asks is replaced inside this context.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    asks = fused_attention_stablehlo.check_cudnn_version
+    major, minor, patch = CUDNN_VERSION
+    fused_attention_stablehlo.check_cudnn_version = lambda: 10_000 * major + 100 * minor + patch
+    try:
+        yield
+    finally:
+        fused_attention_stablehlo.check_cudnn_version = asks
+
+
+class Launches(NamedTuple):
+    """What the host does in one run of a compiled program, per device."""
+
+    kernels: float  # kernels, library calls and copies, inside and outside CUDA graphs
+    collectives: float
+    graphs: float  # launches of CUDA graphs
+    host_waits: float  # times the host waits for a number from the device
+    open_loops: int  # loops whose end is data, outside CUDA graphs
+    iterations: float  # assumed of each loop whose end is data
+
+
+# Thunks that launch nothing of their own. Every other kind is counted as a kernel.
+_CONTAINERS = {
+    "kSequential", "kCommandBuffer", "kWhile", "kConditional", "kDynamicSliceFusion",
+    "kAsyncStart", "kAsyncDone", "kPartitionId", "kReplicaId", "kWaitForStreams",
+}  # fmt: skip
+
+
+_COLLECTIVES = {
+    "kAllGather", "kAllReduce", "kReduceScatter", "kAllToAll", "kRaggedAllToAll",
+    "kCollectivePermute", "kCollectiveBroadcast", "kCollectiveGroup",
+}  # fmt: skip
+
+
+class _Thunk(NamedTuple):
+    kind: str
+    number: int
+    indent: int
+    condition: list["_Thunk"]
+    children: list["_Thunk"]
+
+
+def read_launches(folder: str | pathlib.Path, iterations: float = 1.0) -> Launches:
+    """Counts what one run of a program launches, from what XLA wrote with `dump_to`.
+
+    A loop with a known trip count runs that often. The end of the other loops is data: the host
+    reads their condition before every iteration, unless the whole loop is in a CUDA graph.
+    `iterations` is assumed for each of them, at every level of nesting.
+
+    Raises FileNotFoundError if XLA wrote no such list.
+    """
+    folder = pathlib.Path(folder)
+    thunks = _largest_file(folder, "*.thunk_sequence_after_thunk_passes.txt").read_text()
+    metadata = _largest_file(folder, "*.thunk_metadata.txt").read_text()
+    hlo = _largest_file(folder, "*gpu_after_optimizations.txt").read_text()
+    return count_launches(thunks, metadata, hlo, iterations)
+
+
+def _largest_file(folder: pathlib.Path, pattern: str) -> pathlib.Path:
+    """Returns the largest match: the program itself, beside small ones such as constants."""
+    matches = sorted(folder.glob(pattern), key=lambda file: file.stat().st_size)
+    if not matches:
+        raise FileNotFoundError(f"XLA wrote no {pattern} into {folder}")
+    return matches[-1]
+
+
+def count_launches(thunks: str, metadata: str, hlo: str, iterations: float = 1.0) -> Launches:
+    """`read_launches` of the texts of XLA's list of thunks, their metadata, and the HLO."""
+    trip_counts = _trip_counts(metadata, hlo)
+    total = collections.Counter()
+
+    def visit(thunk: _Thunk, times: float, in_graph: bool) -> None:
+        if thunk.kind == "kWhile":
+            known = trip_counts.get(thunk.number)
+            runs = iterations if known is None else known
+            if known is None and not in_graph:
+                total["open_loops"] += 1
+                total["host_waits"] += times * (runs + 1)
+            for child in thunk.condition:
+                visit(child, times * (runs + 1), in_graph)
+            for child in thunk.children:
+                visit(child, times * runs, in_graph)
+            return
+        if thunk.kind == "kCommandBuffer":
+            total["graphs"] += 0 if in_graph else times
+            in_graph = True
+        elif thunk.kind == "kConditional":
+            total["host_waits"] += 0 if in_graph else times
+        elif thunk.kind in _COLLECTIVES:
+            total["collectives"] += times
+        elif thunk.kind not in _CONTAINERS:
+            total["kernels"] += times
+        for child in thunk.children:
+            visit(child, times, in_graph)
+
+    for thunk in _parse_thunks(thunks):
+        visit(thunk, 1.0, False)
+    return Launches(
+        kernels=total["kernels"],
+        collectives=total["collectives"],
+        graphs=total["graphs"],
+        host_waits=total["host_waits"],
+        open_loops=total["open_loops"],
+        iterations=iterations,
+    )
+
+
+def _parse_thunks(text: str) -> list[_Thunk]:
+    """Returns the outermost thunks. Indentation shows what is inside what; a loop lists its
+    condition first, after a line `condition:` that is not indented, and then its `body:`."""
+    root = _Thunk("root", -1, -1, [], [])
+    stack = [root]
+    in_condition = False
+    for line in text.splitlines():
+        if line.strip() in ("condition:", "body:"):
+            in_condition = line.strip() == "condition:"
+            continue
+        match = re.match(r"( *)(\d+): (k\w+)", line)
+        if not match:
+            continue
+        thunk = _Thunk(match.group(3), int(match.group(2)), len(match.group(1)), [], [])
+        while stack[-1].indent >= thunk.indent:
+            stack.pop()
+        parent = stack[-1]
+        of_condition = parent.kind == "kWhile" and in_condition
+        (parent.condition if of_condition else parent.children).append(thunk)
+        stack.append(thunk)
+    return root.children
+
+
+def _trip_counts(metadata: str, hlo: str) -> dict[int, int]:
+    """Returns {thunk: trip count} of the loops whose trip count XLA knows."""
+    known = {}
+    for name, rest in re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = .* while\((.*)", hlo, re.MULTILINE):
+        count = re.search(r'known_trip_count":\s*\{"n":\s*"(\d+)"', rest)
+        if count:
+            known[name] = int(count.group(1))
+    counts = {}
+    for block in re.findall(r"thunk_metadata \{(.*?)\n\}", metadata, re.DOTALL):
+        name = re.search(r'profile_annotation: "([^"]*)"', block)
+        number = re.search(r"thunk_id: (\d+)", block)
+        if "kWhile" in block and name and number and name.group(1) in known:
+            counts[int(number.group(1))] = known[name.group(1)]
+    return counts

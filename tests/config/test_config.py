@@ -1,0 +1,133 @@
+"""Options: types, ranges, cross-checks, and that every one of them is read."""
+
+import dataclasses
+import importlib
+import pathlib
+import re
+
+import pytest
+
+from modse_jax import errors
+from modse_jax.config import loading, options, reference
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def changed(**flat):
+    values = loading.default_config()
+    values.update_from_flattened_dict({k.replace("__", "."): v for k, v in flat.items()})
+    return values.to_dict()
+
+
+def test_defaults_survive_a_round_trip():
+    assert loading.from_dict(loading.default_config().to_dict()) == options.Config()
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("model__dim", 0, "model.dim=0 must be >= 2"),
+        ("model__num_heads", 3, "model.dim=256 does not divide by model.num_heads=3"),
+        ("model__num_heads", 256, "must be even"),
+        ("model__num_kv_heads", 3, "does not divide by model.num_kv_heads=3"),
+        ("model__dtype", "float16", "must be one of float32, bfloat16"),
+        ("moe__top_k", 9, "moe.top_k=9 is larger than moe.num_experts=8"),
+        ("moe__widths", (4, 4), "moe.widths: 2 widths for 8 experts"),
+        ("moe__widths", (4, 0, 4, 4, 4, 4, 4, 4), "expert 1 has width 0"),
+        ("moe__gate", "sigmoid", "must be one of top_k_softmax"),
+        ("moe__capacity_factor", -1.0, "must be >= 0"),
+        (
+            "data__sequence_length",
+            1024,
+            "data.sequence_length=1024 is longer than model.context_length=512",
+        ),
+        ("data__validation_fraction", 1.0, "must be < 1"),
+        (
+            "training__gradient_accumulation",
+            3,
+            "does not divide by training.gradient_accumulation=3",
+        ),
+        ("optimizer__learning_rate", float("nan"), "must be finite"),
+        ("optimizer__initial_learning_rate", 1.0, "is above the peak"),
+        ("evaluation__top_p", 1.5, "must be <= 1"),
+        ("mesh__data", 0, "mesh.data=0, mesh.fsdp=1, mesh.expert=1: each must be"),
+        ("evaluation__prompts", (), "must be texts that are not empty"),
+        ("evaluation__sample_tokens", 512, "must be below model.context_length=512"),
+    ],
+)
+def test_bad_values_are_refused_by_name(name, value, message):
+    with pytest.raises(errors.UserError, match=re.escape(message)):
+        loading.from_dict(changed(**{name: value}))
+
+
+def test_pairs_that_do_not_sum_are_refused():
+    values = changed(moe__widths=(9, 1, 8, 2, 6, 4, 5, 4), moe__width=5, moe__pairs=True)
+    with pytest.raises(
+        errors.UserError, match="experts 6 and 7 of widths 5 \\+ 4 = 9 must sum to 2 \\* width = 10"
+    ):
+        loading.from_dict(values)
+
+
+def test_types_and_unknown_names_are_refused():
+    values = loading.default_config().to_dict()
+    for section, name, value, message in (
+        ("model", "dim", 1.5, "model.dim=1.5 must be of type int"),
+        ("model", "dim", True, "model.dim=True must be of type int"),
+        ("moe", "widths", (768, 768.5), "must be a tuple of int"),
+        ("moe", "expert_count", 8, "unknown option moe.expert_count; known:"),
+        ("moe", "width_s", (), "did you mean moe.width"),
+    ):
+        with pytest.raises(errors.UserError, match=message):
+            loading.from_dict({**values, section: {**values[section], name: value}})
+    whole = loading.from_dict({**values, "optimizer": {**values["optimizer"], "weight_decay": 1}})
+    assert whole.optimizer.weight_decay == 1.0
+    with pytest.raises(errors.UserError, match="config lacks moe.top_k"):
+        loading.from_dict(
+            {**values, "moe": {k: v for k, v in values["moe"].items() if k != "top_k"}}
+        )
+
+
+def test_an_old_value_becomes_the_new_one_with_one_line(capsys, monkeypatch):
+    """moe.backend=virtual of an old config.json, config file or flag still builds; a second reading says nothing."""
+    monkeypatch.setattr(options, "_reported", set())
+    values = dataclasses.asdict(options.Config())
+    old = {**values, "moe": {**values["moe"], "backend": "virtual"}}
+    assert loading.from_dict(old) == loading.from_dict(old) == options.Config()
+    assert (
+        capsys.readouterr().err
+        == "moe.backend=virtual no longer exists; moe.backend=auto is used instead\n"
+    )
+    with pytest.raises(errors.UserError, match="moe.backend='virtually' must be one of auto"):
+        loading.from_dict({**values, "moe": {**values["moe"], "backend": "virtually"}})
+
+
+def test_every_old_value_is_replaced_by_one_that_is_allowed():
+    choices = {path: field.metadata["choices"] for path, field in options.fields()}
+    for (path, old), new in options.RENAMED_VALUES.items():
+        assert new in choices[path] and old not in choices[path]
+
+
+def test_differences_name_the_option():
+    new = dataclasses.replace(
+        options.Config(), seed=3, moe=dataclasses.replace(options.MoEConfig(), top_k=1)
+    )
+    assert loading.differences(options.Config(), new) == ["seed: 0 -> 3", "moe.top_k: 2 -> 1"]
+
+
+def test_resumable_names_exist():
+    assert set(loading.RESUMABLE) <= {path for path, _ in options.fields()}
+
+
+def test_the_readme_shows_every_option():
+    assert reference.markdown_table() in (ROOT / "README.md").read_text()
+
+
+def test_every_config_file_is_a_document_that_builds():
+    files = sorted((ROOT / "configs").glob("*.py"))
+    assert len(files) >= 7
+    for path in files:
+        module = importlib.import_module(f"configs.{path.stem}")
+        assert f"--config=configs/{path.name}" in module.__doc__, (
+            f"{path.name}: the docstring lacks its command"
+        )
+        loading.from_dict(module.get_config().to_dict())

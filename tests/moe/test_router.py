@@ -1,0 +1,205 @@
+"""Gates, ids and losses of every router, against a float64 loop; padding counts for nothing."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from modse_jax.config.options import GATE_TERMS, GATES, MoEConfig
+from modse_jax.moe import router
+from modse_jax.moe.layer import MoELayer
+from tests.helpers import numpy_reference
+from tests.helpers.configs import tiny_config
+
+WIDTHS = (20, 4, 12, 12)
+
+
+def make_layer(rng, **moe):
+    """(numpy weights in float64, jitted function of (weights, x, valid) -> y, balance, z, statistics)."""
+    config = tiny_config(moe=moe)
+    graph, state = nnx.split(MoELayer(config, None, nnx.Rngs(0)))
+    weights = nnx.to_pure_dict(state)
+    weights = {k: rng.normal(size=v.shape) / 2 for k, v in weights.items()}
+
+    @jax.jit
+    def apply(weights, x_TD, valid_T):
+        weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), weights)
+        y, balance, z, statistics = nnx.merge(graph, weights)(x_TD[None], valid_T[None])
+        return y[0], balance, z, statistics
+
+    return config, weights, apply
+
+
+@pytest.mark.parametrize(
+    "gate, term, top_k, count, backend",
+    [
+        *((gate, term, 2, "top_k", "reference") for gate in GATES for term in GATE_TERMS),
+        *(("softmax_top_k", "none", top_k, "top_k", "reference") for top_k in (1, 4)),
+        *(("top_k_softmax", "learned", top_k, "argmax", "blocked") for top_k in (1, 2, 4)),
+    ],
+)
+def test_layer_equals_the_numpy_loop(gate, term, top_k, count, backend):
+    rng = np.random.default_rng(3)
+    config, weights, apply = make_layer(
+        rng, gate=gate, gate_term=term, top_k=top_k, balance_loss_count=count, backend=backend
+    )
+    x, dy = rng.normal(size=(2, 29, 16))
+    valid = rng.random(29) < 0.8
+
+    def total(arrays):
+        """A scalar of all three outputs, so that one derivative checks every path."""
+        y, balance, z = numpy_reference.layer(
+            arrays["x"], arrays, WIDTHS, top_k, gate, config.model.norm_eps, valid, count
+        )
+        return np.sum(y * dy) + 3 * balance + 2 * z
+
+    want = numpy_reference.layer(
+        x, weights, WIDTHS, top_k, gate, config.model.norm_eps, valid, count
+    )
+    y, balance, z, _ = apply(weights, jnp.asarray(x, jnp.float32), jnp.asarray(valid))
+    np.testing.assert_allclose(y, want[0], atol=2e-5)
+    np.testing.assert_allclose((balance, z), want[1:], rtol=2e-5)
+
+    @jax.jit
+    def scalar(arrays):
+        y, balance, z, _ = apply(
+            {k: v for k, v in arrays.items() if k != "x"}, arrays["x"], jnp.asarray(valid)
+        )
+        return jnp.sum(y * jnp.asarray(dy, jnp.float32)) + 3 * balance + 2 * z
+
+    arrays = {**weights, "x": x}
+    grads = jax.grad(scalar)(jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), arrays))
+    for name in arrays:  # one array at a time, so that a wrong gradient is named
+        direction = {k: rng.normal(size=v.shape) * (k == name) for k, v in arrays.items()}
+        expected = numpy_reference.directional_derivative(total, arrays, direction, 1e-6)
+        got = float(np.sum(np.asarray(grads[name], np.float64) * direction[name]))
+        norm = np.linalg.norm(grads[name]) * np.linalg.norm(direction[name])
+        assert abs(got - expected) <= 2e-5 * max(norm, 1), name
+
+
+def test_renormalised_softmax_is_the_papers_gate():
+    logits = jax.random.normal(jax.random.key(0), (50, 8))
+    a, b = (
+        router.gates(logits, 3, g, "cpu")[0]
+        for g in ("top_k_softmax", "softmax_top_k_renormalised")
+    )
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    assert float(jnp.max(jnp.abs(router.gates(logits, 3, "softmax_top_k", "cpu")[0] - a))) > 0.01
+
+
+def test_balance_loss_is_k_at_balance_and_larger_elsewhere():
+    even = jnp.full((2, 4), 25)
+    assert float(
+        router.balance_loss(even, jnp.full(4, 25.0), jnp.int32(100), "top_k")
+    ) == pytest.approx(2)
+    assert float(
+        router.balance_loss(even, jnp.full(4, 25.0), jnp.int32(100), "argmax")
+    ) == pytest.approx(1)
+    skewed = jnp.array([[100, 0, 0, 0], [0, 100, 0, 0]])
+    assert float(
+        router.balance_loss(skewed, jnp.array([70.0, 30, 0, 0]), jnp.int32(100), "top_k")
+    ) == pytest.approx(4)
+
+
+def test_padding_counts_for_nothing():
+    """Junk, even NaN, in padding tokens changes neither outputs, losses, statistics nor gradients."""
+    rng = np.random.default_rng(0)
+    _, weights, apply = make_layer(rng)
+    valid = jnp.arange(20) < 13
+    x = jnp.asarray(rng.normal(size=(20, 16)), jnp.float32)
+    junk = x.at[13:].set(jnp.nan)
+
+    def loss(w, x):
+        y, balance, z, _ = apply(w, x, valid)
+        return jnp.sum(y[:13] ** 2) + balance + z
+
+    w = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), weights)
+    for a, b in zip(jax.tree.leaves(apply(w, x, valid)), jax.tree.leaves(apply(w, junk, valid))):
+        np.testing.assert_array_equal(
+            a[:13] if a.ndim == 2 and a.shape[0] == 20 else a,
+            b[:13] if b.ndim == 2 and b.shape[0] == 20 else b,
+        )
+    for a, b in zip(
+        jax.tree.leaves(jax.grad(loss)(w, x)), jax.tree.leaves(jax.grad(loss)(w, junk))
+    ):
+        np.testing.assert_array_equal(a, b)
+    statistics = apply(w, x, valid)[3]
+    assert int(statistics.tokens) == 13 and int(statistics.counts_KE.sum()) == 26
+
+
+def test_losses_of_a_sharded_batch_are_the_whole_batchs():
+    """`reduce` sums over devices: two halves reduced together give the losses of the whole."""
+    config = dataclasses.replace(MoEConfig(), num_experts=4)
+    weights = router.RouterWeights(jax.random.normal(jax.random.key(1), (16, 4)))
+    x_TD, valid_T = jax.random.normal(jax.random.key(0), (24, 16)), jnp.arange(24) % 5 > 0
+    whole = jax.jit(lambda x, v: router.route(x, v, weights, config, 1e-5, "cpu"))(x_TD, valid_T)
+    reduce = functools.partial(jax.lax.psum, axis_name="i")
+    halves = jax.jit(
+        jax.vmap(
+            lambda x, v: router.route(x, v, weights, config, 1e-5, "cpu", reduce), axis_name="i"
+        )
+    )(x_TD.reshape(2, 12, 16), valid_T.reshape(2, 12))
+    np.testing.assert_allclose(halves.balance_loss, np.full(2, whole.balance_loss), rtol=1e-6)
+    np.testing.assert_allclose(halves.z_loss, np.full(2, whole.z_loss), rtol=1e-6)
+    np.testing.assert_array_equal(halves.statistics.counts_KE[0], whole.statistics.counts_KE)
+
+
+def test_descending_the_balance_loss_balances():
+    """From a router that sends almost everything to expert 0."""
+    config = dataclasses.replace(MoEConfig(), num_experts=4)
+    x_TD = jax.random.normal(jax.random.key(0), (200, 8)).at[:, 0].set(1)
+    start = (0.3 * jax.random.normal(jax.random.key(1), (8, 4))).at[0, 0].set(3)
+    valid_T = jnp.ones((200,), bool)
+
+    def routed(w):
+        return router.route(x_TD, valid_T, router.RouterWeights(w), config, 1e-5, "cpu")
+
+    @jax.jit
+    def descend(w):
+        return jax.lax.fori_loop(
+            0, 300, lambda i, w: w - 0.5 * jax.grad(lambda w: routed(w).balance_loss)(w), w
+        )
+
+    def load(w):
+        counts = jax.jit(routed)(w).statistics.counts_KE.sum(axis=0)
+        return float(counts.max() / counts.mean())
+
+    assert load(start) > 1.8 and load(descend(start)) < 1.25
+
+
+@pytest.mark.parametrize("experts", [1, 4, 7])
+def test_top_k_in_rounds_equals_jax_lax(experts):
+    """Ties, signed zeros, infinities and NaN of either sign, for every k."""
+    rng = np.random.default_rng(experts)
+    special = np.array(
+        [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, np.copysign(np.nan, -1), 1e-40], np.float32
+    )
+    rows = [np.full(experts, value, np.float32) for value in special]
+    rows += [rng.choice(special, experts) for _ in range(200)] + [
+        *rng.normal(size=(20, experts)).astype(np.float32)
+    ]
+    logits_TE = jnp.asarray(np.stack(rows))
+    for k in range(1, experts + 1):
+        ids_TK = jax.jit(lambda x, k=k: router.top_k_ids_in_rounds(x, k))(logits_TE)
+        np.testing.assert_array_equal(ids_TK, jax.lax.top_k(logits_TE, k)[1])
+
+
+@pytest.mark.parametrize(
+    "chip, experts, top_k, rounds",
+    [
+        ("cpu", 8, 2, True),
+        ("cpu", 64, 2, True),
+        ("cpu", 64, 8, False),
+        ("h100", 64, 8, True),
+        ("gpu", 64, 8, True),
+        ("h100", 64, 9, False),
+        ("v5e", 8, 2, False),
+    ],
+)
+def test_top_k_in_rounds_is_used_where_it_is_fast(chip, experts, top_k, rounds):
+    program = jax.make_jaxpr(lambda x: router.top_k_ids(x, top_k, chip))(jnp.zeros((3, experts)))
+    assert ("top_k" not in str(program)) == rounds

@@ -1,0 +1,68 @@
+"""Expert kernels and the 300Mx8 step, compiled for GPUs that are not attached, and what the compiler made of them.
+
+`python -m benchmarks.gpu_report` compiles every backend, shape and GPU.
+"""
+
+import platform
+
+import pytest
+
+from benchmarks import gpu_report
+from modse_jax.errors import UserError
+from modse_jax.planning import gpu_compiler
+
+pytestmark = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"),
+    reason="the CUDA compiler is tested on Linux on x86-64, where its packages are installed",
+)
+
+
+ROUTED_TOKENS = 16 * 4096 * 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler():
+    try:
+        gpu_compiler.find_compiler()
+    except UserError as error:
+        pytest.fail(f"{error} (make test does)")
+
+
+def compile_case(tmp_path, *words):
+    """Returns the row of benchmarks.gpu_report for a case."""
+    row = gpu_report.compile_case(gpu_report.Case(*words), tmp_path)
+    assert "error" not in row, row["error"]
+    return row
+
+
+# The kernels compile in the same way for both models' widths: each backend is tested with one of
+# them on an H100, and the A100's, which has the smallest tiles, with the other.
+@pytest.mark.parametrize(
+    "backend, gpu, model, matmul, num_kernels",
+    [
+        ("pallas_gpu", "h100", "300Mx8", "wgmma", 6),
+        ("pallas_triton", "h100", "700Mx8", "wgmma", 6),
+        ("pallas_triton", "a100", "300Mx8", "mma.sync", 6),
+    ],
+)
+def test_kernels_compile_without_spills(tmp_path, backend, gpu, model, matmul, num_kernels):
+    row = compile_case(tmp_path, "kernels", backend, gpu, model)
+    kernels = row["kernels"]
+    assert len(kernels) == num_kernels
+    for kernel in kernels:
+        assert kernel["spill_bytes"] == 0, kernel
+        assert kernel["shared_memory_bytes"] <= (227 if gpu == "h100" else 163) * 1024, kernel
+        assert any(name.startswith(matmul) for name in kernel["matmuls"]), kernel
+        loads = kernel["tensor_loads"] if backend == "pallas_gpu" else kernel["async_copies"]
+        assert loads > 0, kernel
+
+
+def test_the_step_that_auto_takes_never_waits_for_the_device(tmp_path):
+    """300Mx8, batch 16 x 4,096, cuDNN attention, deterministic: sorts, graphs and memory are bounded."""
+    row = compile_case(tmp_path, "step", "auto", "h100", "300Mx8", "cudnn")
+    launches = row["launches"]
+    assert launches["open_loops"] == 0 and launches["host_waits"] == 0
+    assert launches["graphs"] <= 100
+    assert row["largest_sort"] <= ROUTED_TOKENS
+    assert row["temporary_gib"] <= 21
+    assert any(kernel["name"].startswith("expert_") for kernel in row["kernels"])

@@ -1,0 +1,185 @@
+"""Two processes that train as one: the same losses as one process, one of them killed, one of them told otherwise."""
+
+import dataclasses
+import json
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from modse_jax.config import device_mesh
+from modse_jax.config.loading import from_dict
+from modse_jax.config.options import MeshConfig
+from modse_jax.data import loader
+from modse_jax.errors import UserError
+from modse_jax.runtime import processes, sharding
+from modse_jax.training import loop, metrics
+from tests.helpers.configs import tiny_config
+from tests.helpers.runs import command, config_for, train_args
+
+
+def start(*each):
+    """Two processes of one device each; `each`: the arguments of each."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    return [
+        command(
+            "train.py",
+            *args,
+            f"--coordinator=localhost:{port}",
+            "--process_count=2",
+            f"--process_index={i}",
+            devices=1,
+            wait=False,
+        )
+        for i, args in enumerate(each)
+    ]
+
+
+def finish(running):
+    texts = [p.communicate(timeout=200) for p in running]
+    return [p.returncode for p in running], [out for out, _ in texts], [err for _, err in texts]
+
+
+def test_two_processes_killed_then_finished_then_evaluated_by_one(corpus, tmp_path):
+    """kill -9 of the second: the first says so and ends. One process goes on: the losses of one that was left alone.
+    (Both again: tests/slurm.sh.)"""
+    extra = {
+        "mesh.fsdp": 2,
+        "training.steps": 24,
+        "training.log_every": 1,
+        "training.checkpoint_every": 4,
+    }
+    args = train_args(corpus, tmp_path / "two", **extra)
+    running = start(args, args)
+    deadline = time.time() + 120
+    while not list((tmp_path / "two" / "checkpoints").glob("0*[0-9]")) and time.time() < deadline:
+        time.sleep(0.02)
+    running[1].kill()
+    codes, outs, errors = finish(running)
+    assert codes[1] == -signal.SIGKILL and codes[0] in (1, -signal.SIGABRT), errors[0]
+    assert "another process has ended" in errors[0] or "another task died" in errors[0], errors[0]
+    assert "step 4/24" in outs[0] and "step" not in outs[1]  # one speaks
+
+    config = from_dict(json.loads((tmp_path / "two" / "config.json").read_text()))
+    config = dataclasses.replace(config, mesh=MeshConfig(1, 2))  # of this process's eight devices
+    for name in ("two", "one"):
+        assert loop.train(config, str(tmp_path / name)) == loop.FINISHED
+    two, one = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    assert [r["step"] for r in two] == [r["step"] for r in one]
+    np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], atol=1e-5)
+    out, err, code = command(
+        "eval.py", f"--workdir={tmp_path / 'two'}", "--limit=4", "--prompt=def"
+    )
+    assert code == 0 and "bits/byte" in out and "sample after 'def'" in out, err
+    assert json.loads((tmp_path / "two" / "eval" / "24.first4.json").read_text())["limit"] == 4
+
+
+def test_processes_that_disagree_stop_before_anything_is_written(corpus, tmp_path):
+    args = train_args(corpus, tmp_path / "run", **{"mesh.fsdp": 2})
+    codes, _, errors = finish(start(args, [*args, "--config.optimizer.learning_rate=0.5"]))
+    assert codes == [2, 2]
+    assert all(
+        "optimizer.learning_rate of process 1 differs from that of process 0" in e for e in errors
+    ), errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "mine, other, message",
+    [
+        ("", "no such file", "process 1: no such file"),
+        ("disk full", "no such file", "disk full"),
+        ("", "", None),
+    ],
+)
+def test_what_is_wrong_on_one_process_stops_all(mine, other, message, monkeypatch):
+    monkeypatch.setattr(processes, "is_multi_process", lambda: True)
+    monkeypatch.setattr(processes, "gather", lambda text: [text, other])
+
+    def work():
+        if mine:
+            raise UserError(mine)
+        return "done"
+
+    if message is None:
+        assert (
+            processes.on_all_processes(work)
+            == processes.on_all_processes(work, first_alone=True)
+            == "done"
+        )
+    else:
+        with pytest.raises(UserError, match=message):
+            processes.on_all_processes(work)
+
+
+def test_every_process_reads_its_rows(corpus, tmp_path):
+    config = config_for(corpus)
+    data = loader.load(config, tmp_path / "run")
+    every, parts = (
+        next(loader.train_batches(data, config, 3)),
+        [next(loader.train_batches(data, config, 3, rows)) for rows in (range(5), range(5, 8))],
+    )
+    for name in ("tokens", "segments"):
+        np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), every[name])
+    (dataset,) = data.datasets
+    held = [
+        list(loader.validation_batches(dataset, 8, 300, rows=rows))
+        for rows in ((), range(4), range(4, 8))
+    ]
+    for whole, *halves in zip(*held):
+        np.testing.assert_array_equal(
+            np.concatenate([h["tokens"] for h in halves]), whole["tokens"]
+        )
+    mesh = device_mesh.build_mesh(config)
+    assert sharding.local_rows(mesh, 16) == list(range(16))
+    np.testing.assert_array_equal(sharding.shard_batch(mesh, every, 8)["tokens"], every["tokens"])
+
+
+def test_a_stop_is_agreed_a_step_later(monkeypatch):
+    flag = loop._Stop()
+    flag.in_loop(device_mesh.build_mesh(tiny_config()))
+    flag.asked = True
+    assert flag.agreed()
+    monkeypatch.setattr(processes, "is_multi_process", lambda: True)
+    assert [flag.agreed(), flag.agreed()] == [False, True]
+
+
+@pytest.mark.parametrize("given", [("localhost:1",), ("", 2), ("", 0, 0)])
+def test_half_a_set_of_process_flags_is_refused(given):
+    with pytest.raises(UserError, match="go together"):
+        processes.start(*given)
+
+
+@pytest.mark.parametrize(
+    "environment, told",
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "2"}, False),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n"}, True),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ],
+)
+def test_launchers_are_recognised(environment, told, monkeypatch):
+    """A batch script of Slurm is not one of its tasks: only srun starts those."""
+    calls = []
+    monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *a, **k: calls.append(a))
+    for name in (
+        "SLURM_NTASKS",
+        "SLURM_STEP_NODELIST",
+        "OMPI_COMM_WORLD_SIZE",
+        "TPU_WORKER_HOSTNAMES",
+        "JAX_COORDINATOR_ADDRESS",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes.faulthandler, "disable", lambda: None)
+    processes.start()
+    assert bool(calls) == told
