@@ -14,7 +14,7 @@ from absl import flags
 from benchmarks import timing
 from modse_jax.config.options import MoEConfig
 from modse_jax.moe import expert_placement, expert_widths
-from modse_jax.moe.experts import blocked, expert_weights, select
+from modse_jax.moe.experts import block_sizes, expert_weights, select
 from modse_jax.runtime import sharding
 
 CASES = flags.DEFINE_list("cases", None, "some of the cases")
@@ -162,9 +162,13 @@ def run(names, backends, dim, tokens, dtype, repeats, blocks):
 
 def main(_):
     names = CASES.value or list(cases(DIM.value, TOKENS.value))
-    blocks = blocked.Blocks(MoEConfig.block_rows, MoEConfig.tail_rows, MoEConfig.saved_activations)
+    blocks = block_sizes.Blocks(
+        MoEConfig.block_rows, MoEConfig.tail_rows, MoEConfig.saved_activations
+    )
     if BLOCKS.value:
-        blocks = blocked.Blocks(int(BLOCKS.value[0]), int(BLOCKS.value[1]), float(BLOCKS.value[2]))
+        blocks = block_sizes.Blocks(
+            int(BLOCKS.value[0]), int(BLOCKS.value[1]), float(BLOCKS.value[2])
+        )
     rows = run(
         names, NAMES.value, DIM.value, TOKENS.value, DTYPE.value, timing.REPEATS.value, blocks
     )

@@ -22,7 +22,7 @@ from modse_jax.config import device_mesh, loading, options
 from modse_jax.model import accounting
 from modse_jax.model.attention import attention_layer
 from modse_jax.moe import dispatch, expert_widths, router
-from modse_jax.moe.experts import blocked, expert_weights, select
+from modse_jax.moe.experts import block_sizes, expert_weights, select
 from modse_jax.runtime import sharding
 from modse_jax.training import losses, optimizer, train_step
 
@@ -101,12 +101,12 @@ def parts(ours: Ours) -> dict:
         *(layer["moe"][n] for n in expert_weights.ExpertWeights._fields)
     )
     gate, valid = router.RouterWeights(layer["moe"]["router_gate"]), jnp.ones((B * L,), bool)
-    blocks = blocked.Blocks(
+    blocks = block_sizes.Blocks(
         config.moe.block_rows, config.moe.tail_rows, config.moe.saved_activations
     )
 
     def route(x, gate):
-        routing = router.route(x, valid, gate, config.moe, m.norm_eps, sharding.chip_name(None))
+        routing = router.route(x, valid, gate, config.router_options, sharding.chip_name(None))
         return routing, dispatch.plan_dispatch(routing.ids_TK, valid, config.moe.num_experts)
 
     plan = jax.jit(route)(x_TD, gate)[1]

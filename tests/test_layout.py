@@ -1,53 +1,35 @@
-"""Imports go downward only, as the layers stand here, lowest first."""
+"""Rules about the layout of the code: folders are layers, and imports go downward."""
 
 import ast
 import pathlib
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-
-LAYERS = [
-    {"modse_jax.chips", "modse_jax.gpu_options", "modse_jax.integrity", "modse_jax.moe.sizing"},
-    {"modse_jax.moe.expert_tasks", "modse_jax.moe.expert_padding"},
-    {
-        "modse_jax.moe.expert_ffn_blocked",
-        "modse_jax.moe.expert_ffn_tpu",
-        "modse_jax.moe.expert_ffn_gpu",
-        "modse_jax.moe.expert_ffn_triton",
-        "modse_jax.moe.expert_kernels",
-    },
-    {"modse_jax.config"},
-    {"modse_jax.lock"},
-    {
-        "modse_jax.moe.router",
-        "modse_jax.moe.dispatch",
-        "modse_jax.moe.exchange",
-        "modse_jax.moe.expert_ffn",
-    },
-    {"modse_jax.processes", "modse_jax.gpu_compiler"},
-    {"modse_jax.mesh", "modse_jax.command_line"},
-    {"modse_jax.moe.layer"},
-    {"modse_jax.model"},
-    {"modse_jax.data"},
-    {"modse_jax.training"},
-    {"modse_jax.evaluation"},
-    {"train", "eval", "configs"},
-]
+# The layers, lowest first: a module may import from its own folder and from those above it here.
+LAYERS = (
+    "errors",
+    "runtime",
+    "moe",
+    "config",
+    "model",
+    "data",
+    "training",
+    "planning",
+    "evaluation",
+    "report",
+    "cli",
+)
 
 
-def level(module):
-    """Index of the layer of a module: the one with the longest name that is the module or holds it."""
-    found = [
-        (len(name), i)
-        for i, layer in enumerate(LAYERS)
-        for name in layer
-        if module == name or module.startswith(name + ".")
-    ]
-    assert found, f"{module} is in no layer; give it a place here"
-    return max(found)[1]
+def find_modules() -> dict[str, pathlib.Path]:
+    """Returns {dotted name: file} of every module of the package."""
+    paths = (ROOT / "modse_jax").rglob("*.py")
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in paths}
 
 
-def imports(path):
+def list_imports(path: pathlib.Path) -> Iterator[str]:
+    """Yields the dotted name of everything that a file imports, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -55,32 +37,46 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def modules():
-    for path in [*(ROOT / "modse_jax").rglob("*.py"), ROOT / "train.py", ROOT / "eval.py"]:
-        if path.name != "__init__.py":
-            yield ".".join(path.relative_to(ROOT).with_suffix("").parts), path
+def find_layer(module: str) -> str:
+    return module.split(".")[1]
 
 
-def test_imports_go_downward():
-    names = dict(modules())
+def test_imports_between_folders_go_downward():
+    modules = find_modules()
     upward = []
-    for module, path in names.items():
-        for imported in imports(path):
-            target = imported if imported in names else imported.rpartition(".")[0]
-            if target in names and level(target) > level(module):
-                upward.append(f"{module} imports {target}")
-    assert len(names) > 20 and not upward
+    for module, path in modules.items():
+        if module in ("modse_jax.__init__", "modse_jax.__main__"):
+            continue
+        for imported in list_imports(path):
+            if not imported.startswith("modse_jax."):
+                continue
+            layers = find_layer(imported), find_layer(module)
+            assert set(layers) <= set(LAYERS), f"{module} imports {imported}, in no layer"
+            if LAYERS.index(layers[0]) > LAYERS.index(layers[1]):
+                upward.append(f"{module} imports {imported}")
+    assert len(modules) > 20 and not upward
 
 
-def test_only_the_layer_and_kernels_that_xla_cannot_cut_use_shard_map():
-    found = {module for module, path in modules() if "shard_map(" in path.read_text()}
+def test_own_modules_are_imported_without_an_alias():
+    aliased = []
+    for folder in ("modse_jax", "benchmarks", "tests", "configs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("modse_jax"):
+                    aliased += [f"{path}: {a.name}" for a in node.names if a.asname]
+    assert not aliased
+
+
+def test_only_three_modules_use_shard_map():
+    """Everything else is sharded by XLA, from the shardings of its arguments."""
+    found = {name for name, path in find_modules().items() if "shard_map(" in path.read_text()}
     assert found == {
         "modse_jax.moe.layer",
-        "modse_jax.model.attention",
+        "modse_jax.model.attention.attention_layer",
         "modse_jax.model.embedding",
     }
 
 
 def test_no_pickle():
-    for _, path in modules():
+    for path in find_modules().values():
         assert "pickle" not in path.read_text()

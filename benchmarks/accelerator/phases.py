@@ -30,7 +30,7 @@ from benchmarks.accelerator import reference, results
 from modse_jax.config import device_mesh, loading, options
 from modse_jax.model import accounting
 from modse_jax.moe import expert_placement, expert_widths
-from modse_jax.moe.experts import blocked, select
+from modse_jax.moe.experts import block_sizes, select
 from modse_jax.runtime import chips, sharding
 from modse_jax.training import train_step
 
@@ -224,7 +224,7 @@ def time_layer(write: Callable, tiny: bool, devices: int, backend: str) -> None:
     modse = Layer(dim, widths, tuple(rows))
     equal = modse._replace(widths=expert_widths.equal_widths(experts, sum(widths) // experts))
     values = importlib.import_module("configs.modse_300m_x8").get_config().moe
-    blocks = blocked.Blocks(values.block_rows, values.tail_rows, values.saved_activations)
+    blocks = block_sizes.Blocks(values.block_rows, values.tail_rows, values.saved_activations)
     if tiny:
         blocks = blocks._replace(body=64, tail=64)
     repeats = 2 if tiny else 10
@@ -258,7 +258,7 @@ def time_layer(write: Callable, tiny: bool, devices: int, backend: str) -> None:
 
 
 def _layer_jobs(
-    layer: Layer, backend: str, blocks: blocked.Blocks
+    layer: Layer, backend: str, blocks: block_sizes.Blocks
 ) -> dict[str, tuple[Callable, int]]:
     """Returns the forward pass, and both passes, with their FLOPs over those of the first."""
     forward = expert_ffn.functions(layer.widths, backend, sharding.chip_name(None), blocks)[0]

@@ -10,18 +10,10 @@ import sys
 
 from modse_jax.config.checks import check_data, check_fields, check_model, check_moe, check_training
 from modse_jax.config.option_fields import fields_of, option
-from modse_jax.moe import expert_widths
-
-BACKENDS = ("auto", "reference", "blocked", "pallas_tpu", "pallas_gpu", "pallas_triton")
-
+from modse_jax.moe import expert_widths, layer_options
+from modse_jax.moe.experts.block_sizes import Blocks
 
 ANYWHERE = ("auto", "reference", "blocked")  # backends that need no particular device
-
-
-GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalised")
-
-
-GATE_TERMS = ("none", "learned")
 
 
 DTYPES = ("float32", "bfloat16")
@@ -96,12 +88,12 @@ class MoEConfig:
     gate: str = option(
         "top_k_softmax",
         "softmax over the kept logits (paper), or over all and then top-k",
-        choices=GATES,
+        choices=layer_options.GATES,
     )
     gate_term: str = option(
         "none",
         "learned: add RMSNorm(Softplus(x W_n)) to the logits (paper, Eq. 3)",
-        choices=GATE_TERMS,
+        choices=layer_options.GATE_TERMS,
     )
     balance_loss_weight: float = option(
         0.01, "weight of N * sum f_i P_i, summed over layers (paper, Eq. 9)", minimum=0
@@ -109,13 +101,13 @@ class MoEConfig:
     balance_loss_count: str = option(
         "top_k",
         "what f_i counts: all K choices, or the first (paper, Eq. 10)",
-        choices=("top_k", "argmax"),
+        choices=layer_options.BALANCE_LOSS_COUNTS,
     )
     balance_loss_scope: str = option(
         "batch",
         "tokens that f_i and P_i are of: a whole micro-batch, or a device's (and "
         "the loss the mean over devices, by tokens)",
-        choices=("batch", "device"),
+        choices=layer_options.BALANCE_LOSS_SCOPES,
     )
     z_loss_weight: float = option(
         0.0, "weight of mean(logsumexp(router logits)^2), summed over layers", minimum=0
@@ -131,19 +123,19 @@ class MoEConfig:
         "implementation of the expert FFN; auto = pallas_tpu on TPUs, pallas_triton on A100, "
         "H100, H200 and B200 in bfloat16, if they take model.dim, else blocked. Kernels pad widths "
         "to their tiles and report the waste",
-        choices=BACKENDS,
+        choices=layer_options.BACKENDS,
     )
     placement: str = option(
         "pairs",
         "a device of mesh.expert has whole experts of equal total width (the paper's "
         "pairs), or a share of every expert's columns",
-        choices=("pairs", "columns"),
+        choices=layer_options.PLACEMENTS,
     )
     exchange: str = option(
         "auto",
         "how rows reach experts of other devices: all tokens gathered, or each row sent; "
         "auto = what sends less, of what runs there",
-        choices=("auto", "gather", "all_to_all"),
+        choices=layer_options.EXCHANGES,
     )
     block_rows: int = option(
         1024,
@@ -292,6 +284,29 @@ class Config:
     def widths(self) -> tuple[int, ...]:
         """Hidden width of every expert of a layer."""
         return self.moe.widths or expert_widths.equal_widths(self.moe.num_experts, self.moe.width)
+
+    @property
+    def router_options(self) -> layer_options.RouterOptions:
+        """The options of the router of every layer."""
+        return layer_options.RouterOptions(
+            top_k=self.moe.top_k,
+            gate=self.moe.gate,
+            gate_term=self.moe.gate_term,
+            balance_loss_count=self.moe.balance_loss_count,
+            balance_loss_scope=self.moe.balance_loss_scope,
+            norm_eps=self.model.norm_eps,
+        )
+
+    @property
+    def expert_options(self) -> layer_options.ExpertOptions:
+        """The options of the experts of every layer."""
+        return layer_options.ExpertOptions(
+            backend=self.moe.backend,
+            placement=self.moe.placement,
+            exchange=self.moe.exchange,
+            capacity_factor=self.moe.capacity_factor,
+            blocks=Blocks(self.moe.block_rows, self.moe.tail_rows, self.moe.saved_activations),
+        )
 
 
 def fields() -> list[tuple[str, dataclasses.Field]]:

@@ -41,6 +41,19 @@ def build_abstract_model(config: Config, mesh: Mesh | None = None):
     return graph, nnx.to_pure_dict(state)
 
 
+def build_moe_layer(config: Config, mesh: Mesh | None, rngs: nnx.Rngs) -> layer.MoELayer:
+    """Returns a mixture-of-experts layer with the options of a config."""
+    return layer.MoELayer(
+        config.model.dim,
+        config.widths,
+        config.router_options,
+        config.expert_options,
+        num_layers=config.model.num_layers,
+        mesh=mesh,
+        rngs=rngs,
+    )
+
+
 class RMSNorm(nnx.Module):
     def __init__(self, dim: int, eps: float):
         self.scale, self.eps = nnx.Param(jnp.ones((dim,))), eps
@@ -58,7 +71,7 @@ class Block(nnx.Module):
         self.attention_norm = RMSNorm(config.model.dim, config.model.norm_eps)
         self.attention = attention_layer.Attention(config.model, mesh, rngs)
         self.moe_norm = RMSNorm(config.model.dim, config.model.norm_eps)
-        self.moe = layer.MoELayer(config, mesh, rngs)
+        self.moe = build_moe_layer(config, mesh, rngs)
 
     def __call__(self, x_BLD, place, valid_BL, cache=None, trace=False):
         y_BLD, cache = self.attention(self.attention_norm(x_BLD), place, cache)
@@ -69,7 +82,7 @@ class Block(nnx.Module):
             x_BLD + y_BLD,
             cache,
             *losses_and_statistics,
-            self.moe.choices(seen_BLD) if trace else None,
+            self.moe.choose_experts(seen_BLD) if trace else None,
         )
 
 

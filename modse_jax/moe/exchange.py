@@ -1,11 +1,14 @@
-"""Routed rows to the shards that own their experts, and back: an all-to-all of unequal parts over the expert axis.
+"""Sends routed tokens to the shards that have their experts, and back, by an all-to-all.
 
-A row is sent once for every expert it chose: 2 K (n - 1) / n token vectors a token and layer, there and back, on n
-shards, where gathering all tokens and scattering sums takes 2 (n - 1). A part is the rows of one device for one expert,
-and is written where that expert's rows from that device belong, so rows arrive sorted by expert. The receiving buffer
-has room for every row of every device: nothing can overflow.
+The parts of the all-to-all have unequal sizes. A routed token is sent once for every expert that
+it chose, so that n shards send 2 K (n - 1) / n token vectors per token and layer, both ways; an
+all-gather of all tokens and a reduce-scatter of the sums send 2 (n - 1). A part consists of the
+tokens of one device for one expert. It is written to the place where the tokens of that device
+for that expert belong, so tokens arrive sorted by expert. The receiving buffer has room for every
+routed token of every device, so nothing can overflow.
 
-Legend: T tokens, R = T * K routed rows of a device, n shards, S slots of a shard (sizing.Placement), D model.
+Legend: T tokens, N rows of the receiving buffer, R = T * K routed tokens of a device, n shards,
+S slots of a shard (expert_placement.Placement), D model.
 """
 
 import functools
@@ -16,73 +19,109 @@ import jax.numpy as jnp
 
 
 class SendPlan(NamedTuple):
-    """Parts to send, by destination and slot there: int32 [n * S], as jax.lax.ragged_all_to_all takes them."""
+    """The parts of one all-to-all, by destination and slot: int32 [n * S].
 
-    input_offsets: jax.Array  # first row of a part, here
+    The fields are those that jax.lax.ragged_all_to_all takes.
+    """
+
+    input_offsets: jax.Array  # first row of a part on this device
     send_sizes: jax.Array
-    output_offsets: jax.Array  # its first row, there
-    recv_sizes: jax.Array  # rows of the parts that come here, by where they come from
+    output_offsets: jax.Array  # first row of the part on its destination
+    recv_sizes: jax.Array  # rows of the parts that this device receives, by their source
 
 
 def plan_sends(rows_nS: jax.Array, axis: str) -> tuple[SendPlan, SendPlan, jax.Array]:
-    """(there, back, rows of this shard's slots) from this device's routed rows for every slot of every shard [n, S]."""
+    """Plans the all-to-all in both directions.
+
+    Args:
+        rows_nS: routed tokens of this device for every slot of every shard.
+        axis: the mesh axis of the shards.
+
+    Returns (outbound plan, inbound plan, rows that arrive for every slot of this shard [S]).
+    """
     rows_nnS = jax.lax.all_gather(rows_nS, axis)  # source, destination, slot
-    me, n = jax.lax.axis_index(axis), rows_nS.shape[0]
-    first_nnS = _before(rows_nnS.reshape(n, -1), 1).reshape(
-        rows_nnS.shape
-    )  # of a part, at its source
+    me = jax.lax.axis_index(axis)
+    n = rows_nS.shape[0]
+    source_first_nnS = _exclusive_cumsum(rows_nnS.reshape(n, -1), axis=1).reshape(rows_nnS.shape)
     total_nS = jnp.sum(rows_nnS, axis=0)
-    place_nnS = _before(total_nS, 1)[None] + _before(rows_nnS, 0)  # and at its destination
+    slot_first_nS = _exclusive_cumsum(total_nS, axis=1)
+    destination_first_nnS = slot_first_nS[None] + _exclusive_cumsum(rows_nnS, axis=0)
+    outbound = _flat_plan(
+        source_first_nnS[me], rows_nnS[me], destination_first_nnS[me], rows_nnS[:, me]
+    )
+    inbound = _flat_plan(
+        destination_first_nnS[:, me], rows_nnS[:, me], source_first_nnS[:, me], rows_nnS[me]
+    )
+    return outbound, inbound, total_nS[me]
 
-    def flat(*arrays):
-        return (a.reshape(-1).astype(jnp.int32) for a in arrays)
 
-    there = SendPlan(*flat(first_nnS[me], rows_nnS[me], place_nnS[me], rows_nnS[:, me]))
-    back = SendPlan(*flat(place_nnS[:, me], rows_nnS[:, me], first_nnS[:, me], rows_nnS[me]))
-    return there, back, total_nS[me]
+def _flat_plan(*arrays_nS: jax.Array) -> SendPlan:
+    return SendPlan(*(array.reshape(-1).astype(jnp.int32) for array in arrays_nS))
 
 
-def _before(counts, axis):
+def _exclusive_cumsum(counts: jax.Array, axis: int) -> jax.Array:
     return jnp.cumsum(counts, axis=axis) - counts
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def send(
-    x_RD: jax.Array, there: SendPlan, back: SendPlan, rows: int, axis: str, native: bool
+    x_RD: jax.Array, plan: SendPlan, reverse_plan: SendPlan, rows: int, axis: str, is_native: bool
 ) -> jax.Array:
-    """Rows as they arrive: [rows, D], 0 where none does. Its gradient goes back the same way.
+    """Returns the rows that arrive, [rows, D]; rows that nothing arrives for are 0.
 
-    Args: there, back: of `moves`, or the other way round. native: use the collective of TPU and GPU; else the slow
-    reference, which runs anywhere.
+    The gradient is sent by the reverse plan.
+
+    Args:
+        plan, reverse_plan: the two plans of `plan_sends`, in either order.
+        is_native: uses the collective of TPU and GPU; otherwise the slow reference, which runs on
+            every platform.
     """
-    return (_native if native else _reference)(x_RD, rows, there, axis)
+    exchange = _send_natively if is_native else send_by_all_gather
+    return exchange(x_RD, rows, plan, axis)
 
 
-def _forward(x_RD, there, back, rows, axis, native):
-    return send(x_RD, there, back, rows, axis, native), (x_RD.shape[0], there, back)
+def _send_forward(
+    x_RD: jax.Array, plan: SendPlan, reverse_plan: SendPlan, rows: int, axis: str, is_native: bool
+) -> tuple[jax.Array, tuple[int, SendPlan, SendPlan]]:
+    y_ND = send(x_RD, plan, reverse_plan, rows, axis, is_native)
+    return y_ND, (x_RD.shape[0], plan, reverse_plan)
 
 
-def _backward(rows, axis, native, saved, g):
-    sent, there, back = saved
-    return send(g, back, there, sent, axis, native), None, None
+def _send_backward(
+    rows: int, axis: str, is_native: bool, saved: tuple[int, SendPlan, SendPlan], dy_ND: jax.Array
+) -> tuple[jax.Array, None, None]:
+    sent_rows, plan, reverse_plan = saved
+    return send(dy_ND, reverse_plan, plan, sent_rows, axis, is_native), None, None
 
 
-send.defvjp(_forward, _backward)
+send.defvjp(_send_forward, _send_backward)
 
 
-def _native(x_RD, rows, moves, axis):
-    out = jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype)
-    return jax.lax.ragged_all_to_all(x_RD, out, *moves, axis_name=axis)
+def _send_natively(x_RD: jax.Array, rows: int, plan: SendPlan, axis: str) -> jax.Array:
+    y_ND = jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype)
+    return jax.lax.ragged_all_to_all(x_RD, y_ND, *plan, axis_name=axis)
 
 
-def _reference(x_RD, rows, moves, axis):
-    """Everything to everyone, and every row looked up."""
-    n, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    x = jax.lax.all_gather(x_RD, axis, tiled=True)
-    to_me = [jax.lax.all_gather(a, axis).reshape(n, n, -1)[:, me] for a in moves[:3]]
-    source = jnp.broadcast_to(jnp.arange(n)[:, None], to_me[0].shape) * x_RD.shape[0]
-    first, size, place, source = (a.reshape(-1) for a in (*to_me, source))
-    row = jnp.arange(rows)[:, None]
-    mine = (row >= place[None]) & (row < (place + size)[None])
-    part = jnp.argmax(mine, axis=1)
-    return jnp.where(mine.any(axis=1)[:, None], x[(source + first - place)[part] + row[:, 0]], 0)
+def send_by_all_gather(x_RD: jax.Array, rows: int, plan: SendPlan, axis: str) -> jax.Array:
+    """Gathers the rows of all devices and looks up the source of every row that arrives here."""
+    n = jax.lax.axis_size(axis)
+    me = jax.lax.axis_index(axis)
+    x_gathered = jax.lax.all_gather(x_RD, axis, tiled=True)
+
+    def parts_for_me(values: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(values, axis).reshape(n, n, -1)[:, me]
+
+    first_nS = parts_for_me(plan.input_offsets)
+    size_nS = parts_for_me(plan.send_sizes)
+    destination_nS = parts_for_me(plan.output_offsets)
+    device_first_nS = jnp.broadcast_to(jnp.arange(n)[:, None], first_nS.shape) * x_RD.shape[0]
+    first = first_nS.reshape(-1)
+    size = size_nS.reshape(-1)
+    destination = destination_nS.reshape(-1)
+    device_first = device_first_nS.reshape(-1)
+
+    row_N1 = jnp.arange(rows)[:, None]
+    is_in_part = (row_N1 >= destination[None]) & (row_N1 < (destination + size)[None])
+    part_N = jnp.argmax(is_in_part, axis=1)
+    source_N = (device_first + first - destination)[part_N] + row_N1[:, 0]
+    return jnp.where(is_in_part.any(axis=1)[:, None], x_gathered[source_N], 0)

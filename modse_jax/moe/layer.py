@@ -1,9 +1,21 @@
-"""The Mixture-of-Diverse-Size-Experts layer: route -> dispatch -> expert_ffn -> combine. The only shard_map.
+"""The mixture-of-experts layer: route, dispatch, expert FFN, combine.
 
-Legend: B batch, L length, T tokens, D model, K top-k, N = T * K routed rows.
+    route(x_TD)                      -> gates_TK, ids_TK, losses, statistics      router.py
+    plan_dispatch(ids_TK)            -> order_N, rows_E, dropped                  dispatch.py
+    expert_ffn(x_ND, rows_E, weights) -> y_ND                                     experts/
+    combine(y_ND, gates_TK, plan)    -> y_TD                                      dispatch.py
+
+On a mesh, the layer runs inside one shard_map over all axes. Tokens are sharded over every axis;
+the router is replicated; the experts' weights are sharded over `expert` along the flat hidden
+axis (expert parallelism) and over `fsdp` along the model dimension.
+
+Legend: B batch, L length, T tokens, D model, E experts, H flat hidden axis, K top-k,
+N = T * K routed tokens, R routed tokens before they are sent, S slots of a shard.
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,193 +23,324 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from modse_jax.config import device_mesh
-from modse_jax.config.options import Config
 from modse_jax.moe import dispatch, exchange, expert_placement, router
-from modse_jax.moe.experts import blocked, expert_weights, select
+from modse_jax.moe.experts import select
+from modse_jax.moe.experts.expert_weights import ExpertWeights
+from modse_jax.moe.layer_options import ExpertOptions, RouterOptions
 from modse_jax.runtime import sharding
 
 
-class MoELayer(nnx.Module):
-    """(x_BLD, valid_BL) -> (y_BLD, balance loss, z-loss, router statistics).
+class LayerOutput(NamedTuple):
+    """The result of a layer. Losses and statistics are those of the batch over all devices."""
 
-    Four stages: route every token, sort the routed rows by expert, run every expert over its rows, weight and sum.
-    Both losses come unweighted; with a mesh they, and the statistics, are those of the batch over all devices.
+    y_BLD: jax.Array
+    balance_loss: jax.Array  # load-balancing loss, unweighted
+    z_loss: jax.Array  # router z-loss, unweighted
+    statistics: router.RouterStatistics
+
+
+class MoELayer(nnx.Module):
+    """A mixture-of-experts layer whose experts may have different widths.
+
+    Every expert is a SwiGLU FFN without biases. The weights of all experts lie side by side on one
+    flat hidden axis, so that no memory is spent on padding to the widest expert.
+
+    Args:
+        dim: model dimension D.
+        widths: number of hidden units of every expert.
+        router: how tokens are routed; None for the default options.
+        experts: how the experts are computed; None for the default options.
+        num_layers: layers of the whole model. The output of the experts is initialized
+            1 / sqrt(2 * num_layers) as large, as residual branches often are.
+        mesh: the devices, with the axes `data`, `fsdp` and `expert` (see runtime/sharding.py);
+            None for one device.
+        rngs: a source of `params` keys. The initial weights do not depend on the mesh.
     """
 
-    def __init__(self, config: Config, mesh: Mesh | None, rngs: nnx.Rngs):
-        D, E = config.model.dim, config.moe.num_experts
-        self.config, self.mesh, self.widths = config.moe, mesh, config.widths
-        self.eps, self.placement = (
-            config.model.norm_eps,
-            device_mesh.place_experts_on_mesh(config, mesh),
-        )
-        normal = functools.partial(_normal, rngs)
-        order = np.array(
-            expert_placement.hidden_unit_order(self.widths, self.placement)
-        )  # the same model on any mesh
-        self.w_gate, self.w_up = (
-            nnx.Param(normal((D, sum(self.widths)), D**-0.5)[:, order]) for _ in range(2)
-        )
-        self.w_down = nnx.Param(
-            _down_projection(normal, self.widths, D, config.model.num_layers)[order]
-        )
-        self.router_gate = nnx.Param(normal((D, E), D**-0.5))
-        if config.moe.gate_term == "learned":
-            self.router_noise = nnx.Param(normal((D, E), 0.1 * D**-0.5))
-            self.router_noise_scale = nnx.Param(jnp.ones((E,)))
+    def __init__(
+        self,
+        dim: int,
+        widths: Sequence[int],
+        router: RouterOptions | None = None,
+        experts: ExpertOptions | None = None,
+        *,
+        num_layers: int = 1,
+        mesh: Mesh | None = None,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.widths = tuple(widths)
+        self.router_options = router or RouterOptions()
+        self.options = experts or ExpertOptions()
+        self.mesh = mesh
+        num_experts = len(self.widths)
+        if not 1 <= self.router_options.top_k <= num_experts:
+            raise ValueError(
+                f"top_k={self.router_options.top_k} must be between 1 and the number of experts, "
+                f"{num_experts}"
+            )
+        shards = 1 if mesh is None else mesh.shape[sharding.EXPERT]
+        self.placement = expert_placement.place_experts(self.widths, shards, self.options.placement)
 
-    def __call__(self, x_BLD, valid_BL):
-        routed = self._router()
-        experts = expert_weights.ExpertWeights(self.w_gate[...], self.w_up[...], self.w_down[...])
+        num_hidden = sum(self.widths)
+        # Weights are drawn in the order of the experts and stored in the order of the placement,
+        # so that the model is the same on every mesh.
+        order = np.array(expert_placement.hidden_unit_order(self.widths, self.placement))
+        w_gate = _draw_normal(rngs, (dim, num_hidden), dim**-0.5)
+        self.w_gate = nnx.Param(w_gate[:, order])
+        w_up = _draw_normal(rngs, (dim, num_hidden), dim**-0.5)
+        self.w_up = nnx.Param(w_up[:, order])
+        w_down = _draw_down_projection(rngs, self.widths, dim, num_layers)
+        self.w_down = nnx.Param(w_down[order])
+        self.router_gate = nnx.Param(_draw_normal(rngs, (dim, num_experts), dim**-0.5))
+        if self.router_options.gate_term == "learned":
+            noise = _draw_normal(rngs, (dim, num_experts), 0.1 * dim**-0.5)
+            self.router_noise = nnx.Param(noise)
+            self.router_noise_scale = nnx.Param(jnp.ones((num_experts,)))
+
+    def __call__(self, x_BLD: jax.Array, valid_BL: jax.Array | None = None) -> LayerOutput:
+        """Runs the layer.
+
+        Args:
+            valid_BL: False for padding, which is routed to no expert; None if there is none.
+        """
+        if valid_BL is None:
+            valid_BL = jnp.ones(x_BLD.shape[:2], bool)
+        router_weights = self._router_weights()
+        experts = ExpertWeights(self.w_gate[...], self.w_up[...], self.w_down[...])
         if self.mesh is None or self.mesh.size == 1:
-            return self._local(x_BLD, valid_BL, routed, experts, lambda sums: sums)
-        reduce = functools.partial(jax.lax.psum, axis_name=sharding.AXES)
-        rows, whole = sharding.partition_spec(("batch",)), PartitionSpec()
-        cut = expert_weights.ExpertWeights(
-            *(sharding.parameter_partition_spec(name, 2) for name in experts._fields)
+            return self._run_on_device(
+                x_BLD, valid_BL, router_weights, experts, reduce=lambda sums: sums
+            )
+        batch = sharding.partition_spec(("batch",))
+        replicated = PartitionSpec()
+        expert_specs = ExpertWeights(
+            *(sharding.parameter_partition_spec(name, rank=2) for name in experts._fields)
         )
-        return jax.shard_map(
-            functools.partial(self._local, reduce=reduce),
+        sum_over_mesh = functools.partial(jax.lax.psum, axis_name=sharding.AXES)
+        run = jax.shard_map(
+            functools.partial(self._run_on_device, reduce=sum_over_mesh),
             mesh=self.mesh,
-            in_specs=(rows, rows, whole, cut),
-            out_specs=(rows, whole, whole, whole),
+            in_specs=(batch, batch, replicated, expert_specs),
+            out_specs=LayerOutput(batch, replicated, replicated, replicated),
             check_vma=False,
-        )(x_BLD, valid_BL, routed, experts)
-
-    def choices(self, x_BLD):
-        """(gates_BLK, ids_BLK) of every token: the same as __call__'s, for looking at."""
-        logits_TE = router.gate_logits(x_BLD.reshape(-1, x_BLD.shape[-1]), self._router(), self.eps)
-        gates_and_ids = router.gates(
-            logits_TE, self.config.top_k, self.config.gate, sharding.chip_name(self.mesh)
         )
-        return tuple(a.reshape(*x_BLD.shape[:2], -1) for a in gates_and_ids)
+        return run(x_BLD, valid_BL, router_weights, experts)
 
-    def _router(self):
-        if self.config.gate_term == "learned":
-            return router.RouterWeights(
-                self.router_gate[...], self.router_noise[...], self.router_noise_scale[...]
-            )
-        return router.RouterWeights(self.router_gate[...])
+    def choose_experts(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns (gates_BLK, ids_BLK) of every token, the same as in __call__, for analysis."""
+        options = self.router_options
+        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        logits_TE = router.compute_logits(x_TD, self._router_weights(), options.norm_eps)
+        gates_TK, ids_TK = router.compute_gates(
+            logits_TE, options.top_k, options.gate, sharding.chip_name(self.mesh)
+        )
+        shape = (*x_BLD.shape[:2], options.top_k)
+        return gates_TK.reshape(shape), ids_TK.reshape(shape)
 
-    def _local(self, x_BLD, valid_BL, routed, experts, reduce):
-        """On one device: its tokens, all of the router, its share of the experts."""
-        x_TD, valid_T = x_BLD.reshape(-1, x_BLD.shape[-1]), valid_BL.reshape(-1)
-        routing = router.route(
-            x_TD, valid_T, routed, self.config, self.eps, sharding.chip_name(self.mesh), reduce
+    def _router_weights(self) -> router.RouterWeights:
+        if self.router_options.gate_term == "none":
+            return router.RouterWeights(self.router_gate[...])
+        return router.RouterWeights(
+            self.router_gate[...], self.router_noise[...], self.router_noise_scale[...]
         )
-        experts = self._whole_width(
-            expert_weights.ExpertWeights(*(w.astype(x_BLD.dtype) for w in experts))
-        )
+
+    def _run_on_device(
+        self,
+        x_BLD: jax.Array,
+        valid_BL: jax.Array,
+        router_weights: router.RouterWeights,
+        experts: ExpertWeights,
+        reduce: Callable,
+    ) -> LayerOutput:
+        """Runs the layer for the tokens of one device, with its shard of the experts."""
+        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        valid_T = valid_BL.reshape(-1)
+        chip = sharding.chip_name(self.mesh)
+        routing = router.route(x_TD, valid_T, router_weights, self.router_options, chip, reduce)
+        experts = self._all_gather_weights(experts, x_BLD.dtype)
         if len(self.placement.experts) == 1:
-            y_TD, dropped = self._experts(
-                x_TD, routing.gates_TK, routing.ids_TK, valid_T, experts, 0
+            y_TD, dropped = self._run_local_experts(
+                x_TD, routing.gates_TK, routing.ids_TK, valid_T, experts, shard=0
             )
-        elif self._sends_rows():
-            y_TD, dropped = self._sent(x_TD, routing, valid_T, experts)
+        elif self._uses_all_to_all():
+            y_TD, dropped = self._exchange_all_to_all(x_TD, routing, valid_T, experts)
         else:
-            y_TD, dropped = self._gathered(x_TD, routing, valid_T, experts)
+            y_TD, dropped = self._exchange_all_gather(x_TD, routing, valid_T, experts)
         statistics = routing.statistics._replace(dropped=reduce(dropped))
-        return y_TD.reshape(x_BLD.shape), routing.balance_loss, routing.z_loss, statistics
+        return LayerOutput(
+            y_TD.reshape(x_BLD.shape), routing.balance_loss, routing.z_loss, statistics
+        )
 
-    def _whole_width(self, experts):
-        """Weights gathered along the model width, in the products' type: half the bytes where that is bfloat16."""
+    def _all_gather_weights(self, experts: ExpertWeights, dtype: jnp.dtype) -> ExpertWeights:
+        """All-gathers the expert weights over the `fsdp` axis, along the model dimension.
+
+        They are cast to the compute dtype first, which halves the traffic in bfloat16.
+        """
+        experts = ExpertWeights(*(w.astype(dtype) for w in experts))
         if self.mesh is None or self.mesh.shape[sharding.FSDP] == 1:
             return experts
-        gather = functools.partial(jax.lax.all_gather, axis_name=sharding.FSDP, tiled=True)
-        return expert_weights.ExpertWeights(
-            *(gather(w, axis=a) for w, a in zip(experts, (0, 0, 1)))
+        all_gather = functools.partial(jax.lax.all_gather, axis_name=sharding.FSDP, tiled=True)
+        return ExpertWeights(
+            w_gate=all_gather(experts.w_gate, axis=0),
+            w_up=all_gather(experts.w_up, axis=0),
+            w_down=all_gather(experts.w_down, axis=1),
         )
 
-    def _sends_rows(self):
-        """moe.exchange, decided: by token vectors sent, 2 K (n - 1) / n against 2 (n - 1)."""
-        c = self.config
-        able = c.placement == "pairs" and not c.capacity_factor and self._native()
-        return c.exchange == "all_to_all" or (
-            c.exchange == "auto" and able and c.top_k < len(self.placement.experts)
-        )
+    def _uses_all_to_all(self) -> bool:
+        """Decides between the two exchanges.
 
-    def _native(self):
+        On n shards, an all-to-all sends 2 K (n - 1) / n token vectors per token, and an all-gather
+        with a reduce-scatter sends 2 (n - 1). "auto" takes the cheaper one of those that can run:
+        an all-to-all needs whole experts, no capacity and a native collective.
+        """
+        if self.options.exchange != "auto":
+            return self.options.exchange == "all_to_all"
+        has_whole_experts = self.options.placement == "pairs"
+        is_dropless = not self.options.capacity_factor
+        is_cheaper = self.router_options.top_k < len(self.placement.experts)
+        return has_whole_experts and is_dropless and self._has_native_all_to_all() and is_cheaper
+
+    def _has_native_all_to_all(self) -> bool:
         return self.mesh.devices.flat[0].platform in ("tpu", "gpu")
 
-    def _sent(self, x_TD, routing, valid_T, experts):
-        """Every routed row to its expert's shard, and back (exchange.py)."""
-        shards, slots = len(self.placement.experts), self.placement.slots
-        plan = dispatch.plan_dispatch(
-            _global_slots(self.placement)[routing.ids_TK], valid_T, shards * slots
-        )
-        there, back, rows_S = exchange.plan_sends(
+    def _exchange_all_to_all(
+        self,
+        x_TD: jax.Array,
+        routing: router.Routing,
+        valid_T: jax.Array,
+        experts: ExpertWeights,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sends every routed token to the shard of its expert, and the result back.
+
+        Returns (y_TD, number of dropped tokens).
+        """
+        shards = len(self.placement.experts)
+        slots = self.placement.slots
+        is_native = self._has_native_all_to_all()
+        slot_ids_TK = _global_slots(self.placement)[routing.ids_TK]
+        plan = dispatch.plan_dispatch(slot_ids_TK, valid_T, shards * slots)
+        outbound, inbound, rows_S = exchange.plan_sends(
             plan.rows_E.reshape(shards, slots), sharding.EXPERT
         )
         x_RD = dispatch.dispatch(x_TD, plan)
-        room = shards * x_TD.shape[0] * min(self.config.top_k, slots)
-        x_ND = exchange.send(x_RD, there, back, room, sharding.EXPERT, self._native())
-        y_ND = self._products(x_ND, rows_S, experts, jax.lax.axis_index(sharding.EXPERT))
-        y_RD = exchange.send(y_ND, back, there, x_RD.shape[0], sharding.EXPERT, self._native())
+        # Each token of every shard can come here once for each of its experts on this shard.
+        max_rows = shards * x_TD.shape[0] * min(self.router_options.top_k, slots)
+        x_ND = exchange.send(x_RD, outbound, inbound, max_rows, sharding.EXPERT, is_native)
+        shard = jax.lax.axis_index(sharding.EXPERT)
+        y_ND = self._expert_ffn(x_ND, rows_S, experts, shard)
+        y_RD = exchange.send(y_ND, inbound, outbound, x_RD.shape[0], sharding.EXPERT, is_native)
         return dispatch.combine(y_RD, routing.gates_TK, plan), plan.dropped
 
-    def _gathered(self, x_TD, routing, valid_T, experts):
-        """Every shard sees the tokens of all (gather), runs its experts over those that chose them, and the parts of a
-        token's sum are added up where it came from (reduce-scatter): 2 (n - 1) token vectors a token, any routing."""
-        gather = functools.partial(jax.lax.all_gather, axis_name=sharding.EXPERT, tiled=True)
+    def _exchange_all_gather(
+        self,
+        x_TD: jax.Array,
+        routing: router.Routing,
+        valid_T: jax.Array,
+        experts: ExpertWeights,
+    ) -> tuple[jax.Array, jax.Array]:
+        """All-gathers the tokens, runs the experts of this shard, and reduce-scatters the sums.
+
+        It sends 2 (n - 1) token vectors per token on n shards, whatever the routing. Returns
+        (y_TD, number of dropped tokens).
+        """
+        all_gather = functools.partial(jax.lax.all_gather, axis_name=sharding.EXPERT, tiled=True)
         shard = jax.lax.axis_index(sharding.EXPERT)
-        ids_TK = _local_slots(self.placement)[shard][gather(routing.ids_TK)]
-        y_TD, dropped = self._experts(
-            gather(x_TD), gather(routing.gates_TK), ids_TK, gather(valid_T), experts, shard
+        slot_ids_TK = _local_slots(self.placement)[shard][all_gather(routing.ids_TK)]
+        y_TD, dropped = self._run_local_experts(
+            all_gather(x_TD),
+            all_gather(routing.gates_TK),
+            slot_ids_TK,
+            all_gather(valid_T),
+            experts,
+            shard,
         )
-        if self.config.placement == "columns":  # every shard has seen the same drops
+        if self.options.placement == "columns":
+            # Every shard has a slice of every expert, so all of them counted the same drops.
             dropped = jnp.where(shard == 0, dropped, 0)
         return jax.lax.psum_scatter(y_TD, sharding.EXPERT, tiled=True), dropped
 
-    def _experts(self, x_TD, gates_TK, ids_TK, valid_T, experts, shard):
-        """(y_TD, dropped rows): the gated sum over the shard's experts. ids_TK are places on the shard."""
-        limit = dispatch.capacity(
-            x_TD.shape[0], len(self.widths), self.config.top_k, self.config.capacity_factor
+    def _run_local_experts(
+        self,
+        x_TD: jax.Array,
+        gates_TK: jax.Array,
+        slot_ids_TK: jax.Array,
+        valid_T: jax.Array,
+        experts: ExpertWeights,
+        shard: jax.Array | int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns (sum over the shard's experts of gate * output [T, D], dropped tokens).
+
+        Args:
+            slot_ids_TK: the chosen experts as slots of this shard; placement.slots for others.
+        """
+        capacity = dispatch.expert_capacity(
+            tokens=x_TD.shape[0],
+            num_experts=len(self.widths),
+            top_k=self.router_options.top_k,
+            factor=self.options.capacity_factor,
         )
-        plan = dispatch.plan_dispatch(ids_TK, valid_T, self.placement.slots, limit)
-        y_ND = self._products(dispatch.dispatch(x_TD, plan), plan.rows_E, experts, shard)
+        plan = dispatch.plan_dispatch(slot_ids_TK, valid_T, self.placement.slots, capacity)
+        x_ND = dispatch.dispatch(x_TD, plan)
+        y_ND = self._expert_ffn(x_ND, plan.rows_E, experts, shard)
         return dispatch.combine(y_ND, gates_TK, plan), plan.dropped
 
-    def _products(self, x_ND, rows_E, experts, shard):
-        blocks = blocked.Blocks(
-            self.config.block_rows, self.config.tail_rows, self.config.saved_activations
-        )
+    def _expert_ffn(
+        self, x_ND: jax.Array, rows_E: jax.Array, experts: ExpertWeights, shard: jax.Array | int
+    ) -> jax.Array:
         return select.expert_ffn(
             x_ND,
             rows_E,
             experts,
             self.placement,
-            self.config.backend,
-            blocks,
+            self.options.backend,
+            self.options.blocks,
             sharding.chip_name(self.mesh),
             shard,
         )
 
 
-def _global_slots(placement):
-    """Slot of every expert over all shards, int32 [E]: shard * placement.slots + its place there."""
-    table = np.zeros(placement.num_experts, np.int32)
+def _global_slots(placement: expert_placement.Placement) -> jax.Array:
+    """Returns the slot of every expert over all shards, int32 [E].
+
+    It is shard * placement.slots plus the expert's position on its shard.
+    """
+    slot_E = np.zeros(placement.num_experts, np.int32)
     for shard, experts in enumerate(placement.experts):
-        table[list(experts)] = shard * placement.slots + np.arange(len(experts))
-    return jnp.asarray(table)
+        slot_E[list(experts)] = shard * placement.slots + np.arange(len(experts))
+    return jnp.asarray(slot_E)
 
 
-def _local_slots(placement):
-    """Place of every expert on every shard, int32 [shards, E]; placement.slots where it is not there."""
-    table = np.full((len(placement.experts), placement.num_experts), placement.slots, np.int32)
+def _local_slots(placement: expert_placement.Placement) -> jax.Array:
+    """Returns the position of every expert on every shard, int32 [shards, E].
+
+    The entry is placement.slots if the expert is not on the shard.
+    """
+    shape = (len(placement.experts), placement.num_experts)
+    slots = np.full(shape, placement.slots, np.int32)
     for shard, experts in enumerate(placement.experts):
-        table[shard, list(experts)] = np.arange(len(experts))
-    return jnp.asarray(table)
+        slots[shard, list(experts)] = np.arange(len(experts))
+    return jnp.asarray(slots)
 
 
-def _normal(rngs, shape, std):
+def _draw_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
+    """Returns normal numbers truncated at 3 standard deviations, float32."""
     return std * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)
 
 
-def _down_projection(normal, widths, dim, num_layers):
-    """std 1/sqrt(h_e) for expert e, so that wide and narrow experts start with the same output variance (the paper does
-    not say; with one std for all, a wide expert speaks louder by its width), over sqrt(2 * layers) for the residual."""
-    std_H1 = jnp.repeat(
-        jnp.asarray([w**-0.5 for w in widths]), jnp.asarray(widths), total_repeat_length=sum(widths)
-    )[:, None]
-    return normal((sum(widths), dim), 1.0) * std_H1 / (2 * num_layers) ** 0.5
+def _draw_down_projection(
+    rngs: nnx.Rngs, widths: Sequence[int], dim: int, num_layers: int
+) -> jax.Array:
+    """Returns the initial w_down [H, D].
+
+    Expert e has standard deviation 1 / sqrt(width of e), over sqrt(2 * num_layers). The paper does
+    not specify the initialization. With one standard deviation for all experts, the output
+    variance would grow with the expert's width.
+    """
+    num_hidden = sum(widths)
+    std_H = jnp.repeat(
+        jnp.asarray([w**-0.5 for w in widths]),
+        jnp.asarray(widths),
+        total_repeat_length=num_hidden,
+    )
+    normal_HD = _draw_normal(rngs, (num_hidden, dim), 1.0)
+    return normal_HD * std_H[:, None] / (2 * num_layers) ** 0.5

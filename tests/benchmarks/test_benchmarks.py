@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import evaluate, expert_ffn, scaling, timing, train_step
 from modse_jax.config.options import MeshConfig
-from modse_jax.moe.experts.blocked import Blocks
+from modse_jax.moe.experts.block_sizes import Blocks
 from tests.helpers.configs import tiny_config
 
 

@@ -30,7 +30,7 @@ def test_rows_are_sorted_by_expert_stably_and_ownerless_rows_come_last():
 def test_sort_key_and_argsort_agree_where_the_key_would_overflow():
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 7, 1000), jnp.int32)
     np.testing.assert_array_equal(
-        dispatch._stable_argsort(ids, 7), dispatch._stable_argsort(ids, 2**30)
+        dispatch.stable_argsort(ids, 7), dispatch.stable_argsort(ids, 2**30)
     )
 
 
@@ -49,8 +49,8 @@ def test_capacity_keeps_first_choices_of_early_tokens_and_counts_the_rest():
 
 
 def test_capacity_rounds_up_and_zero_is_dropless():
-    assert dispatch.capacity(100, 8, 2, 1.25) == 32
-    assert dispatch.capacity(100, 8, 2, 0.0) == 0
+    assert dispatch.expert_capacity(100, 8, 2, 1.25) == 32
+    assert dispatch.expert_capacity(100, 8, 2, 0.0) == 0
 
 
 def test_dispatch_and_combine_equal_a_loop_with_gradients():

@@ -78,7 +78,7 @@ def test_gradients_go_back_the_same_way():
     def gradient(x_R1, dy, rows_nS, plain):
         there, back, _ = exchange.plan_sends(rows_nS[0], "x")
         function = (
-            functools.partial(exchange._reference, rows=N * R, moves=there, axis="x")
+            functools.partial(exchange.send_by_all_gather, rows=N * R, plan=there, axis="x")
             if plain
             else lambda x: exchange.send(x, there, back, N * R, "x", False)
         )

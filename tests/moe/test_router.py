@@ -1,6 +1,5 @@
 """Gates, ids and losses of every router, against a float64 loop; padding counts for nothing."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modse_jax.config.options import GATE_TERMS, GATES, MoEConfig
+from modse_jax.model import transformer
 from modse_jax.moe import router
-from modse_jax.moe.layer import MoELayer
+from modse_jax.moe.layer_options import GATE_TERMS, GATES, RouterOptions
 from tests.helpers import numpy_reference
 from tests.helpers.configs import tiny_config
 
@@ -21,7 +20,7 @@ WIDTHS = (20, 4, 12, 12)
 def make_layer(rng, **moe):
     """(numpy weights in float64, jitted function of (weights, x, valid) -> y, balance, z, statistics)."""
     config = tiny_config(moe=moe)
-    graph, state = nnx.split(MoELayer(config, None, nnx.Rngs(0)))
+    graph, state = nnx.split(transformer.build_moe_layer(config, None, nnx.Rngs(0)))
     weights = nnx.to_pure_dict(state)
     weights = {k: rng.normal(size=v.shape) / 2 for k, v in weights.items()}
 
@@ -84,11 +83,14 @@ def test_layer_equals_the_numpy_loop(gate, term, top_k, count, backend):
 def test_renormalised_softmax_is_the_papers_gate():
     logits = jax.random.normal(jax.random.key(0), (50, 8))
     a, b = (
-        router.gates(logits, 3, g, "cpu")[0]
+        router.compute_gates(logits, 3, g, "cpu")[0]
         for g in ("top_k_softmax", "softmax_top_k_renormalised")
     )
     np.testing.assert_allclose(a, b, atol=1e-6)
-    assert float(jnp.max(jnp.abs(router.gates(logits, 3, "softmax_top_k", "cpu")[0] - a))) > 0.01
+    assert (
+        float(jnp.max(jnp.abs(router.compute_gates(logits, 3, "softmax_top_k", "cpu")[0] - a)))
+        > 0.01
+    )
 
 
 def test_balance_loss_is_k_at_balance_and_larger_elsewhere():
@@ -133,14 +135,13 @@ def test_padding_counts_for_nothing():
 
 def test_losses_of_a_sharded_batch_are_the_whole_batchs():
     """`reduce` sums over devices: two halves reduced together give the losses of the whole."""
-    config = dataclasses.replace(MoEConfig(), num_experts=4)
     weights = router.RouterWeights(jax.random.normal(jax.random.key(1), (16, 4)))
     x_TD, valid_T = jax.random.normal(jax.random.key(0), (24, 16)), jnp.arange(24) % 5 > 0
-    whole = jax.jit(lambda x, v: router.route(x, v, weights, config, 1e-5, "cpu"))(x_TD, valid_T)
+    whole = jax.jit(lambda x, v: router.route(x, v, weights, RouterOptions(), "cpu"))(x_TD, valid_T)
     reduce = functools.partial(jax.lax.psum, axis_name="i")
     halves = jax.jit(
         jax.vmap(
-            lambda x, v: router.route(x, v, weights, config, 1e-5, "cpu", reduce), axis_name="i"
+            lambda x, v: router.route(x, v, weights, RouterOptions(), "cpu", reduce), axis_name="i"
         )
     )(x_TD.reshape(2, 12, 16), valid_T.reshape(2, 12))
     np.testing.assert_allclose(halves.balance_loss, np.full(2, whole.balance_loss), rtol=1e-6)
@@ -150,13 +151,12 @@ def test_losses_of_a_sharded_batch_are_the_whole_batchs():
 
 def test_descending_the_balance_loss_balances():
     """From a router that sends almost everything to expert 0."""
-    config = dataclasses.replace(MoEConfig(), num_experts=4)
     x_TD = jax.random.normal(jax.random.key(0), (200, 8)).at[:, 0].set(1)
     start = (0.3 * jax.random.normal(jax.random.key(1), (8, 4))).at[0, 0].set(3)
     valid_T = jnp.ones((200,), bool)
 
     def routed(w):
-        return router.route(x_TD, valid_T, router.RouterWeights(w), config, 1e-5, "cpu")
+        return router.route(x_TD, valid_T, router.RouterWeights(w), RouterOptions(), "cpu")
 
     @jax.jit
     def descend(w):

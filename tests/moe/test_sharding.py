@@ -12,10 +12,9 @@ from flax import nnx
 
 from modse_jax.config import device_mesh
 from modse_jax.errors import UserError
-from modse_jax.model import kernel_selection
+from modse_jax.model import kernel_selection, transformer
 from modse_jax.moe import expert_placement
 from modse_jax.moe.experts import select
-from modse_jax.moe.layer import MoELayer
 from modse_jax.planning.hlo_collectives import collectives
 from modse_jax.runtime import sharding
 from modse_jax.training import checkpointing, train_step
@@ -154,7 +153,7 @@ def test_capacity_drops_are_counted_once(placement):
 
     def layer(mesh):
         def f(x, valid):
-            return MoELayer(config, mesh, nnx.Rngs(0))(x, valid)
+            return transformer.build_moe_layer(config, mesh, nnx.Rngs(0))(x, valid)
 
         y, *_, statistics = jax.jit(f)(x, valid)
         return y, statistics.dropped
@@ -175,7 +174,7 @@ def test_the_balance_loss_is_of_the_batch_or_the_mean_over_devices(scope):
     valid = valid.at[0].set(False)
 
     def loss(x, valid, mesh):
-        return MoELayer(config, mesh, nnx.Rngs(0))(x, valid)[1]
+        return transformer.build_moe_layer(config, mesh, nnx.Rngs(0))(x, valid)[1]
 
     def expected(x):
         parts = (

@@ -28,15 +28,6 @@ from modse_jax.runtime import chips
 SIXTEENTHS = (8, 12, 14, 15, 16, 17, 18, 20, 24)
 
 
-class Blocks(NamedTuple):
-    """How the work is cut: the largest and the smallest block of rows. saved: activations kept for the backward pass,
-    over those of rows spread evenly; 0: none."""
-
-    body: int
-    tail: int
-    saved: float = 0.0
-
-
 class _Sizes(NamedTuple):
     """Rows of a block: of an expert's only one, in rising order, or none; and of several, in falling order."""
 

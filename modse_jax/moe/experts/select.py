@@ -14,7 +14,8 @@ import numpy as np
 
 from modse_jax.moe import expert_placement
 from modse_jax.moe.experts import chunks, hidden_unit_padding, pallas_gpu, pallas_tpu, pallas_triton
-from modse_jax.moe.experts.blocked import Blocks, blocked
+from modse_jax.moe.experts.block_sizes import Blocks
+from modse_jax.moe.experts.blocked import blocked
 from modse_jax.moe.experts.expert_weights import ExpertWeights
 from modse_jax.moe.experts.reference_ffn import reference
 

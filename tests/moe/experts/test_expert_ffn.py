@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from modse_jax.moe import expert_placement, expert_widths
-from modse_jax.moe.experts import blocked, expert_weights, select
+from modse_jax.moe.experts import block_sizes, blocked, expert_weights, select
 from tests.helpers import numpy_reference
 
 D = 6
@@ -62,7 +62,7 @@ def value_and_grads(x, rows, w, dy, widths, backend, saved=0.0, chip="cpu"):
             expert_weights.ExpertWeights(**w),
             expert_placement.place_experts(widths, 1, "pairs"),
             backend,
-            blocked.Blocks(8, 4, saved),
+            block_sizes.Blocks(8, 4, saved),
             chip,
         )
 
@@ -132,7 +132,7 @@ def test_nothing_empty_is_kept_for_the_backward_pass(saved):
             expert_weights.ExpertWeights(**w),
             expert_placement.place_experts(widths, 1, "pairs"),
             "blocked",
-            blocked.Blocks(8, 4, saved),
+            block_sizes.Blocks(8, 4, saved),
             "cpu",
         ),
         jnp.asarray(x, jnp.float32),
@@ -161,7 +161,7 @@ def test_shards_of_unlike_experts_run_one_program(kind, shards, saved):
     @functools.partial(jax.jit, static_argnums=1)
     def run(shard, backend, rows):
         def f(x, w):
-            blocks = blocked.Blocks(8, 4, saved)
+            blocks = block_sizes.Blocks(8, 4, saved)
             return select.expert_ffn(
                 x, rows, expert_weights.ExpertWeights(**w), placement, backend, blocks, "cpu", shard
             )
@@ -254,7 +254,7 @@ def test_saved_activations_fit_however_many_rows_there_are():
     few = expert._replace(rows=jnp.int32(5))
     fits, here, after = blocked._saved_place(size, placement, sizes, few, jnp.int32(100))
     assert fits and int(here) == 100 and int(after) == 100 + 2 * 2**12 * (4 + 4)
-    assert blocked._saved_size(blocked.Blocks(8, 4, 1.0), 2**20, placement, sizes) == 2**31 - 1
+    assert blocked._saved_size(block_sizes.Blocks(8, 4, 1.0), 2**20, placement, sizes) == 2**31 - 1
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -282,7 +282,7 @@ def test_only_blocks_and_several(body, tail, saved, total, experts):
     """Around every size of an expert's only block: one row less, as many, one more; few rows, all rows, none. What is
     kept of one expert must not reach into the next one's."""
     widths = (5, 3, 5)[:experts]
-    sizes = blocked._sizes(blocked.Blocks(body, tail, saved), total, experts, "cpu")
+    sizes = blocked._sizes(block_sizes.Blocks(body, tail, saved), total, experts, "cpu")
     assert sizes.only or body == 100
     rng = np.random.default_rng(0)
     w = {
@@ -303,18 +303,18 @@ def test_only_blocks_and_several(body, tail, saved, total, experts):
             jnp.asarray(rng.normal(size=(total, D)), jnp.float32).at[sum(rows) :].set(jnp.nan)
             for _ in range(2)
         )
-        got = in_blocks(x, jnp.asarray(rows), w, dy, widths, blocked.Blocks(body, tail, saved))
+        got = in_blocks(x, jnp.asarray(rows), w, dy, widths, block_sizes.Blocks(body, tail, saved))
         want = value_and_grads(x, jnp.asarray(rows), w, dy, widths, "reference")
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
             np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))
 
 
 def test_blocks_are_for_even_shares_that_a_block_can_hold():
-    few, many = (blocked._sizes(blocked.Blocks(1024, 64), n, 8, "cpu") for n in (8192, 131072))
+    few, many = (blocked._sizes(block_sizes.Blocks(1024, 64), n, 8, "cpu") for n in (8192, 131072))
     assert few.only[0] == 512 and few.only[-1] == 1536 and few.several == (1024, 512, 128)
     assert many.only == () and many.several == (1024, 512, 128)
-    assert blocked._sizes(blocked.Blocks(1024, 64), 2, 8, "cpu") == ((), (2,))  # decoding
-    assert blocked._sizes(blocked.Blocks(1024, 64), 8192, 8, "h100") == (
+    assert blocked._sizes(block_sizes.Blocks(1024, 64), 2, 8, "cpu") == ((), (2,))  # decoding
+    assert blocked._sizes(block_sizes.Blocks(1024, 64), 8192, 8, "h100") == (
         (),
         few.several,
     )  # a loop costs more
@@ -363,7 +363,7 @@ def test_weights_are_sliced_where_there_are_rows(compiled_with_care):
             expert_weights.ExpertWeights(*w),
             placement,
             "blocked",
-            blocked.Blocks(8, 4),
+            block_sizes.Blocks(8, 4),
             "cpu",
         )
 
@@ -390,7 +390,7 @@ def test_a_thousand_experts_trace_as_few_loops():
                 expert_weights.ExpertWeights(*w),
                 placement,
                 "blocked",
-                blocked.Blocks(64, 8),
+                block_sizes.Blocks(64, 8),
                 "cpu",
             )
 
@@ -409,7 +409,7 @@ def test_widths_that_do_not_fit_the_weights_are_refused():
             w,
             expert_placement.place_experts((4, 5), 1, "pairs"),
             "blocked",
-            blocked.Blocks(8, 4),
+            block_sizes.Blocks(8, 4),
             "cpu",
         )
 

@@ -1,0 +1,73 @@
+"""The options of a mixture-of-experts layer, independent of any training config."""
+
+import dataclasses
+
+from modse_jax.moe.experts.block_sizes import DEFAULT_BLOCKS, Blocks
+
+GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalised")
+GATE_TERMS = ("none", "learned")
+BALANCE_LOSS_COUNTS = ("top_k", "argmax")
+BALANCE_LOSS_SCOPES = ("batch", "device")
+BACKENDS = ("auto", "reference", "blocked", "pallas_tpu", "pallas_gpu", "pallas_triton")
+PLACEMENTS = ("pairs", "columns")
+EXCHANGES = ("auto", "gather", "all_to_all")
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterOptions:
+    """How tokens are routed.
+
+    Attributes:
+        top_k: experts per token, K.
+        gate: how the gates (the weights of the chosen experts) are computed; see router.compute_gates.
+        gate_term: "learned" adds RMSNorm(Softplus(x W_n)) to the logits (MoDSE, Eq. 3).
+        balance_loss_count: the choices that the load-balancing loss counts; see router.balance_loss.
+        balance_loss_scope: the tokens that the load-balancing loss is computed over: the whole
+            batch, or those of each device, averaged over the devices by their number of tokens.
+        norm_eps: epsilon of the RMSNorm in the learned term.
+    """
+
+    top_k: int = 2
+    gate: str = "top_k_softmax"
+    gate_term: str = "none"
+    balance_loss_count: str = "top_k"
+    balance_loss_scope: str = "batch"
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _check_choice("gate", self.gate, GATES)
+        _check_choice("gate_term", self.gate_term, GATE_TERMS)
+        _check_choice("balance_loss_count", self.balance_loss_count, BALANCE_LOSS_COUNTS)
+        _check_choice("balance_loss_scope", self.balance_loss_scope, BALANCE_LOSS_SCOPES)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertOptions:
+    """How the experts are computed.
+
+    Attributes:
+        backend: the implementation of the grouped expert FFN; see experts.select.select_backend.
+        placement: how experts are sharded over the `expert` axis of a mesh: "pairs" gives whole
+            experts to every device, "columns" a slice of every expert's hidden units.
+        exchange: how tokens reach the experts of other devices: "gather" (all-gather and
+            reduce-scatter) or "all_to_all"; "auto" chooses the one that sends fewer bytes.
+        capacity_factor: the largest number of tokens of an expert, relative to an even share;
+            0 means that no token is dropped.
+        blocks: block sizes of the `blocked` backend.
+    """
+
+    backend: str = "auto"
+    placement: str = "pairs"
+    exchange: str = "auto"
+    capacity_factor: float = 0.0
+    blocks: Blocks = DEFAULT_BLOCKS
+
+    def __post_init__(self) -> None:
+        _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("placement", self.placement, PLACEMENTS)
+        _check_choice("exchange", self.exchange, EXCHANGES)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")

@@ -1,0 +1,76 @@
+"""The layer alone, as somebody else's code uses it."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import modse_jax
+from modse_jax import ExpertOptions, MoELayer, RouterOptions
+
+WIDTHS = (300, 100, 200, 200)
+
+
+def run_layer(mesh: jax.sharding.Mesh | None) -> tuple[jax.Array, dict]:
+    """Returns the loss and the gradients of a layer."""
+    layer = MoELayer(64, WIDTHS, RouterOptions(top_k=2), mesh=mesh, rngs=nnx.Rngs(0))
+    x_BLD = jax.random.normal(jax.random.key(1), (8, 5, 64))
+
+    @nnx.jit
+    def loss_and_gradients(layer: MoELayer, x_BLD: jax.Array) -> tuple[jax.Array, nnx.State]:
+        def loss(layer: MoELayer) -> jax.Array:
+            out = layer(x_BLD)
+            return jnp.sum(out.y_BLD**2) + 0.01 * out.balance_loss + 0.001 * out.z_loss
+
+        return nnx.value_and_grad(loss)(layer)
+
+    value, gradients = loss_and_gradients(layer, x_BLD)
+    return value, nnx.to_pure_dict(gradients)
+
+
+def test_a_layer_alone_gives_the_same_loss_and_gradients_on_a_mesh():
+    value, gradients = run_layer(None)
+    assert gradients["w_gate"].shape == (64, sum(WIDTHS))
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradients))
+    mesh = modse_jax.make_mesh(jax.devices()[:4], (2, 1, 2))
+    sharded_value, sharded_gradients = run_layer(mesh)
+    np.testing.assert_allclose(sharded_value, value, rtol=1e-5)
+    # 300 and 100 are on one shard, 200 and 200 on the other: the stored order is the same.
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(sharded_gradients[name], gradient, rtol=1e-3, atol=1e-3)
+
+
+def test_padding_tokens_are_routed_to_no_expert():
+    layer = MoELayer(16, (8, 24), rngs=nnx.Rngs(0))
+    valid_BL = jnp.array([[True, True, False]])
+    out = layer(jnp.full((1, 3, 16), jnp.nan).at[:, :2].set(1.0), valid_BL)
+    assert int(out.statistics.tokens) == 2 and not np.asarray(out.y_BLD[0, 2]).any()
+    assert np.isfinite(np.asarray(out.y_BLD)).all()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: RouterOptions(gate="softmax"), "gate='softmax' is unknown; choose one of"),
+        (lambda: ExpertOptions(backend="cuda"), "backend='cuda' is unknown; choose one of"),
+        (lambda: MoELayer(16, (8, 0), rngs=nnx.Rngs(0)), "expert 1 has width 0"),
+        (
+            lambda: MoELayer(16, (8, 8), RouterOptions(top_k=3), rngs=nnx.Rngs(0)),
+            "top_k=3 must be between 1 and the number of experts, 2",
+        ),
+    ],
+)
+def test_wrong_options_are_reported_with_the_choices(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_every_public_name_exists_and_the_package_imports_without_jax():
+    for name in modse_jax.__all__:
+        assert getattr(modse_jax, name) is not None
+    code = "import sys, modse_jax; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
