@@ -27,7 +27,7 @@ from absl import logging
 from modse_jax.config.loading import from_dict
 from modse_jax.data import loader
 from modse_jax.errors import UserError
-from modse_jax.runtime import integrity
+from modse_jax.runtime import files, integrity
 from modse_jax.training import metrics, train_step
 from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
 
@@ -97,7 +97,7 @@ def damages(
     """(what, file, f) for every kind of damage to every file of a step; f(copy of the step) does it. older: another
     step, whose files and manifest take the place of this one's."""
     cases = []
-    for name, file in integrity.files(step).items():
+    for name, file in files.list_files(step).items():
         kinds = {
             "deleted": _delete,
             "link": _link,
@@ -126,7 +126,7 @@ def data_flips(directory: pathlib.Path, count: int, rng: random.Random) -> int:
     """How many of `count` bit flips in a prepared dataset, one after another, are refused when it is opened."""
     refused = 0
     for _ in range(count):
-        file = rng.choice([f for f in integrity.files(directory).values() if f.stat().st_size])
+        file = rng.choice([f for f in files.list_files(directory).values() if f.stat().st_size])
         before = file.read_bytes()
         flip(file, rng)
         try:
@@ -186,7 +186,10 @@ def start(
         f"--workdir={root / name}",
         *(f"--config.{k}={v}" for k, v in values.items()),
     ]
-    script = f"import sys; sys.argv[0] = 'train.py'\n{code}\nimport train; train.command_line.run(train.main)"
+    script = (
+        f"import sys; sys.argv[0] = 'train.py'\n{code}\n"
+        "from modse_jax.cli import train_command; train_command.run()"
+    )
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

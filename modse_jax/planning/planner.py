@@ -24,7 +24,7 @@ from modse_jax.errors import UserError
 from modse_jax.model import accounting, kernel_selection
 from modse_jax.moe import expert_placement
 from modse_jax.planning import hlo_collectives
-from modse_jax.runtime import chips, sharding
+from modse_jax.runtime import chips, memory_usage, sharding
 from modse_jax.training import train_step
 
 KNOWN = (
@@ -120,19 +120,15 @@ def plan(config: Config, name: str) -> dict:
     if compiled is None:
         row.update(fits=False, peak_bytes_per_device=needed)
         return row
-    memory = compiled.memory_analysis()
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    peak = memory_usage.peak_bytes(compiled)
     sent = hlo_collectives.bytes_by_kind(hlo_collectives.collectives(text))
     capacity = (
-        chips.CHIPS[chip].gigabytes * 2**30 if chip in chips.CHIPS else _host_memory() / mesh.size
+        chips.CHIPS[chip].gigabytes * 2**30
+        if chip in chips.CHIPS
+        else memory_usage.host_memory_bytes() / mesh.size
     )
     row.update(
-        activation_bytes_per_device=memory.temp_size_in_bytes,
+        activation_bytes_per_device=compiled.memory_analysis().temp_size_in_bytes,
         peak_bytes_per_device=peak,
         fits=bool(peak <= capacity),
         collective_bytes_by_kind=sent,
@@ -276,7 +272,3 @@ def _roofline(config, chip, row, sent):
     }
     bound = max(seconds, key=seconds.get)
     return {"roofline_step_seconds": seconds[bound], "roofline_bound_by": bound}
-
-
-def _host_memory():
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

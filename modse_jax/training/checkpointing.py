@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from modse_jax.errors import RunError, UserError
-from modse_jax.runtime import integrity, processes, sharding
+from modse_jax.runtime import files, integrity, processes, sharding
 from modse_jax.training.train_step import State
 
 FORMAT, TRASH, QUARANTINE, REWOUND, UNFINISHED = (
@@ -132,7 +132,7 @@ class Checkpoints:
         return Found(0, {}, [])
 
     def meta(self, step: int) -> dict:
-        meta = integrity.read_json(self.path(step) / "meta" / "metadata")
+        meta = files.read_json(self.path(step) / "meta" / "metadata")
         if meta.get("format") != FORMAT:
             raise UserError(
                 f"checkpoint {step} has format {meta.get('format')}, this code reads {FORMAT}; evaluate it "
@@ -178,7 +178,7 @@ class Checkpoints:
                 said.append(
                     f"checkpoint {step} is past the rewind; set aside as {self._set_aside(step, REWOUND)}"
                 )
-        processes.wait()
+        processes.wait_for_all()
         self._manager.reload()
         return said
 
@@ -243,7 +243,7 @@ class Checkpoints:
             self._failed(error)
         self._saving = 0
         if processes.is_main_process():
-            integrity.sync(self._directory)  # the rename that made the step appear
+            files.flush_to_disk(self._directory)  # the rename that made the step appear
             self._prune()
 
     def settle(self) -> None:
@@ -308,14 +308,14 @@ class Checkpoints:
             (self._directory / TRASH).mkdir(exist_ok=True)
             for step in old:
                 os.rename(self.path(step), self._directory / TRASH / self.path(step).name)
-            integrity.sync(self._directory)
+            files.flush_to_disk(self._directory)
         shutil.rmtree(self._directory / TRASH, ignore_errors=True)
 
     def _set_aside(self, step, folder):
         target = self._directory / folder / f"{self.path(step).name}.{time.time_ns()}"
         target.parent.mkdir(exist_ok=True)
         os.rename(self.path(step), target)
-        integrity.sync(self._directory)
+        files.flush_to_disk(self._directory)
         return f"{folder}/{target.name}"
 
 
