@@ -444,7 +444,7 @@ def meshes(root: pathlib.Path) -> dict:
 
 def cost(root: pathlib.Path) -> dict:
     """Seconds of a step, with and without a checkpoint's hashes and fingerprints, of a model of 25 MB."""
-    from modse_jax.training import checkpointing
+    from modse_jax.training import state_arrays
 
     wide = json.loads((root / "straight" / "config.json").read_text())
     wide["model"] |= {"dim": 256, "num_heads": 4, "vocab_size": 4096}
@@ -453,12 +453,19 @@ def cost(root: pathlib.Path) -> dict:
     state = jax.jit(lambda: train_step.init_state(config))()
     size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
     blocking, whole = {"checked": [], "plain": []}, {"checked": [], "plain": []}
-    seal, prints, finite = integrity.seal, checkpointing.fingerprints, checkpointing.all_finite
+    seal, prints, finite = (
+        integrity.seal,
+        state_arrays.compute_fingerprints,
+        state_arrays.all_finite,
+    )
     for repeat in range(7):
         for kind in ("plain", "checked"):
             if kind == "plain":
-                integrity.seal, checkpointing.fingerprints = (lambda *a: None), (lambda s: {})
-                checkpointing.all_finite = lambda s: True
+                integrity.seal, state_arrays.compute_fingerprints = (
+                    (lambda *a: None),
+                    (lambda s: {}),
+                )
+                state_arrays.all_finite = lambda s: True
             checkpoints = Checkpoints(root / f"cost-{kind}", 2)
             jax.block_until_ready(state)
             begin = time.perf_counter()
@@ -469,7 +476,7 @@ def cost(root: pathlib.Path) -> dict:
             checkpoints._prune = lambda: None
             checkpoints.close()
             whole[kind].append(time.perf_counter() - begin)
-            integrity.seal, checkpointing.fingerprints, checkpointing.all_finite = (
+            integrity.seal, state_arrays.compute_fingerprints, state_arrays.all_finite = (
                 seal,
                 prints,
                 finite,

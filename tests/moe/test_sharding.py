@@ -18,7 +18,7 @@ from modse_jax.moe.experts import select
 from modse_jax.moe.layer import MoELayer
 from modse_jax.planning.hlo_collectives import collectives
 from modse_jax.runtime import sharding
-from modse_jax.training import checkpointing, train_step
+from modse_jax.training import state_arrays, train_step
 from modse_jax.training.checkpointing import Checkpoints
 from tests.helpers.meshes import MESHES, WIDTHS, compiled, config_on
 from tests.helpers.steps import assert_close, batch
@@ -40,7 +40,7 @@ def canonical(config, state):
     order = expert_placement.hidden_unit_order(
         config.widths, device_mesh.place_experts_on_mesh(config, compiled(config)[0])
     )
-    return jax.device_get(checkpointing.canonical(state, order))
+    return jax.device_get(state_arrays.to_canonical_order(state, order))
 
 
 @pytest.mark.parametrize("name", MESHES)

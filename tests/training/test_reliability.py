@@ -24,7 +24,7 @@ from modse_jax.evaluation import scoring
 from modse_jax.runtime import files, integrity, signals
 from modse_jax.runtime.lock import Lock
 from modse_jax.runtime.signals import StopRequest
-from modse_jax.training import checkpointing, loop, metrics, train_step, validation
+from modse_jax.training import loop, metrics, state_arrays, train_step, validation
 from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
 from tests.helpers.configs import tiny_config
 from tests.helpers.runs import config_for, state_of
@@ -120,10 +120,10 @@ def test_arrays_that_are_not_what_was_saved_are_found_though_their_files_are_who
     copy, state, monkeypatch
 ):
     """A wrong copy to the host, or a wrong restore, leaves files whose hashes are right."""
-    right = checkpointing.fingerprints
+    right = state_arrays.compute_fingerprints
     monkeypatch.setattr(
-        checkpointing,
-        "fingerprints",
+        state_arrays,
+        "compute_fingerprints",
         lambda s: {k: v + (k == "params/head") for k, v in right(s).items()},
     )
     checkpoints = Checkpoints(copy, 3)
@@ -134,22 +134,22 @@ def test_arrays_that_are_not_what_was_saved_are_found_though_their_files_are_who
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "uint8"])
 def test_a_fingerprint_sees_every_bit_and_no_mesh(dtype):
     array = jnp.asarray(np.random.default_rng(0).integers(0, 2, (8, 6)), dtype)
-    plain = int(jax.jit(checkpointing._fingerprint)(array))
+    plain = int(jax.jit(state_arrays.fingerprint)(array))
     for sizes in ((8, 1, 1), (1, 2, 1), (2, 2, 2)):
         mesh = device_mesh.build_mesh(tiny_config(mesh=MeshConfig(*sizes)))
         spec = jax.sharding.PartitionSpec(("data", "fsdp"), "expert")
         there = jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
-        assert int(jax.jit(checkpointing._fingerprint)(there)) == plain
+        assert int(jax.jit(state_arrays.fingerprint)(there)) == plain
     for place in ((0, 0), (3, 2), (7, 5)):
         assert (
             int(
-                jax.jit(checkpointing._fingerprint)(
+                jax.jit(state_arrays.fingerprint)(
                     array.at[place].set((1 - array[place]).astype(array.dtype))
                 )
             )
             != plain
         )
-    assert int(jax.jit(checkpointing._fingerprint)(array[::-1])) != plain
+    assert int(jax.jit(state_arrays.fingerprint)(array[::-1])) != plain
 
 
 def test_what_is_kept(tmp_path, state):

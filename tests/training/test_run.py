@@ -305,7 +305,7 @@ def test_checkpoints_of_another_shape_or_type_are_refused(finished):
     abstract = jax.eval_shape(lambda: train_step.init_state(config))
     wrong = abstract._replace(step=jax.ShapeDtypeStruct((), np.float32))
     with pytest.raises(
-        UserError, match=r"checkpoint 6 does not fit the model: step is \[\[\], 'int32'\] there"
+        UserError, match=r"checkpoint 6 does not fit the model: step is \[\[\], 'int32'\] in the"
     ):
         checkpoints.restore(6, wrong)
     wider = jax.eval_shape(
@@ -313,7 +313,7 @@ def test_checkpoints_of_another_shape_or_type_are_refused(finished):
             dataclasses.replace(config, moe=dataclasses.replace(config.moe, gate_term="learned"))
         )
     )
-    with pytest.raises(UserError, match="arrays, the model has"):
+    with pytest.raises(UserError, match="arrays, but the model has"):
         checkpoints.restore(6, wider)
     checkpoints.close()
 
