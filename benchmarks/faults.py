@@ -27,7 +27,7 @@ from absl import logging
 from modse_jax.config.loading import from_dict
 from modse_jax.data import loader
 from modse_jax.errors import UserError
-from modse_jax.runtime import integrity
+from modse_jax.runtime import files, integrity
 from modse_jax.training import metrics, train_step
 from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
 
@@ -97,7 +97,7 @@ def damages(
     """(what, file, f) for every kind of damage to every file of a step; f(copy of the step) does it. older: another
     step, whose files and manifest take the place of this one's."""
     cases = []
-    for name, file in integrity.files(step).items():
+    for name, file in files.list_files(step).items():
         kinds = {
             "deleted": _delete,
             "link": _link,
@@ -126,7 +126,7 @@ def data_flips(directory: pathlib.Path, count: int, rng: random.Random) -> int:
     """How many of `count` bit flips in a prepared dataset, one after another, are refused when it is opened."""
     refused = 0
     for _ in range(count):
-        file = rng.choice([f for f in integrity.files(directory).values() if f.stat().st_size])
+        file = rng.choice([f for f in files.list_files(directory).values() if f.stat().st_size])
         before = file.read_bytes()
         flip(file, rng)
         try:
@@ -186,7 +186,10 @@ def start(
         f"--workdir={root / name}",
         *(f"--config.{k}={v}" for k, v in values.items()),
     ]
-    script = f"import sys; sys.argv[0] = 'train.py'\n{code}\nimport train; train.command_line.run(train.main)"
+    script = (
+        f"import sys; sys.argv[0] = 'train.py'\n{code}\n"
+        "from modse_jax.cli import train_command; train_command.run()"
+    )
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -441,7 +444,7 @@ def meshes(root: pathlib.Path) -> dict:
 
 def cost(root: pathlib.Path) -> dict:
     """Seconds of a step, with and without a checkpoint's hashes and fingerprints, of a model of 25 MB."""
-    from modse_jax.training import checkpointing
+    from modse_jax.training import state_arrays
 
     wide = json.loads((root / "straight" / "config.json").read_text())
     wide["model"] |= {"dim": 256, "num_heads": 4, "vocab_size": 4096}
@@ -450,12 +453,19 @@ def cost(root: pathlib.Path) -> dict:
     state = jax.jit(lambda: train_step.init_state(config))()
     size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
     blocking, whole = {"checked": [], "plain": []}, {"checked": [], "plain": []}
-    seal, prints, finite = integrity.seal, checkpointing.fingerprints, checkpointing.all_finite
+    seal, prints, finite = (
+        integrity.seal,
+        state_arrays.compute_fingerprints,
+        state_arrays.all_finite,
+    )
     for repeat in range(7):
         for kind in ("plain", "checked"):
             if kind == "plain":
-                integrity.seal, checkpointing.fingerprints = (lambda *a: None), (lambda s: {})
-                checkpointing.all_finite = lambda s: True
+                integrity.seal, state_arrays.compute_fingerprints = (
+                    (lambda *a: None),
+                    (lambda s: {}),
+                )
+                state_arrays.all_finite = lambda s: True
             checkpoints = Checkpoints(root / f"cost-{kind}", 2)
             jax.block_until_ready(state)
             begin = time.perf_counter()
@@ -466,7 +476,7 @@ def cost(root: pathlib.Path) -> dict:
             checkpoints._prune = lambda: None
             checkpoints.close()
             whole[kind].append(time.perf_counter() - begin)
-            integrity.seal, checkpointing.fingerprints, checkpointing.all_finite = (
+            integrity.seal, state_arrays.compute_fingerprints, state_arrays.all_finite = (
                 seal,
                 prints,
                 finite,

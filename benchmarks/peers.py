@@ -10,8 +10,8 @@ import os
 import subprocess
 import sys
 
-from modse_jax import cli
 from modse_jax.config.options import Config
+from modse_jax.runtime import malloc
 
 IMPLEMENTATIONS = (
     "grouped_mm",
@@ -67,7 +67,7 @@ class _Peer:
     def __init__(self, task, large_pages):
         environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
         if large_pages:
-            environment["GLIBC_TUNABLES"] = cli.LARGE_PAGES
+            environment["GLIBC_TUNABLES"] = malloc.LARGE_PAGES
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.peers", json.dumps(task)],
             text=True,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from modse_jax import cli
+from modse_jax.runtime import malloc, memory_usage
 
 JSON = flags.DEFINE_string("json", None, "write the results there")
 
@@ -21,7 +21,7 @@ REPEATS = flags.DEFINE_integer("repeats", 9, "interleaved repeats")
 
 def run(main: Callable) -> None:
     """main(arguments) under absl, with the memory settings of train.py."""
-    cli.use_large_pages()
+    malloc.use_large_pages()
     app.run(main)
 
 
@@ -31,21 +31,11 @@ def compile_all(cases: dict[str, tuple[Callable, tuple]]) -> dict[str, dict]:
     for name, (function, arguments) in cases.items():
         start = time.perf_counter()
         compiled = jax.jit(function).lower(*arguments).compile()
-        memory = compiled.memory_analysis()
-        peak = (
-            None
-            if memory is None
-            else (
-                memory.temp_size_in_bytes
-                + memory.output_size_in_bytes
-                + memory.argument_size_in_bytes
-            )
-        )
         out[name] = dict(
             compiled=compiled,
             arguments=arguments,
             compile_seconds=time.perf_counter() - start,
-            peak_bytes=peak,
+            peak_bytes=memory_usage.peak_bytes(compiled),
         )
     return out
 

@@ -1,9 +1,32 @@
-"""TODO"""
+"""Exceptions and exit codes shared by the whole package."""
+
+import enum
 
 
 class UserError(Exception):
-    """What the user can mend: shown as one line, exit code 2, nothing written."""
+    """An error that the user can fix, such as a bad option or a damaged file.
+
+    The command line prints it as one line and exits with `ExitCode.BAD_INPUT`. It is raised before
+    anything has been written.
+    """
 
 
 class RunError(Exception):
-    """What stops a run that had begun: shown as one line, exit code 1. What was saved before is sound."""
+    """An error that stops a run after it has begun.
+
+    The command line prints it as one line and exits with `ExitCode.FAILED`. Checkpoints that were
+    saved earlier stay valid.
+    """
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of every command."""
+
+    FINISHED = 0
+    FAILED = 1  # the run had begun and cannot continue
+    BAD_INPUT = 2  # a bad option or file; nothing has been written
+    DIVERGED = 3  # too many training steps in a row were not finite
+    STOPPED = 75  # stopped by a signal; the same command resumes (EX_TEMPFAIL, "try again later")
+    INTERRUPTED = (
+        130  # a second signal, or Ctrl-C outside training; nothing was saved (128 + SIGINT)
+    )

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from modse_jax.evaluation.scoring import LoadedModel
 from modse_jax.model import kernel_selection, sampling, transformer
-from modse_jax.runtime import gpu_options, processes, sharding
+from modse_jax.runtime import gpu_options, memory_usage, processes, sharding
 from modse_jax.training import losses
 
 SHORTEST = 128  # the smallest padded length; the others are its doubles, and the context's length
@@ -334,8 +334,9 @@ class Engine:
 
     def _fits(self, kind, static, size, length):
         free = _free_memory(self.mesh.local_devices[0])
-        need = self._program(kind, static, _shapes(kind, size, length)).memory_analysis()
-        return need is None or need.temp_size_in_bytes + need.output_size_in_bytes <= free / 2
+        program = self._program(kind, static, _shapes(kind, size, length))
+        need = memory_usage.peak_bytes(program, include_arguments=False)
+        return need is None or need <= free / 2
 
     # ---- programs ----
 

@@ -15,7 +15,7 @@ from modse_jax.config.options import Config
 from modse_jax.data import loader, tokenizers
 from modse_jax.errors import UserError
 from modse_jax.model import kernel_selection, sampling, transformer
-from modse_jax.runtime import integrity, processes, sharding
+from modse_jax.runtime import files, processes, sharding
 from modse_jax.training import metrics, train_step, validation
 from modse_jax.training.checkpointing import Checkpoints
 
@@ -43,7 +43,7 @@ def read_config(workdir: pathlib.Path) -> Config:
             f"--workdir={workdir} holds no run (no config.json); train one with train.py"
         )
     try:
-        return from_dict(integrity.read_json(path))
+        return from_dict(files.read_json(path))
     except ValueError as error:
         raise UserError(f"{path.parent}: {error}") from None
 
@@ -189,9 +189,7 @@ def write(workdir: pathlib.Path, step: int, limit: int, result: dict) -> dict:
     path.parent.mkdir(exist_ok=True)
     if path.exists():  # suites run one after the other make one result
         result = {**json.loads(path.read_text()), **result}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(path)
+    files.write_atomically(path, json.dumps(result, indent=2) + "\n")
     return result
 
 

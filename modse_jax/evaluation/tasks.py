@@ -23,7 +23,7 @@ import scipy.stats
 
 from modse_jax.errors import RunError, UserError
 from modse_jax.evaluation import scoring
-from modse_jax.runtime import processes
+from modse_jax.runtime import files, processes
 
 OURS = pathlib.Path(__file__).parents[2] / "configs" / "tasks"
 
@@ -309,11 +309,8 @@ def samples_path(workdir: pathlib.Path, step: int, limit: int, name: str) -> pat
 
 def _write_samples(path, samples):
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        "".join(json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples)
-    )
-    temporary.replace(path)
+    lines = [json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples]
+    files.write_atomically(path, "".join(lines))
 
 
 NOTED = ("continuations_truncated", "generations_shortened", "empty_continuations")

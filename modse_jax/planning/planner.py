@@ -28,7 +28,7 @@ from modse_jax.errors import UserError
 from modse_jax.model import accounting, kernel_selection
 from modse_jax.moe import expert_placement
 from modse_jax.planning import gpu_compiler, hlo_collectives
-from modse_jax.runtime import chips, sharding
+from modse_jax.runtime import chips, memory_usage, sharding
 from modse_jax.training import train_step
 
 MOST_GPUS_PER_HOST = 8  # that NVLink joins in the machines of gpu_compiler.GPU_TARGETS
@@ -157,7 +157,7 @@ def plan(config: Config, name: str) -> dict:
         optimizer_bytes_per_device=_bytes(state.opt_state),
         capacity_bytes_per_device=chips.CHIPS[topology.chip].gigabytes * 2**30
         if topology.chip in chips.CHIPS
-        else _host_memory() / mesh.size,
+        else memory_usage.host_memory_bytes() / mesh.size,
         **_flops(config, mesh),
         notes=[],
     )
@@ -432,7 +432,3 @@ def _roofline(config, chip, row, inside, outside):
         seconds["network"] = outside / (rates.network_terabytes * 1e12)
     bound = max(seconds, key=seconds.get)
     return {"roofline_step_seconds": seconds[bound], "roofline_bound_by": bound}
-
-
-def _host_memory():
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,1 +1,1 @@
-"""What every layer above shares: chips, sharding, processes, files and locks. It does not import models."""
+"""Services for every layer above: devices, processes, signals, files and locks. Imports no models."""

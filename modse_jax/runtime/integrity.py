@@ -1,135 +1,111 @@
-"""Hashes of every file of a directory, written with them and checked before anything is read. No JAX: a checkpoint or a
-dataset can be verified on any machine.
+"""Manifests: sizes and hashes of every file in a directory, verified before anything is read.
 
-They catch accidents. Whoever can write a directory can write its hashes anew: they are no signatures.
+The manifest is written beside the files. It detects accidental damage only: whoever can change the
+files can also rewrite the manifest, so the hashes are not signatures. This module does not use JAX,
+so a checkpoint or a dataset can be verified on any machine.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import pathlib
-import stat
 from collections.abc import Collection
 
-MANIFEST, FORMAT = "integrity.json", 1
+from modse_jax.runtime.files import flush_to_disk, list_files, read_json, write_atomically
+
+MANIFEST = "integrity.json"
+FORMAT = 1
+
+# Former names, used by modse_jax/data. New code imports the functions from `files`.
+files = list_files
+sync = flush_to_disk
+write = write_atomically
 
 
-LARGEST_JSON = (
-    64 * 2**20
-)  # bytes of a JSON file that is read whole: a damaged or hostile one must not fill memory
-
-
-def files(root: pathlib.Path) -> dict[str, pathlib.Path]:
-    """{path relative to root: path} of every file below it. Raises ValueError for a symlink, or anything else that is
-    neither file nor directory: its content would lie elsewhere."""
-    found, pending = {}, [root]
-    while pending:
-        for entry in os.scandir(pending.pop()):
-            path = pathlib.Path(entry.path)
-            if entry.is_dir(follow_symlinks=False):
-                pending.append(path)
-            elif stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
-                found[path.relative_to(root).as_posix()] = path
-            else:
-                kind = "a symlink" if entry.is_symlink() else "neither file nor directory"
-                raise ValueError(f"{path.relative_to(root)} is {kind}")
-    return dict(sorted(found.items()))
-
-
-def digest(path: pathlib.Path) -> str:
+def hash_file(path: pathlib.Path) -> str:
+    """Returns the BLAKE2b hash of a file, as 32 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def manifest_entries(root: pathlib.Path, leave_out: Collection[str] = ()) -> dict[str, list]:
-    """{file: [size, hash]} of a directory."""
+    """Returns {file name relative to root: [size in bytes, hash]} for a directory."""
     return {
-        name: [path.stat().st_size, digest(path)]
-        for name, path in files(root).items()
+        name: [path.stat().st_size, hash_file(path)]
+        for name, path in list_files(root).items()
         if name not in leave_out
     }
 
 
 def seal(root: pathlib.Path, leave_out: Collection[str], about: dict) -> None:
-    """Writes the manifest of a directory, and has everything in it on disk when it returns."""
-    for path in files(root).values():
-        sync(path)
-    text = json.dumps(
-        {"format": FORMAT, **about, "files": manifest_entries(root, {MANIFEST, *leave_out})},
-        indent=1,
-    )
-    write(root / MANIFEST, text)
-    for folder in {path.parent for path in files(root).values()} | {root}:
-        sync(folder)
+    """Writes the manifest of a directory; everything in the directory is on disk afterwards.
+
+    Args:
+      root: the directory.
+      leave_out: names of files that the manifest does not list.
+      about: additional entries of the manifest.
+    """
+    for path in list_files(root).values():
+        flush_to_disk(path)
+    entries = manifest_entries(root, {MANIFEST, *leave_out})
+    manifest = {"format": FORMAT, **about, "files": entries}
+    write_atomically(root / MANIFEST, json.dumps(manifest, indent=1))
+    folders = {path.parent for path in list_files(root).values()} | {root}
+    for folder in folders:
+        flush_to_disk(folder)
 
 
 def verify(root: pathlib.Path, leave_out: Collection[str], hashes: bool = True) -> str:
-    """Why the directory is not what was sealed, in words; "" where it is. hashes: False compares names and sizes."""
+    """Compares a directory with its manifest.
+
+    Args:
+      root: the directory.
+      leave_out: names of files that the manifest need not list.
+      hashes: False compares only names and sizes.
+
+    Returns:
+      A description of the damage, or "" if the directory is intact.
+    """
     try:
-        here = files(root)
-        manifest = read_json(root / MANIFEST)
-        if manifest["format"] != FORMAT:
-            return f"its manifest has format {manifest['format']}, this code reads {FORMAT}"
-        wanted = manifest["files"]
-        bad = [f"{name} is missing" for name in wanted if name not in here]
-        bad += [
-            f"{name} does not belong there"
-            for name in here
-            if name not in {MANIFEST, *leave_out, *wanted}
-        ]
-        bad += [
-            trouble
-            for name, fact in wanted.items()
-            if name in here and (trouble := mismatch(here[name], name, fact, hashes))
-        ]
+        problems = _find_problems(root, leave_out, hashes)
     except FileNotFoundError:
-        return f"no {MANIFEST}: not finished, half deleted, or of other software"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{error}" if isinstance(error, (OSError, ValueError)) else f"{MANIFEST} is damaged"
-    return f"{bad[0]}{f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''}" if bad else ""
+        return f"no {MANIFEST}: unfinished, partly deleted, or written by other software"
+    except (OSError, ValueError) as error:
+        return str(error)
+    except (KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    if not problems:
+        return ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return problems[0] + more
 
 
-def mismatch(path: pathlib.Path, name: str, fact: list, hashes: bool = True) -> str:
-    """Why a file is not the one whose [size, hash] is given; "" where it is."""
-    size, wanted = fact
-    if path.stat().st_size != size:
-        return f"{name} has {path.stat().st_size} bytes, {size} were written"
-    return (
-        f"{name} holds other bytes than were written" if hashes and digest(path) != wanted else ""
-    )
+def _find_problems(root: pathlib.Path, leave_out: Collection[str], hashes: bool) -> list[str]:
+    present = list_files(root)
+    manifest = read_json(root / MANIFEST)
+    if manifest["format"] != FORMAT:
+        return [f"expected a manifest of format {FORMAT}, found format {manifest['format']}"]
+    listed = manifest["files"]
+    allowed = {MANIFEST, *leave_out, *listed}
+    missing = [f"{name} is missing" for name in listed if name not in present]
+    extra = [f"{name} does not belong there" for name in present if name not in allowed]
+    changed = [
+        mismatch(present[name], name, entry, hashes)
+        for name, entry in listed.items()
+        if name in present
+    ]
+    return missing + extra + [problem for problem in changed if problem]
 
 
-def read_json(path: pathlib.Path):
-    """Raises ValueError for what is not JSON, or too large to be ours."""
-    if path.is_symlink() or path.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"{path.name} is a symlink, or larger than {LARGEST_JSON >> 20} MiB")
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise ValueError(f"{path.name} is damaged (not JSON)") from None
+def mismatch(path: pathlib.Path, name: str, entry: list, hashes: bool = True) -> str:
+    """Compares a file with its manifest entry [size, hash].
 
-
-def write(path: pathlib.Path, text: str) -> None:
-    """The file appears whole, or not at all, even if the power fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: pathlib.Path) -> None:
-    """What a file or directory holds is on disk when this returns."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    Returns:
+      A description of the difference, or "" if there is none.
+    """
+    size, expected_hash = entry
+    actual_size = path.stat().st_size
+    if actual_size != size:
+        return f"{name} has {actual_size} bytes, but {size} were written"
+    if hashes and hash_file(path) != expected_hash:
+        return f"{name} holds other bytes than were written"
+    return ""

@@ -1,7 +1,8 @@
-"""One writer at a time. The kernel frees the lock when its process ends, however it ends.
+"""A lock file that admits one writer at a time.
 
-On network file systems that ignore flock, two machines can still get past it; there the steps of a checkpoint are the
-second defence, since none is ever overwritten.
+The kernel frees the lock when its process ends, however it ends. Some network file systems ignore
+flock, so there two machines can both obtain it. Checkpoints have a second defense: no step that
+exists is ever overwritten.
 """
 
 import contextlib
@@ -10,29 +11,37 @@ import os
 import pathlib
 import socket
 import time
+from typing import TextIO
 
 from modse_jax.errors import UserError
 
 
 class Lock:
-    """On a file, from construction to `release`. Raises UserError where another process has it: `busy`, and who it
-    is."""
+    """Holds a lock file from its construction until `release`."""
 
-    def __init__(self, path: pathlib.Path, busy: str):
-        self._path, self._busy = path, busy
-        self._made = [p for p in path.parents if not p.exists()]
+    def __init__(self, path: pathlib.Path, busy: str) -> None:
+        """Acquires the lock and writes into the file who holds it.
+
+        Args:
+          path: the lock file. Missing parent directories are created.
+          busy: the start of the error message if another process holds the lock, such as
+            "DIRECTORY is in use".
+
+        Raises:
+          UserError: another process holds the lock.
+        """
+        self._path = path
+        self._created = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._locked()
+        self._file = self._acquire(busy)
         self._file.truncate(0)
-        self._file.write(
-            f"process {os.getpid()} on {socket.gethostname()}, since "
-            f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-        )
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
         self._file.flush()
 
-    def _locked(self):
+    def _acquire(self, busy: str) -> TextIO:
         while True:
-            file = open(self._path, "a+")  # noqa: SIM115  (held while the work lasts)
+            file = open(self._path, "a+")  # noqa: SIM115  (stays open while the lock is held)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -40,20 +49,27 @@ class Lock:
                 holder = file.read().strip() or "another process"
                 file.close()
                 raise UserError(
-                    f"{self._busy} by {holder}; wait for it, stop it, or use another directory"
+                    f"{busy} by {holder}; wait for it, stop it, or use another directory"
                 ) from None
+            # The previous holder may have removed the file after it was opened here. Then the lock
+            # is on a file that nobody else will find.
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self._path).st_ino == os.fstat(file.fileno()).st_ino:
                     return file
-            file.close()  # its last holder removed the file meanwhile
+            file.close()
 
     def release(self, leave_no_trace: bool = False) -> None:
-        """leave_no_trace: also removes what the constructor made, where nothing has come to lie in it."""
+        """Frees the lock; does nothing if it has been freed.
+
+        Args:
+          leave_no_trace: also removes the lock file, and those directories that the constructor
+            created and that are empty.
+        """
         if self._file.closed:
             return
         if leave_no_trace:
             self._path.unlink(missing_ok=True)
-            for folder in self._made:
+            for folder in self._created:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
         self._file.close()

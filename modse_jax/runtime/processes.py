@@ -1,7 +1,8 @@
-"""Several processes that train as one: their start, what they must agree on, and an end in which none waits for ever.
+"""Several processes that train as one: start, agreement, and an end in which none waits forever.
 
-Who they are is read from flags, or from what Slurm, Open MPI, Kubernetes and TPU pods leave in the environment, which
-jax.distributed knows. A single process passes through every function here unchanged.
+The processes are described by flags, or by environment variables that Slurm, Open MPI, Kubernetes
+and TPU pods set and that `jax.distributed` reads. With a single process every function here returns
+its input unchanged or does nothing. Process 0 is the main process: it alone prints and writes.
 """
 
 import faulthandler
@@ -22,42 +23,49 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modse_jax.errors import UserError
 
-# Seconds: to find each other, to be taken for dead, to end together.
-START_TIMEOUT, HEARTBEAT_TIMEOUT, END_TIMEOUT = 100, 60, 30
+# Timeouts in seconds.
+START_TIMEOUT = 100  # for all processes to connect
+HEARTBEAT_TIMEOUT = 60  # without a heartbeat, a process counts as dead
+END_TIMEOUT = 30  # for all processes to disconnect
+BARRIER_TIMEOUT = 3600  # at a barrier: one process may be preparing data or compiling
 
+# Longest text that processes exchange, in bytes. The digests of all options take about 3 kB.
+MESSAGE_BYTES = 16384
 
-PATIENCE = 3600  # seconds for which processes wait where one of them prepares data or compiles
-
-
-MESSAGE_BYTES = 16384  # 67 options take 2.7 kB (agree)
-
-
-# Variables that count the processes of a launcher.
+# Launchers that start several processes: {variable with their number: variable that is present only
+# in the processes themselves}. A Slurm batch script sees SLURM_NTASKS, but only srun starts tasks.
 COUNTS = {"SLURM_NTASKS": "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_SIZE"}
-
 
 Result = TypeVar("Result")
 
 
 def start(coordinator: str = "", count: int = 0, index: int = -1, detect: bool = False) -> None:
-    """Joins the processes of this run; must run before the first use of a device.
+    """Connects the processes of this run. Must be called before the first use of a device.
 
-    Args: coordinator: HOST:PORT of process 0, with the count of processes and this one's index; "": from the
-    environment, where it tells of several. detect: ask jax for them where nothing here tells of any (TPU pods,
-    Kubernetes). Raises UserError where they do not find each other in time.
+    Args:
+      coordinator: HOST:PORT of process 0, or "" to read everything from the environment.
+      count: number of processes; 0 if not given.
+      index: index of this process; -1 if not given.
+      detect: let jax detect the processes even if no known launcher is found in the environment
+        (TPU pods, Kubernetes).
+
+    Raises:
+      UserError: the arguments are incomplete, or the processes did not connect in time.
     """
     given = (bool(coordinator), count > 0, index >= 0)
     if any(given) and not all(given):
         raise UserError("--coordinator=HOST:PORT, --process_count and --process_index go together")
-    if not (all(given) or detect or _told()):
+    if not (all(given) or detect or _launcher_found()):
         return
-    jax.config.update(
-        "jax_enable_preemption_service", False
-    )  # the loop has its own answer to SIGTERM
-    faulthandler.disable()  # jax aborts a process whose peer died, after a line that says so: let it stand out
+    # The training loop handles SIGTERM itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    # If another process dies, jax prints one line about it and aborts. A stack trace of every
+    # thread would hide that line.
+    faulthandler.disable()
+    name = str(index) if index >= 0 else "(index from the environment)"
+    address = f" at {coordinator}" if coordinator else ""
     print(
-        f"process {index if index >= 0 else '(index from the environment)'}: waiting up to {START_TIMEOUT} s for all "
-        f"processes of this run{f' at {coordinator}' if coordinator else ''}",
+        f"process {name}: waiting up to {START_TIMEOUT} s for all processes of this run{address}",
         file=sys.stderr,
     )
     try:
@@ -71,134 +79,185 @@ def start(coordinator: str = "", count: int = 0, index: int = -1, detect: bool =
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"the processes of this run did not find each other within {START_TIMEOUT} s: "
-            f"{str(error).splitlines()[0]}; all of them must be started, with one --coordinator, one "
-            f"--process_count, and every --process_index once"
+            f"the processes of this run did not connect within {START_TIMEOUT} s: "
+            f"{str(error).splitlines()[0]}; start all of them, with the same --coordinator and "
+            "--process_count, and with each --process_index once"
         ) from None
 
 
-def _told():
-    several = any(
+def _launcher_found() -> bool:
+    launched = any(
         present in os.environ and int(os.environ.get(count, "1")) > 1
         for count, present in COUNTS.items()
     )
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return several or pod or "JAX_COORDINATOR_ADDRESS" in os.environ
+    return launched or pod or "JAX_COORDINATOR_ADDRESS" in os.environ
 
 
 def index() -> int:
+    """Returns the index of this process."""
     return jax.process_index()
 
 
 def count() -> int:
+    """Returns the number of processes."""
     return jax.process_count()
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that speaks and writes for all."""
+    """Returns True on process 0, which alone prints and writes."""
     return index() == 0
 
 
 def is_multi_process() -> bool:
-    """Whether other processes wait for this one; does not touch a device."""
+    """Returns True if there are other processes. Does not initialize a device."""
     return jax.distributed.is_initialized()
 
 
 def on_all_processes(function: Callable[[], Result], *, first_alone: bool = False) -> Result:
-    """function() on every process. Raises UserError on all of them where it raises on one.
+    """Calls a function on every process and returns its result.
 
-    Args: first_alone: the others start when process 0 is done, and so find what it has written.
+    Args:
+      function: the function. It may raise UserError on some of the processes.
+      first_alone: process 0 finishes the call before the others begin theirs, so that they find
+        the files it has written.
+
+    Raises:
+      UserError: on every process, if the function raised one on any of them.
     """
     if not is_multi_process():
         return function()
-    result, trouble = None, ""
-    for my_turn in (is_main_process(), not is_main_process()) if first_alone else (True,):
-        try:
-            result = function() if my_turn else result
-        except UserError as error:
-            trouble = str(error)
-        for process, text in enumerate(gather(trouble)):
-            if text:
-                raise UserError(trouble or f"process {process}: {text}")
+    rounds = [is_main_process(), not is_main_process()] if first_alone else [True]
+    result = None
+    my_error = ""
+    for is_my_round in rounds:
+        if is_my_round:
+            try:
+                result = function()
+            except UserError as error:
+                my_error = str(error)
+        for process, error_text in enumerate(gather(my_error)):
+            if error_text:
+                raise UserError(my_error or f"process {process}: {error_text}")
     return result
 
 
 def broadcast_from_main(function: Callable[[], Result]) -> Result:
-    """What function() returns on process 0, plain values, on every process: for what need be read only once."""
+    """Calls a function on process 0 only and returns its result on every process.
+
+    Args:
+      function: returns plain values that JSON can represent.
+
+    Raises:
+      UserError: on every process, if the function raised one.
+    """
     value = on_all_processes(lambda: function() if is_main_process() else None)
-    return json.loads(gather(json.dumps(value))[0]) if is_multi_process() else value
+    if not is_multi_process():
+        return value
+    return json.loads(gather(json.dumps(value))[0])
 
 
 def assert_same(facts: dict[str, str]) -> None:
-    """Raises UserError on every process where one of them holds another value for a name than process 0."""
+    """Checks that every process has the same values.
+
+    Args:
+      facts: {name used in the error message: value}.
+
+    Raises:
+      UserError: on every process, if a value of any process differs from that of process 0.
+    """
     digests = {
         name: hashlib.sha256(value.encode()).hexdigest()[:16] for name, value in facts.items()
     }
-    rows = [json.loads(text) for text in gather(json.dumps(digests))]
+    all_digests = [json.loads(text) for text in gather(json.dumps(digests))]
     for name in facts:
-        other = [str(i) for i, row in enumerate(rows) if row[name] != rows[0][name]]
-        if other:
+        differing = [
+            str(process)
+            for process, digests in enumerate(all_digests)
+            if digests[name] != all_digests[0][name]
+        ]
+        if differing:
             raise UserError(
-                f"{name} of process {', '.join(other)} differs from that of process 0; start all processes "
-                f"alike, from one file system"
+                f"{name} of process {', '.join(differing)} differs from that of process 0; start "
+                "all processes with the same options and code, from one file system"
             )
 
 
 def gather(text: str) -> list[str]:
-    """The text of every process, cut to MESSAGE_BYTES, on each of them."""
+    """Returns the texts of all processes, each truncated to `MESSAGE_BYTES`, on every process."""
     if not is_multi_process():
         return [text]
-    wait()
-    row, data = np.zeros(MESSAGE_BYTES, np.uint8), text.encode()[:MESSAGE_BYTES]
-    row[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, MESSAGE_BYTES)
-    return [r.tobytes().rstrip(b"\0").decode(errors="replace") for r in rows]
+    wait_for_all()
+    data = text.encode()[:MESSAGE_BYTES]
+    message = np.zeros(MESSAGE_BYTES, np.uint8)
+    message[: len(data)] = np.frombuffer(data, np.uint8)
+    messages = np.asarray(multihost_utils.process_allgather(message)).reshape(-1, MESSAGE_BYTES)
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in messages]
 
 
 def broadcast(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Process 0's arrays, on every process; the others give arrays of the same shapes and types."""
-    wait()
-    return {
-        name: np.asarray(a)
-        for name, a in multihost_utils.broadcast_one_to_all(
-            arrays, is_source=is_main_process()
-        ).items()
-    }
+    """Returns process 0's arrays on every process.
+
+    Args:
+      arrays: on the other processes, any arrays of the same names, shapes and types.
+    """
+    wait_for_all()
+    received = multihost_utils.broadcast_one_to_all(arrays, is_source=is_main_process())
+    return {name: np.asarray(array) for name, array in received.items()}
 
 
-_turns = itertools.count()
+_barrier_numbers = itertools.count()
 
 
-def wait() -> None:
-    """Until every process is here. Collectives of the CPU give up on a late process after 30 s; this does not."""
-    if is_multi_process():
-        from orbax.checkpoint import (
-            multihost,  # here: slow to import, and a single process has no use for it
-        )
+def wait_for_all() -> None:
+    """Blocks until every process has called this function.
 
-        multihost.get_barrier_sync_fn()(key=f"modse-{next(_turns)}", timeout_ms=PATIENCE * 1000)
+    Collectives on CPU give up on a late process after 30 s; this barrier waits for
+    `BARRIER_TIMEOUT`.
+    """
+    if not is_multi_process():
+        return
+    # Imported here because it is slow to import and a single process does not need it. Orbax's
+    # barrier accepts a timeout.
+    from orbax.checkpoint import multihost
+
+    synchronize = multihost.get_barrier_sync_fn()
+    synchronize(key=f"modse-{next(_barrier_numbers)}", timeout_ms=BARRIER_TIMEOUT * 1000)
 
 
 def any_of(flag: bool, mesh: Mesh) -> jax.Array:
-    """Whether the flag is up on any process: a bool on every device, whose reading waits for all of them."""
-    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    flags = np.full(len(mesh.local_devices), flag)
-    return _any(mesh)(jax.make_array_from_process_local_data(sharding, flags, (mesh.size,)))
+    """Computes the logical or of a flag over all processes.
+
+    Returns:
+      A bool array on every device of the mesh. Reading it blocks until all processes have called
+      this function.
+    """
+    flags_sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    local_flags = np.full(len(mesh.local_devices), flag)
+    flags = jax.make_array_from_process_local_data(flags_sharding, local_flags, (mesh.size,))
+    return _compiled_any(mesh)(flags)
 
 
 @functools.cache
-def _any(mesh):
+def _compiled_any(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda flags: flags.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def source_digest() -> str:
-    """A hash of this package's source: processes that run different code must not train together."""
-    files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    """Returns a hash of this package's source code.
+
+    Processes that run different code must not train together.
+    """
+    package = pathlib.Path(__file__).parents[1]
+    files = sorted(package.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def exit_now(code: int) -> None:
-    """Ends this process after an error that the others may not have: they are waiting for it, and it must not wait for
-    them. They end with an error of their own when its connections close."""
+    """Ends this process at once if there are others; returns if there are none.
+
+    For errors that may have occurred on this process only: the others are waiting for it, so it
+    must not wait for them. They fail when its connections close.
+    """
     if is_multi_process():
         os._exit(code)

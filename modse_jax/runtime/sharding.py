@@ -1,9 +1,16 @@
-"""Devices to a mesh, and where arrays live on it. The one place that knows axis names and axis types, and the one table
-from what an axis of an array means to the axes of the mesh.
+"""Device meshes, logical axes, and where arrays are placed on a mesh.
 
-A batch is spread over every axis. `data` copies parameters, `fsdp` and `expert` share them: outside the experts both
-cut the model width; inside, `fsdp` cuts the model width and `expert` the flat hidden axis, by moe.placement.
+This module alone knows the names of the mesh axes and which logical axis is sharded over which mesh
+axes. Batches are sharded over every mesh axis. The three axes differ in what they do to parameters:
+
+  data    data parallelism: parameters are replicated.
+  fsdp    fully sharded data parallelism: the model dimension of parameters is sharded.
+  expert  expert parallelism: the hidden dimension of the experts is sharded, according to
+          `moe.placement`; the model dimension of all other parameters is sharded.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,21 +19,24 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from modse_jax.errors import UserError
 from modse_jax.runtime import chips, processes
 
-DATA, FSDP, EXPERT = AXES = ("data", "fsdp", "expert")
+DATA = "data"
+FSDP = "fsdp"
+EXPERT = "expert"
+AXES = (DATA, FSDP, EXPERT)
 
-
+# The mesh axes over which each logical axis of an array is sharded.
 AXIS_RULES = {
     "batch": (DATA, FSDP, EXPERT),
-    "embed": (FSDP, EXPERT),  # the model width of everything but experts
-    "expert_embed": (FSDP,),  # the model width of experts
-    "flat": (EXPERT,),  # the flat hidden axis
+    "embed": (FSDP, EXPERT),  # model dimension of all parameters except the experts'
+    "expert_embed": (FSDP,),  # model dimension of the experts
+    "flat": (EXPERT,),  # hidden units of all experts, concatenated
     "vocab": (),
     "heads": (),
     "head": (),
 }
 
-
-# What the last axes of a parameter mean, by its name; those not named here are small, and everywhere.
+# Logical axes of the last dimensions of each parameter. Earlier dimensions (layers) are not
+# sharded. Parameters that are not listed are small and replicated.
 PARAMETER_AXES = {
     "embedding": ("vocab", "embed"),
     "head": ("embed", "vocab"),
@@ -41,79 +51,105 @@ PARAMETER_AXES = {
 
 
 def build_batch_mesh(batch_size: int) -> Mesh:
-    """A mesh over as many devices as divide a batch, parameters on each: evaluation runs on any machine. Raises
-    UserError where several processes would not all have a part."""
+    """Returns a mesh for evaluation on any machine, with parameters replicated.
+
+    The mesh has as many devices as possible such that the batch size is divisible by their number.
+
+    Raises:
+      UserError: there are several processes and some devices would remain unused.
+    """
     devices = jax.devices()
     size = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
     if processes.is_multi_process() and size < len(devices):
         raise UserError(
-            f"a batch of {batch_size} does not divide over the {len(devices)} devices of all processes; "
-            "give --batch_size that does"
+            f"--batch_size={batch_size} is not divisible by {len(devices)}, the number of devices "
+            "of all processes; choose a multiple of it"
         )
     return make_mesh(devices[:size], (size, 1, 1))
 
 
-def make_mesh(devices, sizes):
-    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(devices: Sequence[jax.Device], sizes: Sequence[int]) -> Mesh:
+    """Returns a mesh with axes `AXES` of the given sizes."""
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=axis_types)
 
 
 def chip_name(mesh: Mesh | None) -> str:
-    """What the mesh (None: the default device) is made of: see chips.name."""
-    return chips.chip_name(mesh.devices.flat[0] if mesh is not None else jax.devices()[0])
+    """Returns the chip of a mesh, or of the default device for None; see `chips.chip_name`."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return chips.chip_name(device)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over all devices."""
+    """Returns the sharding of a batch: its leading axis is sharded over all devices."""
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
 def local_rows(mesh: Mesh, count: int) -> list[int]:
-    """Which rows of a batch of that many live on this process's devices."""
-    slices = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
-    return sorted({row for (rows,) in slices for row in range(*rows.indices(count))})
+    """Returns the rows, of a batch of `count`, that are placed on this process's devices."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    return sorted({row for (rows,) in indices for row in range(*rows.indices(count))})
 
 
 def shard_batch(mesh: Mesh, rows: dict[str, np.ndarray], count: int) -> dict[str, jax.Array]:
-    """A batch of `count` rows over all devices, from the rows of this process (local_rows)."""
+    """Shards a batch of `count` rows over all devices.
+
+    Args:
+      mesh: the mesh.
+      rows: arrays that hold the rows of this process, as given by `local_rows`.
+      count: number of rows of the batch on all processes.
+    """
+    target = batch_sharding(mesh)
     return {
-        name: jax.make_array_from_process_local_data(batch_sharding(mesh), a, (count, *a.shape[1:]))
-        for name, a in rows.items()
+        name: jax.make_array_from_process_local_data(target, array, (count, *array.shape[1:]))
+        for name, array in rows.items()
     }
 
 
-def partition_spec(meanings: tuple[str, ...]) -> PartitionSpec:
-    """The mesh axes of an array's axes. Raises ValueError where one mesh axis would cut two of them."""
-    axes = [AXIS_RULES[m] for m in meanings]
-    used = [a for group in axes for a in group]
+def partition_spec(logical_axes: Sequence[str]) -> PartitionSpec:
+    """Returns the mesh axes of an array, given the logical axis of each of its dimensions.
+
+    Raises:
+      ValueError: a mesh axis would shard two dimensions of the array.
+    """
+    mesh_axes = [AXIS_RULES[axis] for axis in logical_axes]
+    used = [axis for group in mesh_axes for axis in group]
     if len(set(used)) < len(used):
         raise ValueError(
-            f"axes {meanings} would be cut over {used}: one mesh axis cuts one axis of an array"
+            f"logical axes {tuple(logical_axes)} would be sharded over {used}; a mesh axis can "
+            "shard only one dimension of an array"
         )
-    return PartitionSpec(*axes)
+    return PartitionSpec(*mesh_axes)
 
 
 def parameter_partition_spec(name: str, rank: int) -> PartitionSpec:
-    """Of the parameter (or optimiser moment) of that name; axes before those of PARAMETERS are whole."""
-    meanings = PARAMETER_AXES.get(name, ())
-    return PartitionSpec(*[None] * (rank - len(meanings)), *partition_spec(meanings))
+    """Returns the mesh axes of a parameter, or of an optimizer moment with the same name."""
+    logical_axes = PARAMETER_AXES.get(name, ())
+    leading = [None] * (rank - len(logical_axes))
+    return PartitionSpec(*leading, *partition_spec(logical_axes))
 
 
 def flat_axis_of(name: str) -> int | None:
-    """Which axis of the parameter of that name is the flat hidden one, from the end; None for those without."""
-    meanings = PARAMETER_AXES.get(name, ())
-    return meanings.index("flat") - len(meanings) if "flat" in meanings else None
+    """Returns the dimension of a parameter that holds the hidden units of all experts.
+
+    The dimension is counted from the end (negative). None if the parameter has no such dimension.
+    """
+    logical_axes = PARAMETER_AXES.get(name, ())
+    if "flat" not in logical_axes:
+        return None
+    return logical_axes.index("flat") - len(logical_axes)
 
 
-def parameter_shardings(mesh: Mesh, tree):
-    """NamedShardings for a tree of arrays, each by the last key of its path."""
+def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Returns the sharding of every array in a tree, chosen by the last key of its path."""
 
-    def one(path, leaf):
-        return NamedSharding(
-            mesh, parameter_partition_spec(str(getattr(path[-1], "key", "")), len(leaf.shape))
-        )
+    def leaf_sharding(path: tuple, leaf: Any) -> NamedSharding:
+        name = str(getattr(path[-1], "key", ""))
+        return NamedSharding(mesh, parameter_partition_spec(name, len(leaf.shape)))
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import dataclasses
-import faulthandler
 import functools
 import importlib.metadata
 import json
@@ -12,7 +11,6 @@ import os
 import pathlib
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -30,11 +28,12 @@ from modse_jax.config.loading import (
 )
 from modse_jax.config.options import Config
 from modse_jax.data import loader, prepare, tokenizers
-from modse_jax.errors import RunError, UserError
+from modse_jax.errors import ExitCode, RunError, UserError
 from modse_jax.model import accounting, kernel_selection
 from modse_jax.moe import expert_placement
-from modse_jax.runtime import integrity, processes, sharding
+from modse_jax.runtime import files, memory_usage, processes, sharding, watchdog
 from modse_jax.runtime.lock import Lock
+from modse_jax.runtime.signals import Stopped, StopRequest
 from modse_jax.training import metrics, train_step, validation
 from modse_jax.training.checkpointing import Checkpoints, Found
 
@@ -50,17 +49,11 @@ BEFORE_CONFIG = {
 }
 
 
-FINISHED, DIVERGED, STOPPED, KILLED = 0, 3, 75, 130  # exit codes
-
-
-SAME_SIGNAL = 0.5
-
-
-def train(config: Config, workdir: str) -> int:
+def train(config: Config, workdir: str) -> ExitCode:
     """Trains until training.steps, or resumes; returns the exit code. Raises UserError before anything is written, and
     RunError where a run that had begun cannot go on."""
     workdir = pathlib.Path(workdir).expanduser().absolute()
-    stop, locks = _Stop(), contextlib.ExitStack()
+    stop, locks = StopRequest(), contextlib.ExitStack()
     try:
         with locks:
             return _train(config, workdir, stop, locks)
@@ -69,10 +62,10 @@ def train(config: Config, workdir: str) -> int:
             "stopped before the first step; nothing is lost: run the same command to go on",
             file=sys.stderr,
         )
-        processes.exit_now(STOPPED)
-        return STOPPED
+        processes.exit_now(ExitCode.STOPPED)
+        return ExitCode.STOPPED
     finally:
-        _rearm(0)
+        watchdog.cancel()
 
 
 def _train(config, workdir, stop, locks):
@@ -138,7 +131,7 @@ def _train(config, workdir, stop, locks):
     if finished and validated:
         say(f"finished: {workdir} holds step {latest} of {t.steps}; nothing to do")
         checkpoints.close()
-        return FINISHED
+        return ExitCode.FINISHED
     if processes.is_main_process():
         _write_json(workdir / "environment.json", _environment())
         _write_json(workdir / "config.json", dataclasses.asdict(config))
@@ -151,7 +144,7 @@ def _train(config, workdir, stop, locks):
         say(parameter_table(config))
         say(kernels.line())
         say(memory_line(compiled_step, abstract, seconds))
-    processes.wait()
+    processes.wait_for_all()
 
     # ---- loop -------------------------------------------------------------------------------------------------------
     writer = _writer(workdir, latest)
@@ -165,7 +158,7 @@ def _train(config, workdir, stop, locks):
     batches = loader.train_batches(
         data, config, _batch_number(latest, meta), sharding.local_rows(mesh, t.batch_size)
     )
-    step, pending, code = latest, None, FINISHED
+    step, pending, code = latest, None, ExitCode.FINISHED
     interval_start, interval_first, waited = time.perf_counter(), latest, 0.0
 
     def read(step, values):
@@ -233,11 +226,11 @@ def _train(config, workdir, stop, locks):
         )
         return result["loss"]
 
-    stop.in_loop(mesh)
+    stop.enter_loop(mesh)
     if not validated and validate() is None:
-        code = STOPPED
-    while step < t.steps and code == FINISHED:
-        _rearm(t.hang_minutes)
+        code = ExitCode.STOPPED
+    while step < t.steps and code == ExitCode.FINISHED:
+        watchdog.reset(t.hang_minutes)
         begin = time.perf_counter()
         rows = next(batches)
         waited += time.perf_counter() - begin
@@ -257,13 +250,16 @@ def _train(config, workdir, stop, locks):
         diverged = pending is not None and read(*pending)
         pending = (step, values)
         checkpoints.poll()
-        last, stopping = step == t.steps, stop.agreed()  # once: a signal may come at any line
+        last, stopping = (
+            step == t.steps,
+            stop.requested_anywhere(),
+        )  # once: a signal may come at any line
         save = last or stopping or step % t.checkpoint_every == 0
         if not diverged and (_due(step, t) or save):
             diverged = read(*pending)
             pending = None
         if diverged:
-            code = DIVERGED
+            code = ExitCode.DIVERGED
             break
 
         pause = time.perf_counter()
@@ -272,7 +268,7 @@ def _train(config, workdir, stop, locks):
         if save or stopping:
             checkpoints.save(state, {**meta, "validation_loss": validation_loss})
         if stopping:
-            code = STOPPED
+            code = ExitCode.STOPPED
             break
         interval_start += time.perf_counter() - pause
 
@@ -283,13 +279,13 @@ def _train(config, workdir, stop, locks):
     saved = max(checkpoints.steps(), default=0)
     say(
         {
-            FINISHED: f"finished step {step} in {metrics.duration(time.monotonic() - started)}: {workdir}",
-            STOPPED: f"stopped at step {step}, saved step {saved}; run the same command to go on",
-            DIVERGED: f"diverged: {t.max_nonfinite_steps} steps in a row were not finite, up to step {step}; the last "
+            ExitCode.FINISHED: f"finished step {step} in {metrics.duration(time.monotonic() - started)}: {workdir}",
+            ExitCode.STOPPED: f"stopped at step {step}, saved step {saved}; run the same command to go on",
+            ExitCode.DIVERGED: f"diverged: {t.max_nonfinite_steps} steps in a row were not finite, up to step {step}; the last "
             f"good checkpoint is step {saved}. Lower optimizer.learning_rate, or look at the records in "
             "events.jsonl and skip them with training.rewind",
         }[code],
-        file=sys.stderr if code == DIVERGED else sys.stdout,
+        file=sys.stderr if code == ExitCode.DIVERGED else sys.stdout,
     )
     return code
 
@@ -384,28 +380,21 @@ def _validated(workdir, step, t):
 
 def _until_asked(stop, hang_minutes, batches):
     for batch in batches:
-        _rearm(hang_minutes)
-        if stop.asked and not processes.is_multi_process():  # several must end after the same batch
+        watchdog.reset(hang_minutes)
+        if (
+            stop.requested and not processes.is_multi_process()
+        ):  # several must end after the same batch
             raise Stopped
         yield batch
 
 
-def _rearm(minutes):
-    """Counts the minutes from now until every thread's stack is printed and the process ends with 1; 0: no longer."""
-    if minutes:
-        faulthandler.dump_traceback_later(60 * minutes, exit=True, file=sys.__stderr__)
-    else:
-        faulthandler.cancel_dump_traceback_later()
-
-
 def _check_memory(compiled, mesh):
-    analysis, device = compiled.memory_analysis(), mesh.devices.flat[0]
-    if analysis is None:
+    needed, device = memory_usage.peak_bytes(compiled), mesh.devices.flat[0]
+    if needed is None:
         return
-    needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     if device.platform == "cpu":  # the devices of a process share one memory
         needed *= len(mesh.local_devices)
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        room = memory_usage.host_memory_bytes()
     else:
         room = (device.memory_stats() or {}).get("bytes_limit", needed)
     if needed > room:
@@ -442,43 +431,6 @@ def _silent(text, file=None):
     pass
 
 
-class Stopped(BaseException):
-    """A signal asked to stop where there is no step to finish."""
-
-
-class _Stop:
-    """SIGTERM or Ctrl-C: in the loop a flag, before it Stopped. The second one leaves at once, which the atomic commit
-    of a checkpoint allows; but not one within SAME_SIGNAL seconds, since make and others pass a group's signal on."""
-
-    def __init__(self):
-        self.asked, self._mesh, self._sent, self._first = False, None, None, 0.0
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self._handle)
-
-    def in_loop(self, mesh) -> None:
-        self._mesh = mesh
-
-    def agreed(self) -> bool:
-        """Whether any process has been asked to stop: the same answer on all. Where there are several, it is that of
-        the call before, so that no device waits for it."""
-        if not processes.is_multi_process():
-            return self.asked
-        before, self._sent = self._sent, processes.any_of(self.asked, self._mesh)
-        return before is not None and bool(before)
-
-    def _handle(self, number, frame):
-        if self.asked and time.monotonic() - self._first > SAME_SIGNAL:
-            os._exit(KILLED)
-        if self.asked:
-            return
-        self.asked, self._first = True, time.monotonic()
-        if self._mesh is None:
-            raise Stopped
-        os.write(
-            2, b"\nstopping after this step; once more to leave at once\n"
-        )  # print may be half-way itself
-
-
 def parameter_table(config: Config) -> str:
     p = accounting.parameters(config)
     lines = [f"  {name:12} {count:>15,}" for name, count in p._asdict().items()]
@@ -498,8 +450,7 @@ def memory_line(compiled, abstract, seconds: float) -> str:
         math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
         for a in jax.tree.leaves(abstract)
     )
-    analysis = compiled.memory_analysis()
-    peak = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes if analysis else state
+    peak = memory_usage.peak_bytes(compiled) or state
     return (
         f"memory per device: state {state / 2**20:,.0f} MiB, at most about {peak / 2**20:,.0f} MiB in a step; "
         f"compiled in {seconds:.0f} s"
@@ -562,7 +513,7 @@ def _check_space(workdir, abstract, config):
 
 
 def _write_json(path, value):
-    integrity.write(path, json.dumps(value, indent=2) + "\n")
+    files.write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def _environment():

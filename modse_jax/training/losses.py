@@ -1,9 +1,11 @@
-"""Cross-entropy over a large vocabulary without holding all logits.
+"""Cross-entropy over a large vocabulary without the logits of all positions in memory.
 
-Legend: B batch, L length, C columns of L in a chunk, P devices, D model, V vocabulary.
+Legend: B batch, L length, C positions of L in a chunk, n chunks, P devices, D model dimension,
+V vocabulary.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,80 +15,128 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from modse_jax.runtime import sharding
 
 
-def reference_cross_entropy(x_BLD, w_DV, targets_BL, weights_BL):
-    """The same as `cross_entropy`, with all logits at once."""
+def reference_cross_entropy(
+    x_BLD: jax.Array, w_DV: jax.Array, targets_BL: jax.Array, weights_BL: jax.Array
+) -> jax.Array:
+    """Computes the same as `cross_entropy`, with the logits of all positions in memory."""
     logits_BLV = jnp.einsum(
         "bld,dv->blv", x_BLD, w_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32
     )
     log_p_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
-    return -jnp.sum(
-        weights_BL * jnp.take_along_axis(log_p_BLV, targets_BL[:, :, None], axis=-1)[:, :, 0]
-    )
+    return -jnp.sum(weights_BL * _select_targets(log_p_BLV, targets_BL))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def cross_entropy(x_BLD, w_DV, targets_BL, weights_BL, chunk: int, mesh: Mesh | None = None):
-    """Sum over positions of weight * -log softmax(x W)[target], nats, float32.
+def cross_entropy(
+    x_BLD: jax.Array,
+    w_DV: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    chunk: int,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """Computes the sum over positions of weight * -log softmax(x W)[target], in nats, float32.
 
-    Args: x_BLD: final hidden states. w_DV: output embedding, float32, used in x's type. weights_BL: float32, not
-      differentiated. chunk: positions whose logits a device holds at a time (rounded to whole columns of L). mesh: over
-      whose devices, P, B is spread: P divides it.
-    With a gradient asked for, it is computed chunk by chunk in the same pass, so no logits are kept or recomputed. On a
-    mesh, the weights are gathered once, and every device sums up a gradient of its own: what is sent does not grow with
-    the number of chunks.
+    If a gradient is requested, it is computed chunk by chunk in the same pass, so that logits are
+    neither saved nor recomputed. On a mesh, the output embedding is all-gathered once and each
+    device accumulates its own gradient, so that communication does not grow with the number of
+    chunks.
+
+    Args:
+      x_BLD: final hidden states.
+      w_DV: output embedding, float32; cast to the dtype of x for the matmuls.
+      targets_BL: token ids.
+      weights_BL: float32; not differentiated. Positions of weight 0 may hold NaN.
+      chunk: positions whose logits a device holds at a time (rounded to a multiple of the rows).
+      mesh: the mesh over whose P devices B is sharded. B is divisible by P.
     """
     nll_BL = nll(x_BLD, w_DV, targets_BL, chunk, mesh)
     return jnp.sum(jnp.where(weights_BL != 0, weights_BL * nll_BL, 0))
 
 
-def nll(x_BLD, w_DV, targets_BL, chunk: int, mesh: Mesh | None = None, greedy: bool = False):
-    """-log softmax(x W)[target] of every position, [B, L], nats, float32; with `greedy` a pair, with whether the target
-    is the likeliest. No gradient."""
-    w_DV = _constrained(w_DV.astype(x_BLD.dtype), mesh, ())
+def nll(
+    x_BLD: jax.Array,
+    w_DV: jax.Array,
+    targets_BL: jax.Array,
+    chunk: int,
+    mesh: Mesh | None = None,
+    greedy: bool = False,
+) -> Any:
+    """Computes -log softmax(x W)[target] for every position, in nats, without a gradient.
 
-    def one(_, piece):
-        x_BCD, targets_BC = piece
+    Args: as in `cross_entropy`. greedy: also returns if the target is the most likely token.
+
+    Returns:
+      float32 [B, L]; with `greedy` a pair of it and a bool array [B, L].
+    """
+    w_DV = _constrain(w_DV.astype(x_BLD.dtype), mesh, ())
+
+    def score_chunk(_: None, chunk_inputs: tuple) -> tuple[None, Any]:
+        x_BCD, targets_BC = chunk_inputs
         logits_BCV = _logits(x_BCD, w_DV)
-        nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - _at(logits_BCV, targets_BC)
-        return None, (nll_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC) if greedy else nll_BC
+        nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - _select_targets(logits_BCV, targets_BC)
+        if not greedy:
+            return None, nll_BC
+        return None, (nll_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC)
 
-    L = x_BLD.shape[1]
-    _, out = lax.scan(one, None, _chunks((x_BLD, targets_BL), chunk * _devices(mesh)))
-    return jax.tree.map(lambda a_nBC: _unchunk(a_nBC, L), out)
+    chunks = _split_into_chunks((x_BLD, targets_BL), chunk * _device_count(mesh))
+    _, outputs = lax.scan(score_chunk, None, chunks)
+    length = x_BLD.shape[1]
+    return jax.tree.map(lambda array_nBC: _join_chunks(array_nBC, length), outputs)
 
 
-def _forward(x_BLD, w_DV, targets_BL, weights_BL, chunk, mesh):
-    w, P = _constrained(w_DV.astype(x_BLD.dtype), mesh, ()), _devices(mesh)
+def _forward(
+    x_BLD: jax.Array,
+    w_DV: jax.Array,
+    targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    chunk: int,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Returns the loss, and its gradients with respect to x and W for the backward pass."""
+    w_cast_DV = _constrain(w_DV.astype(x_BLD.dtype), mesh, ())
+    P = _device_count(mesh)
 
-    def one(carry, piece):
+    def scan_chunk(carry: tuple, chunk_inputs: tuple) -> tuple[tuple, jax.Array]:
         loss, dw_PDV = carry
-        x_BCD, targets_BC, weights_BC = piece
+        x_BCD, targets_BC, weights_BC = chunk_inputs
         x_BCD = jnp.where(weights_BC[:, :, None] != 0, x_BCD, 0)
-        logits_BCV = _logits(x_BCD, w)
-        lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        nll_BC = lse_BC - _at(logits_BCV, targets_BC)
-        hot_BCV = targets_BC[:, :, None] == jnp.arange(w.shape[1])[None, None, :]
-        dlogits_BCV = (jnp.exp(logits_BCV - lse_BC[:, :, None]) - hot_BCV) * weights_BC[:, :, None]
-        dlogits_BCV = dlogits_BCV.astype(x_BCD.dtype)
-        dx_BCD = jnp.einsum("bcv,dv->bcd", dlogits_BCV, w)
+        nll_BC, dlogits_BCV = _nll_and_gradient(x_BCD, w_cast_DV, targets_BC, weights_BC)
+        dx_BCD = jnp.einsum("bcv,dv->bcd", dlogits_BCV, w_cast_DV)
         dw_PDV += jnp.einsum(
             "pbcd,pbcv->pdv",
-            *(a.reshape(P, -1, *a.shape[1:]) for a in (x_BCD, dlogits_BCV)),
+            _split_by_device(x_BCD, P),
+            _split_by_device(dlogits_BCV, P),
             preferred_element_type=jnp.float32,
         )
-        return (loss + jnp.sum(weights_BC * nll_BC), _constrained(dw_PDV, mesh, ("batch",))), dx_BCD
+        dw_PDV = _constrain(dw_PDV, mesh, ("batch",))
+        return (loss + jnp.sum(weights_BC * nll_BC), dw_PDV), dx_BCD
 
-    carry = (
-        jnp.zeros((), jnp.float32),
-        _constrained(jnp.zeros((P, *w_DV.shape), jnp.float32), mesh, ("batch",)),
-    )
-    (loss, dw_PDV), dx_nBCD = lax.scan(
-        one, carry, _chunks((x_BLD, targets_BL, weights_BL), chunk * P)
-    )
-    return loss, (_unchunk(dx_nBCD, x_BLD.shape[1]), _summed(dw_PDV, mesh).astype(w_DV.dtype))
+    initial_dw_PDV = _constrain(jnp.zeros((P, *w_DV.shape), jnp.float32), mesh, ("batch",))
+    initial = (jnp.zeros((), jnp.float32), initial_dw_PDV)
+    chunks = _split_into_chunks((x_BLD, targets_BL, weights_BL), chunk * P)
+    (loss, dw_PDV), dx_nBCD = lax.scan(scan_chunk, initial, chunks)
+    dx_BLD = _join_chunks(dx_nBCD, x_BLD.shape[1])
+    dw_DV = _sum_over_devices(dw_PDV, mesh).astype(w_DV.dtype)
+    return loss, (dx_BLD, dw_DV)
 
 
-def _backward(chunk, mesh, saved, g):
+def _nll_and_gradient(
+    x_BCD: jax.Array, w_DV: jax.Array, targets_BC: jax.Array, weights_BC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the negative log-likelihood, and the gradient of the loss with respect to logits."""
+    logits_BCV = _logits(x_BCD, w_DV)
+    lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+    nll_BC = lse_BC - _select_targets(logits_BCV, targets_BC)
+    one_hot_BCV = targets_BC[:, :, None] == jnp.arange(w_DV.shape[1])[None, None, :]
+    p_BCV = jnp.exp(logits_BCV - lse_BC[:, :, None])
+    dlogits_BCV = (p_BCV - one_hot_BCV) * weights_BC[:, :, None]
+    return nll_BC, dlogits_BCV.astype(x_BCD.dtype)
+
+
+def _backward(
+    chunk: int, mesh: Mesh | None, saved: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
     dx_BLD, dw_DV = saved
     return (g * dx_BLD).astype(dx_BLD.dtype), g * dw_DV, None, None
 
@@ -94,53 +144,64 @@ def _backward(chunk, mesh, saved, g):
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _summed(dw_PDV, mesh):
-    """Over devices. First over those that share the weights, so that each gets its part; then the parts over copies."""
+def _sum_over_devices(dw_PDV: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Sums the gradients of all devices.
+
+    First a reduce-scatter over the devices that share a copy of the parameters, which leaves each
+    with its own part; then an all-reduce of the parts over the copies.
+    """
     if mesh is None:
         return dw_PDV[0]
-    parts = NamedSharding(
-        mesh,
-        PartitionSpec(sharding.DATA, *sharding.partition_spec(sharding.PARAMETER_AXES["head"])),
-    )
+    head_axes = sharding.partition_spec(sharding.PARAMETER_AXES["head"])
+    parts = NamedSharding(mesh, PartitionSpec(sharding.DATA, *head_axes))
     dw_PDV = dw_PDV.reshape(mesh.shape[sharding.DATA], -1, *dw_PDV.shape[1:])
     return jnp.sum(lax.with_sharding_constraint(jnp.sum(dw_PDV, axis=1), parts), axis=0)
 
 
-def _devices(mesh):
+def _device_count(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.size
 
 
-def _constrained(array, mesh, meanings):
-    return (
-        array
-        if mesh is None
-        else lax.with_sharding_constraint(
-            array, NamedSharding(mesh, sharding.partition_spec(meanings))
-        )
-    )
+def _constrain(array: jax.Array, mesh: Mesh | None, logical_axes: tuple[str, ...]) -> jax.Array:
+    if mesh is None:
+        return array
+    target = NamedSharding(mesh, sharding.partition_spec(logical_axes))
+    return lax.with_sharding_constraint(array, target)
 
 
-def _logits(x_BCD, w_DV):
+def _logits(x_BCD: jax.Array, w_DV: jax.Array) -> jax.Array:
     return jnp.einsum("bcd,dv->bcv", x_BCD, w_DV, preferred_element_type=jnp.float32)
 
 
-def _at(logits_BCV, targets_BC):
-    return jnp.take_along_axis(logits_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
+def _select_targets(values_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    """Returns the value of each position's target token, [B, C]."""
+    return jnp.take_along_axis(values_BCV, targets_BC[:, :, None], axis=-1)[:, :, 0]
 
 
-def _chunks(arrays, chunk):
-    """Arrays [B, L, ...] as [n, B, L / n, ...], padded with zeros: cut along L, so that B may be sharded."""
+def _split_by_device(array: jax.Array, devices: int) -> jax.Array:
+    """Returns an array [B, ...] as [P, B / P, ...]."""
+    return array.reshape(devices, -1, *array.shape[1:])
+
+
+def _split_into_chunks(arrays: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
+    """Returns arrays [B, L, ...] as [n, B, C, ...], padded with zeros to n * C positions.
+
+    The arrays are split along L so that B can be sharded. C * B is about `chunk`.
+    """
     B, L = arrays[0].shape[:2]
-    columns = max(1, min(L, chunk // B))
-    n = -(-L // columns)
+    C = max(1, min(L, chunk // B))
+    n = -(-L // C)
 
-    def cut(array):
-        array = jnp.pad(array, ((0, 0), (0, n * columns - L)) + ((0, 0),) * (array.ndim - 2))
-        return jnp.moveaxis(array.reshape(B, n, columns, *array.shape[2:]), 1, 0)
+    def split(array: jax.Array) -> jax.Array:
+        trailing = array.shape[2:]
+        padding = ((0, 0), (0, n * C - L)) + ((0, 0),) * len(trailing)
+        padded = jnp.pad(array, padding)
+        return jnp.moveaxis(padded.reshape(B, n, C, *trailing), 1, 0)
 
-    return tuple(cut(a) for a in arrays)
+    return tuple(split(array) for array in arrays)
 
 
-def _unchunk(array, length):
-    n, B, columns = array.shape[:3]
-    return jnp.moveaxis(array, 0, 1).reshape(B, n * columns, *array.shape[3:])[:, :length]
+def _join_chunks(array: jax.Array, length: int) -> jax.Array:
+    """Returns an array [n, B, C, ...] as [B, L, ...], without padding."""
+    n, B, C = array.shape[:3]
+    return jnp.moveaxis(array, 0, 1).reshape(B, n * C, *array.shape[3:])[:, :length]

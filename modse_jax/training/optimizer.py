@@ -1,4 +1,9 @@
-"""AdamW as in the paper: decoupled decay on matrices only, linear warm-up, cosine to a floor."""
+"""The optimizer of the paper: AdamW with linear warmup and cosine decay to a floor.
+
+Weight decay is decoupled and applies to weight matrices only.
+"""
+
+from typing import Any
 
 import jax
 import optax
@@ -7,35 +12,45 @@ from modse_jax.config.options import Config
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Step -> learning rate: from initial to peak in warmup_steps, then a cosine that ends on the floor at the last
-    step (MoDSE, section 4: 2e-7, 2000 steps, floor 3e-5)."""
-    o, steps = config.optimizer, config.training.steps
+    """Returns the learning rate as a function of the step.
+
+    It rises linearly to the peak in `warmup_steps`, then follows a cosine that reaches its floor at
+    the last step (MoDSE, section 4: from 2e-7, 2000 warmup steps, floor 3e-5).
+    """
+    options = config.optimizer
+    decay_steps = max(config.training.steps, options.warmup_steps + 1)
     return optax.warmup_cosine_decay_schedule(
-        o.initial_learning_rate,
-        o.learning_rate,
-        o.warmup_steps,
-        max(steps, o.warmup_steps + 1),
-        o.final_learning_rate,
+        init_value=options.initial_learning_rate,
+        peak_value=options.learning_rate,
+        warmup_steps=options.warmup_steps,
+        decay_steps=decay_steps,
+        end_value=options.final_learning_rate,
     )
 
 
 def build_optimizer(config: Config) -> optax.GradientTransformation:
-    """Without the clip, which the step has at hand as one number (step.updated); identity keeps its place in what
-    checkpoints hold."""
-    o = config.optimizer
-    return optax.chain(
-        optax.identity(),
-        optax.adamw(
-            learning_rate(config),
-            o.beta1,
-            o.beta2,
-            o.eps,
-            weight_decay=o.weight_decay,
-            mask=weight_decay_mask,
-        ),
+    """Returns AdamW without gradient clipping.
+
+    `train_step` clips gradients itself, because it has computed their global norm already. The
+    identity takes the place of the clipping transformation, so that the structure of the optimizer
+    state is that of existing checkpoints.
+    """
+    options = config.optimizer
+    adamw = optax.adamw(
+        learning_rate(config),
+        b1=options.beta1,
+        b2=options.beta2,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        mask=weight_decay_mask,
     )
+    return optax.chain(optax.identity(), adamw)
 
 
-def weight_decay_mask(params):
-    """True for the leaves that decay. By name, since a norm's scale has two axes once layers are stacked."""
+def weight_decay_mask(params: Any) -> Any:
+    """Returns a tree of bools that is True for the parameters that decay: all except norm scales.
+
+    The scales are recognized by name. They cannot be recognized as vectors, because the parameters
+    of all layers are stacked.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: "scale" not in path[-1].key, params)

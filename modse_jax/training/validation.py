@@ -1,8 +1,13 @@
-"""A pass over held-out records: loss, bits per byte, routing. The same numbers whatever the batch size."""
+"""Validation: the loss, bits per byte and routing statistics of the validation records.
+
+The results do not depend on the batch size.
+
+Legend: B batch, L predicted tokens.
+"""
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,7 +17,14 @@ from modse_jax.moe.router import RouterStatistics
 
 
 class Scored(NamedTuple):
-    """Sums over the held-out records of a dataset."""
+    """Sums over the validation records of a dataset.
+
+    Attributes:
+      nats: negative log-likelihood.
+      tokens: predicted tokens.
+      bytes: bytes of text in the predicted tokens.
+      statistics: routing statistics.
+    """
 
     nats: float
     tokens: int
@@ -20,6 +32,7 @@ class Scored(NamedTuple):
     statistics: RouterStatistics
 
     def result(self) -> dict:
+        """Returns the mean loss in nats per token, the bits per byte, and the number of tokens."""
         return {
             "loss": self.nats / self.tokens,
             "bits_per_byte": self.nats / math.log(2) / self.bytes,
@@ -27,35 +40,55 @@ class Scored(NamedTuple):
         }
 
 
-def run(score: Callable, params, batches: Iterable[dict], dataset: Dataset, whole: bool) -> Scored:
-    """Args: score: a jitted step.make_score_step. whole: the batches are all of the split, so that its byte count is
-    exact; else bytes are estimated from the split's bytes per token. Losses are float32 per token, summed in
-    float64."""
-    nats, tokens, total = 0.0, 0, None
+def run(
+    score: Callable, params: Any, batches: Iterable[dict], dataset: Dataset, whole: bool
+) -> Scored:
+    """Scores validation batches.
+
+    The losses of tokens are float32; they are summed in float64 on the host.
+
+    Args:
+      score: a jitted function from `train_step.make_score_step`.
+      params: parameters of the model.
+      batches: sharded batches.
+      dataset: the dataset of the batches.
+      whole: the batches are the complete validation split, so that the number of its bytes is
+        known. Otherwise bytes are estimated from the mean bytes per token of the split.
+    """
+    nats = 0.0
+    tokens = 0
+    total = None
     for batch in batches:
         nll_BL, weights_BL, statistics = jax.device_get(score(params, batch))
         nats += float(np.sum(np.where(weights_BL > 0, nll_BL, 0), dtype=np.float64))
         tokens += int(weights_BL.sum())
-        statistics = jax.tree.map(
-            lambda a: a.astype(np.float64 if a.dtype.kind == "f" else np.int64), statistics
-        )
+        statistics = jax.tree.map(_widen, statistics)
         total = statistics if total is None else jax.tree.map(np.add, total, statistics)
     split = dataset.card["splits"]["validation"]
-    if whole and tokens != split["tokens"]:
+    if not whole:
+        return Scored(nats, tokens, tokens * split["bytes"] / split["tokens"], total)
+    if tokens != split["tokens"]:
         raise RuntimeError(
             f"validation scored {tokens} tokens, but the card of {dataset.directory} counts "
             f"{split['tokens']}"
         )
-    return Scored(
-        nats, tokens, split["bytes"] if whole else tokens * split["bytes"] / split["tokens"], total
-    )
+    return Scored(nats, tokens, split["bytes"], total)
+
+
+def _widen(array: np.ndarray) -> np.ndarray:
+    """Converts statistics of one batch to 64 bits, so that sums over many batches stay exact."""
+    return array.astype(np.float64 if array.dtype.kind == "f" else np.int64)
 
 
 def together(scored: dict[str, Scored]) -> tuple[dict, RouterStatistics]:
-    """({"loss", "bits_per_byte", "tokens"} over all datasets, and of several each one's under "sources"; routing
-    statistics of all)."""
+    """Combines the results of all datasets.
+
+    Returns:
+      The loss, bits per byte and tokens over all datasets, and the routing statistics. With several
+      datasets, the result holds those of each under "sources".
+    """
     total = jax.tree.map(lambda *parts: sum(parts), *scored.values())
-    sources = (
-        {"sources": {name: s.result() for name, s in scored.items()}} if len(scored) > 1 else {}
-    )
-    return {**total.result(), **sources}, total.statistics
+    result = total.result()
+    if len(scored) > 1:
+        result["sources"] = {name: part.result() for name, part in scored.items()}
+    return result, total.statistics

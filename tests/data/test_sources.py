@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from modse_jax.config.options import TrainingConfig
 from modse_jax.data import inspect, loader, prepare, sources
-from modse_jax.errors import UserError
+from modse_jax.errors import ExitCode, UserError
 from modse_jax.runtime import integrity, lock
 from tests.helpers.configs import tiny_config
 from tests.helpers.datasets import alone, make
@@ -526,7 +526,7 @@ def test_a_run_on_a_mixture_tells_of_every_source(mixed, tmp_path):
     config = dataclasses.replace(
         config, training=TrainingConfig(batch_size=8, steps=2, log_every=1, checkpoint_every=2)
     )
-    assert loop.train(config, str(tmp_path / "run")) == loop.FINISHED
+    assert loop.train(config, str(tmp_path / "run")) == ExitCode.FINISHED
     train, held = (metrics.read(tmp_path / "run" / "metrics.jsonl")[i] for i in (1, 2))
     assert sum(train["tokens_by_source"].values()) == 2 * 8 * 64 == train["tokens"]
     assert (

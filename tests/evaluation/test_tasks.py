@@ -21,7 +21,7 @@ from flax import nnx
 from lm_eval.api.instance import Instance
 
 from modse_jax.data import tokenizers
-from modse_jax.errors import RunError, UserError
+from modse_jax.errors import ExitCode, RunError, UserError
 from modse_jax.evaluation import harness, scoring, tasks
 from modse_jax.model import kernel_selection, transformer
 from modse_jax.runtime import processes, sharding
@@ -437,7 +437,7 @@ def trained(tmp_path_factory):
             data=dict(source=f"text:{root / 'text'}"),
             training=dict(steps=2, checkpoint_every=2),
         )
-        assert loop.train(config, str(root / name)) == loop.FINISHED
+        assert loop.train(config, str(root / name)) == ExitCode.FINISHED
         out[name] = str(root / name)
     return out
 

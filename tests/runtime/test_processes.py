@@ -13,8 +13,9 @@ from modse_jax.config import device_mesh
 from modse_jax.config.loading import from_dict
 from modse_jax.config.options import MeshConfig
 from modse_jax.data import loader
-from modse_jax.errors import UserError
+from modse_jax.errors import ExitCode, UserError
 from modse_jax.runtime import processes, sharding
+from modse_jax.runtime.signals import StopRequest
 from modse_jax.training import loop, metrics
 from tests.helpers.configs import tiny_config
 from tests.helpers.runs import command, config_for, train_args
@@ -67,7 +68,7 @@ def test_two_processes_killed_then_finished_then_evaluated_by_one(corpus, tmp_pa
     config = from_dict(json.loads((tmp_path / "two" / "config.json").read_text()))
     config = dataclasses.replace(config, mesh=MeshConfig(1, 2))  # of this process's eight devices
     for name in ("two", "one"):
-        assert loop.train(config, str(tmp_path / name)) == loop.FINISHED
+        assert loop.train(config, str(tmp_path / name)) == ExitCode.FINISHED
     two, one = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
     assert [r["step"] for r in two] == [r["step"] for r in one]
     np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], atol=1e-5)
@@ -140,12 +141,12 @@ def test_every_process_reads_its_rows(corpus, tmp_path):
 
 
 def test_a_stop_is_agreed_a_step_later(monkeypatch):
-    flag = loop._Stop()
-    flag.in_loop(device_mesh.build_mesh(tiny_config()))
-    flag.asked = True
-    assert flag.agreed()
+    flag = StopRequest()
+    flag.enter_loop(device_mesh.build_mesh(tiny_config()))
+    flag.requested = True
+    assert flag.requested_anywhere()
     monkeypatch.setattr(processes, "is_multi_process", lambda: True)
-    assert [flag.agreed(), flag.agreed()] == [False, True]
+    assert [flag.requested_anywhere(), flag.requested_anywhere()] == [False, True]
 
 
 @pytest.mark.parametrize("given", [("localhost:1",), ("", 2), ("", 0, 0)])

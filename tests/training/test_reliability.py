@@ -19,11 +19,12 @@ from benchmarks import faults
 from modse_jax.config import device_mesh
 from modse_jax.config.options import DataConfig, MeshConfig
 from modse_jax.data import loader, prepare
-from modse_jax.errors import RunError, UserError
+from modse_jax.errors import ExitCode, RunError, UserError
 from modse_jax.evaluation import scoring
-from modse_jax.runtime import integrity
+from modse_jax.runtime import files, integrity, signals
 from modse_jax.runtime.lock import Lock
-from modse_jax.training import checkpointing, loop, metrics, train_step, validation
+from modse_jax.runtime.signals import StopRequest
+from modse_jax.training import loop, metrics, state_arrays, train_step, validation
 from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
 from tests.helpers.configs import tiny_config
 from tests.helpers.runs import config_for, state_of
@@ -119,10 +120,10 @@ def test_arrays_that_are_not_what_was_saved_are_found_though_their_files_are_who
     copy, state, monkeypatch
 ):
     """A wrong copy to the host, or a wrong restore, leaves files whose hashes are right."""
-    right = checkpointing.fingerprints
+    right = state_arrays.compute_fingerprints
     monkeypatch.setattr(
-        checkpointing,
-        "fingerprints",
+        state_arrays,
+        "compute_fingerprints",
         lambda s: {k: v + (k == "params/head") for k, v in right(s).items()},
     )
     checkpoints = Checkpoints(copy, 3)
@@ -133,22 +134,22 @@ def test_arrays_that_are_not_what_was_saved_are_found_though_their_files_are_who
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "uint8"])
 def test_a_fingerprint_sees_every_bit_and_no_mesh(dtype):
     array = jnp.asarray(np.random.default_rng(0).integers(0, 2, (8, 6)), dtype)
-    plain = int(jax.jit(checkpointing._fingerprint)(array))
+    plain = int(jax.jit(state_arrays.fingerprint)(array))
     for sizes in ((8, 1, 1), (1, 2, 1), (2, 2, 2)):
         mesh = device_mesh.build_mesh(tiny_config(mesh=MeshConfig(*sizes)))
         spec = jax.sharding.PartitionSpec(("data", "fsdp"), "expert")
         there = jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
-        assert int(jax.jit(checkpointing._fingerprint)(there)) == plain
+        assert int(jax.jit(state_arrays.fingerprint)(there)) == plain
     for place in ((0, 0), (3, 2), (7, 5)):
         assert (
             int(
-                jax.jit(checkpointing._fingerprint)(
+                jax.jit(state_arrays.fingerprint)(
                     array.at[place].set((1 - array[place]).astype(array.dtype))
                 )
             )
             != plain
         )
-    assert int(jax.jit(checkpointing._fingerprint)(array[::-1])) != plain
+    assert int(jax.jit(state_arrays.fingerprint)(array[::-1])) != plain
 
 
 def test_what_is_kept(tmp_path, state):
@@ -211,7 +212,7 @@ def test_symlinks_are_refused(copy, tmp_path):
     file.symlink_to(tmp_path / "elsewhere")
     assert "is a symlink" in integrity.verify(copy / "00000003", REWRITTEN)
     with pytest.raises(ValueError, match="symlink"):
-        integrity.read_json(file)
+        files.read_json(file)
 
 
 def test_a_second_writer_is_refused_by_name(tmp_path):
@@ -294,7 +295,7 @@ def test_a_rewind_happens_once_skips_data_and_is_remembered(corpus, tmp_path, ca
     )
     workdir = tmp_path / "run"
     first = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=6))
-    assert loop.train(first, str(workdir)) == loop.FINISHED
+    assert loop.train(first, str(workdir)) == ExitCode.FINISHED
     # Steps 2 and 4 are kept beside 6: keep is 3.
     with pytest.raises(UserError, match=r"step 5 is not saved; saved: 2, 4, 6"):
         loop.train(
@@ -304,14 +305,14 @@ def test_a_rewind_happens_once_skips_data_and_is_remembered(corpus, tmp_path, ca
             str(workdir),
         )
     back = dataclasses.replace(config, training=dataclasses.replace(config.training, rewind=(4, 3)))
-    assert loop.train(back, str(workdir)) == loop.FINISHED
+    assert loop.train(back, str(workdir)) == ExitCode.FINISHED
     said = capsys.readouterr().out
     assert (
         "checkpoint 6 is past the rewind; set aside as rewound/00000006" in said
         and "resuming step 4 of 8" in said
     )
     assert (
-        loop.train(back, str(workdir)) == loop.FINISHED
+        loop.train(back, str(workdir)) == ExitCode.FINISHED
         and "nothing to do" in capsys.readouterr().out
     )
     meta = json.loads((workdir / "checkpoints" / "00000008" / "meta" / "metadata").read_text())
@@ -324,7 +325,7 @@ def test_a_rewind_happens_once_skips_data_and_is_remembered(corpus, tmp_path, ca
     assert rows == list(range(1, 9))
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=9))
     assert (
-        loop.train(longer, str(workdir)) == loop.FINISHED
+        loop.train(longer, str(workdir)) == ExitCode.FINISHED
     )  # without the option: what was skipped stays skipped
     meta = json.loads((workdir / "checkpoints" / "00000009" / "meta" / "metadata").read_text())
     assert meta["skipped_data"] == [[4, 3]]
@@ -339,7 +340,7 @@ def test_one_step_that_is_not_finite_is_logged_with_its_records(
         "make_train_step",
         faults.poisoned(train_step.make_train_step, lambda step: step == 3),
     )
-    assert loop.train(config, str(tmp_path / "run")) == loop.FINISHED
+    assert loop.train(config, str(tmp_path / "run")) == ExitCode.FINISHED
     (event,) = metrics.read(tmp_path / "run" / "events.jsonl")
     data = loader.load(config, tmp_path / "run")
     assert event["step"] == 4 and event["fault"] == "not finite" and event["loss"] == "nan"
@@ -366,12 +367,12 @@ def test_a_signal_during_validation_saves_and_the_next_start_validates(
 
     with monkeypatch.context() as patch:
         patch.setattr(validation, "run", interrupted)
-        assert loop.train(config, str(workdir)) == loop.STOPPED
+        assert loop.train(config, str(workdir)) == ExitCode.STOPPED
     assert [r["split"] for r in metrics.read(workdir / "metrics.jsonl")] == ["train", "train"]
-    assert loop.train(config, str(workdir)) == loop.FINISHED
+    assert loop.train(config, str(workdir)) == ExitCode.FINISHED
     assert metrics.read(workdir / "metrics.jsonl")[-1]["split"] == "validation"
     assert (
-        loop.train(config, str(workdir)) == loop.FINISHED
+        loop.train(config, str(workdir)) == ExitCode.FINISHED
         and "nothing to do" in capsys.readouterr().out
     )
 
@@ -379,7 +380,7 @@ def test_a_signal_during_validation_saves_and_the_next_start_validates(
 def test_a_run_killed_while_it_prepared_its_data_starts_again(corpus, tmp_path):
     code = (
         "from modse_jax.data import prepare; import os, sys; prepare._finish = lambda *a: os.kill(os.getpid(), 9)\n"
-        "sys.argv[0] = 'train.py'; import train; train.command_line.run(train.main)"
+        "sys.argv[0] = 'train.py'; from modse_jax.cli import train_command; train_command.run()"
     )
     changes = {**faults.SMALL, "data.source": f"text:{corpus}", "training.steps": 2}
     arguments = [
@@ -400,7 +401,7 @@ def test_a_run_killed_while_it_prepared_its_data_starts_again(corpus, tmp_path):
     }
     assert (
         loop.train(config_for(corpus, training=dict(steps=2)), str(tmp_path / "run"))
-        == loop.FINISHED
+        == ExitCode.FINISHED
     )
 
 
@@ -409,7 +410,7 @@ def test_a_signal_before_the_first_step_loses_nothing(corpus, tmp_path, monkeypa
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train_step, "compile_train_step", interrupted)
-    assert loop.train(config_for(corpus), str(tmp_path / "run")) == loop.STOPPED
+    assert loop.train(config_for(corpus), str(tmp_path / "run")) == ExitCode.STOPPED
     assert "stopped before the first step" in capsys.readouterr().err
     Lock(tmp_path / "run" / "checkpoints" / ".lock", "").release()  # it is free again
 
@@ -417,18 +418,20 @@ def test_a_signal_before_the_first_step_loses_nothing(corpus, tmp_path, monkeypa
 def test_a_second_signal_leaves_at_once_but_an_echo_does_not(monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
-    stop = loop._Stop()
-    stop.in_loop(device_mesh.build_mesh(tiny_config()))
+    stop = StopRequest()
+    stop.enter_loop(device_mesh.build_mesh(tiny_config()))
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)  # as make passes on what its whole group has got
-    assert stop.agreed() and not left
-    monkeypatch.setattr(loop, "SAME_SIGNAL", 0)
+    assert stop.requested_anywhere() and not left
+    monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", 0)
     os.kill(os.getpid(), signal.SIGINT)
     assert left == [130]
 
 
 def test_a_hang_prints_every_stack_and_ends(tmp_path):
-    code = "from modse_jax.training import loop; import time; loop._rearm(0.01); time.sleep(60)"
+    code = (
+        "from modse_jax.runtime import watchdog; import time; watchdog.reset(0.01); time.sleep(60)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

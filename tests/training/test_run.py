@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from modse_jax import cli
 from modse_jax.config import device_mesh
 from modse_jax.config.options import CheckpointConfig, Config, MeshConfig, fields
 from modse_jax.data import loader, prepare
-from modse_jax.errors import UserError
+from modse_jax.errors import ExitCode, UserError
 from modse_jax.evaluation import scoring
 from modse_jax.report import analysis, demo_summary, pages, routing_statistics
+from modse_jax.runtime import malloc
 from modse_jax.training import loop, metrics, train_step
 from modse_jax.training.checkpointing import Checkpoints
 from tests.helpers.runs import ROOT, command, config_for, state_of, train_args
@@ -29,7 +29,7 @@ from tests.helpers.runs import ROOT, command, config_for, state_of, train_args
 
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(corpus, tmp_path, capsys):
     config = config_for(corpus, training=dict(eval_every=3))
-    assert loop.train(config, str(tmp_path / "straight")) == loop.FINISHED
+    assert loop.train(config, str(tmp_path / "straight")) == ExitCode.FINISHED
     short = dataclasses.replace(
         config, training=dataclasses.replace(config.training, checkpoint_every=2, log_every=1)
     )
@@ -46,13 +46,13 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(corpus, tmp_path, cap
 
     metrics.train_row = stop_at_four
     try:
-        assert loop.train(short, str(cut)) == loop.STOPPED
+        assert loop.train(short, str(cut)) == ExitCode.STOPPED
     finally:
         metrics.train_row = read
     assert max(int(p.name) for p in (cut / "checkpoints").iterdir() if p.name.isdigit()) in (4, 5)
     with open(cut / "metrics.jsonl", "a") as file:  # what a killed run leaves past its checkpoint
         file.write('{"step": 6, "split": "train"}\n{"step": 6, "spl')
-    assert loop.train(short, str(cut)) == loop.FINISHED
+    assert loop.train(short, str(cut)) == ExitCode.FINISHED
     out = capsys.readouterr().out
     assert "resuming step" in out and "experts: reference; attention: blocks\n" in out
     for a, b in zip(
@@ -67,7 +67,7 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(corpus, tmp_path, cap
     for r in metrics.read(tmp_path / "straight" / "metrics.jsonl"):
         assert same[r["step"], r["split"]] == r["loss"]
 
-    assert loop.train(short, str(cut)) == loop.FINISHED
+    assert loop.train(short, str(cut)) == ExitCode.FINISHED
     assert "finished" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"holds another config \(moe.top_k: 2 -> 1\)"):
         loop.train(
@@ -230,7 +230,7 @@ def test_a_run_goes_on_on_another_mesh(finished, tmp_path, capsys):
         moe=dataclasses.replace(config.moe, placement="columns"),
         training=dataclasses.replace(config.training, steps=8),
     )
-    assert loop.train(moved, str(tmp_path / "run")) == loop.FINISHED
+    assert loop.train(moved, str(tmp_path / "run")) == ExitCode.FINISHED
     assert "resuming step 6 of 8" in capsys.readouterr().out
     rows = [r for r in metrics.read(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
     assert rows[-1]["step"] == 8 and rows[-1]["loss"] < rows[0]["loss"]
@@ -305,7 +305,7 @@ def test_checkpoints_of_another_shape_or_type_are_refused(finished):
     abstract = jax.eval_shape(lambda: train_step.init_state(config))
     wrong = abstract._replace(step=jax.ShapeDtypeStruct((), np.float32))
     with pytest.raises(
-        UserError, match=r"checkpoint 6 does not fit the model: step is \[\[\], 'int32'\] there"
+        UserError, match=r"checkpoint 6 does not fit the model: step is \[\[\], 'int32'\] in the"
     ):
         checkpoints.restore(6, wrong)
     wider = jax.eval_shape(
@@ -313,7 +313,7 @@ def test_checkpoints_of_another_shape_or_type_are_refused(finished):
             dataclasses.replace(config, moe=dataclasses.replace(config.moe, gate_term="learned"))
         )
     )
-    with pytest.raises(UserError, match="arrays, the model has"):
+    with pytest.raises(UserError, match="arrays, but the model has"):
         checkpoints.restore(6, wider)
     checkpoints.close()
 
@@ -338,7 +338,7 @@ def test_a_diverging_run_stops_with_its_last_good_checkpoint(corpus, tmp_path, m
         return poison
 
     monkeypatch.setattr(train_step, "make_train_step", poisoned)
-    assert loop.train(config, str(tmp_path / "run")) == loop.DIVERGED
+    assert loop.train(config, str(tmp_path / "run")) == ExitCode.DIVERGED
     rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["loss"] is None and rows[-1]["skipped_steps"] == 2
     saved = state_of(tmp_path / "run", config)
@@ -489,6 +489,6 @@ def test_scripts_start_themselves_anew_with_large_pages_once(monkeypatch):
         os, "execv", lambda *command: started.append((command, os.environ["GLIBC_TUNABLES"]))
     )
     monkeypatch.setattr(os, "environ", {})
-    cli.use_large_pages()
-    cli.use_large_pages()
-    assert started == [((sys.executable, [sys.executable, *sys.orig_argv[1:]]), cli.LARGE_PAGES)]
+    malloc.use_large_pages()
+    malloc.use_large_pages()
+    assert started == [((sys.executable, [sys.executable, *sys.orig_argv[1:]]), malloc.LARGE_PAGES)]

@@ -1,0 +1,1 @@
+"""The command line: flags, subcommands, one-line error messages and exit codes."""

@@ -1,0 +1,78 @@
+"""Files that are complete or absent: atomic writes, flushing to disk, safe reading and listing."""
+
+import contextlib
+import json
+import os
+import pathlib
+import stat
+from typing import Any
+
+# Bytes of a JSON file that is read into memory. A damaged or hostile file must not fill memory.
+LARGEST_JSON = 64 * 2**20
+
+
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a file so that a crash or power failure leaves either all of it or nothing new.
+
+    The content is flushed to disk under a temporary name, then renamed.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: pathlib.Path) -> None:
+    """Blocks until the contents of a file, or the entries of a directory, are on disk (fsync)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Returns the value in a JSON file.
+
+    Raises:
+      ValueError: the file is a symlink, larger than `LARGEST_JSON`, or not JSON.
+    """
+    if path.is_symlink() or path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path.name} is a symlink, or larger than {LARGEST_JSON >> 20} MiB")
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path.name} is damaged (not JSON)") from None
+
+
+def list_files(root: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns {path relative to root: path} for every file below a directory, sorted by name.
+
+    Raises:
+      ValueError: an entry is a symlink, or neither a file nor a directory. Its content would be
+        stored elsewhere, and its hash would say nothing about it.
+    """
+    found = {}
+    pending = [root]
+    while pending:
+        for entry in os.scandir(pending.pop()):
+            path = pathlib.Path(entry.path)
+            name = path.relative_to(root).as_posix()
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(path)
+            elif stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+                found[name] = path
+            elif entry.is_symlink():
+                raise ValueError(f"{name} is a symlink")
+            else:
+                raise ValueError(f"{name} is neither file nor directory")
+    return dict(sorted(found.items()))

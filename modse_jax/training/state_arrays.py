@@ -1,0 +1,152 @@
+"""The arrays of a training state: names, shapes, fingerprints, and the order of hidden units.
+
+These are the properties of a state that its checkpoint records. They do not depend on the mesh.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from modse_jax.errors import UserError
+from modse_jax.runtime import sharding
+from modse_jax.training.train_step import State
+
+# Unsigned integer type with the same number of bytes.
+UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+GOLDEN_RATIO = 0x9E3779B1  # 2^32 / golden ratio, the multiplier of Fibonacci hashing
+
+
+def describe_arrays(state: State) -> dict[str, list]:
+    """Returns {path: [shape, type]} for every array of a state (or of its abstract form)."""
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in _named_leaves(state)}
+
+
+def check_arrays(step: int, saved: dict[str, list], expected: dict[str, list]) -> None:
+    """Compares the arrays of a checkpoint with those of a model; see `describe_arrays`.
+
+    Raises:
+      UserError: names, shapes or types differ.
+    """
+    if len(saved) != len(expected):
+        raise UserError(
+            f"checkpoint {step} has {len(saved)} arrays, but the model has {len(expected)}"
+        )
+    differences = [
+        f"{name} is {saved.get(name)} in the checkpoint and {description} in the model"
+        for name, description in expected.items()
+        if saved.get(name) != description
+    ]
+    if differences:
+        raise UserError(f"checkpoint {step} does not fit the model: {'; '.join(differences[:5])}")
+
+
+def compute_fingerprints(state: State) -> dict[str, int]:
+    """Returns {path: fingerprint} for every array of a state.
+
+    A fingerprint changes if any bit of the array changes, and does not depend on its sharding.
+    """
+    names, arrays = zip(*_named_leaves(state))
+    values = jax.device_get(_fingerprint_all(list(arrays)))
+    return {name: int(value) for name, value in zip(names, values)}
+
+
+def all_finite(state: State) -> bool:
+    """Returns True if no parameter and no optimizer moment is infinite or NaN."""
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+    return bool(_all_finite(leaves))
+
+
+def to_canonical_order(state: State, order: Sequence[int]) -> State:
+    """Sorts the hidden units of all experts by expert, as checkpoints store them.
+
+    On a mesh the hidden units are ordered by the device that holds them. Stored in canonical order,
+    a checkpoint can be restored on any mesh.
+
+    Args:
+      state: the state of a run.
+      order: the canonical index of each hidden unit in memory; () if they are sorted already.
+    """
+    return take_hidden_units(state, np.argsort(np.array(order, np.int32)))
+
+
+def from_canonical_order(state: State, order: Sequence[int]) -> State:
+    """Reverses `to_canonical_order`."""
+    return take_hidden_units(state, order)
+
+
+def take_hidden_units(state: State, indices: Sequence[int] | np.ndarray) -> State:
+    """Reorders the hidden units in every array that has them; () leaves the state unchanged."""
+    indices = np.array(indices, np.int32)
+    if np.array_equal(indices, np.arange(len(indices))):
+        return state
+
+    def reorder(path: tuple, leaf: jax.Array) -> jax.Array:
+        # One array at a time, so that memory never holds a second copy of all of the state.
+        axis = sharding.flat_axis_of(str(getattr(path[-1], "key", "")))
+        if axis is None:
+            return leaf
+        take = functools.partial(jnp.take, axis=axis)
+        return jax.jit(take, out_shardings=leaf.sharding)(leaf, indices)
+
+    return jax.tree_util.tree_map_with_path(reorder, state)
+
+
+@jax.jit
+def _all_finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(array)) for array in arrays]))
+
+
+@jax.jit
+def _fingerprint_all(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [fingerprint(array) for array in arrays]
+
+
+def fingerprint(array: jax.Array) -> jax.Array:
+    """Returns the fingerprint of one array, a uint32.
+
+    For the bits b_i of element i and the constant c = `GOLDEN_RATIO` it is
+    sum_i (b_i xor i c) (2 i + 1) mod 2^32. Integer addition modulo 2^32 is associative, so the sum
+    is the same in any order and on any mesh.
+    """
+    unsigned = UNSIGNED[array.dtype.itemsize]
+    if array.dtype == bool:
+        bits = array.astype(jnp.uint8)
+    else:
+        bits = jax.lax.bitcast_convert_type(array, unsigned)
+    index = _flat_index(array.shape)
+    mixed = bits.astype(jnp.uint32) ^ (index * jnp.uint32(GOLDEN_RATIO))
+    weights = 2 * index + jnp.uint32(1)
+    return jnp.sum(mixed * weights, dtype=jnp.uint32)
+
+
+def _flat_index(shape: tuple[int, ...]) -> jax.Array:
+    """Returns the index of each element in the flattened array, modulo 2^32.
+
+    It is computed dimension by dimension: flattening a sharded array would all-gather it.
+    """
+    index = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        position = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        index += position * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return index
+
+
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [
+        ("/".join(_key_name(key) for key in path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
