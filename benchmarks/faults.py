@@ -28,7 +28,7 @@ from modse_jax.config.loading import from_dict
 from modse_jax.data import loader
 from modse_jax.errors import UserError
 from modse_jax.runtime import files, integrity
-from modse_jax.training import metrics, train_step
+from modse_jax.training import run_logs, train_step
 from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -265,7 +265,7 @@ def kills(root: pathlib.Path, count: int, rng: random.Random) -> dict:
     code, _, err = finish(start(root, "killed"))
     assert code == 0, err
     rows = [
-        [(r["step"], r["split"], r["loss"]) for r in metrics.read(root / name / "metrics.jsonl")]
+        [(r["step"], r["split"], r["loss"]) for r in run_logs.read_log(root / name / "metrics.jsonl")]
         for name in ("straight", "killed")
     ]
     return {
@@ -411,14 +411,14 @@ def not_finite(root: pathlib.Path) -> dict:
     every = finish(start(root, "all_nan", code=plant.format("n >= 20")))
     loss = {
         name: [
-            r for r in metrics.read(root / name / "metrics.jsonl") if r["split"] == "validation"
+            r for r in run_logs.read_log(root / name / "metrics.jsonl") if r["split"] == "validation"
         ][-1]["loss"]
         for name in ("straight", "one_nan")
     }
     return {
         "one": {
             "exit": one[0],
-            "steps_skipped": len(metrics.read(root / "one_nan" / "events.jsonl")),
+            "steps_skipped": len(run_logs.read_log(root / "one_nan" / "events.jsonl")),
             "validation_loss": loss["one_nan"],
             "clean_validation_loss": loss["straight"],
         },

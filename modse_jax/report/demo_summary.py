@@ -11,7 +11,7 @@ from modse_jax.data import loader
 from modse_jax.data.prepare import OneLineParser
 from modse_jax.errors import UserError
 from modse_jax.evaluation import scoring
-from modse_jax.training import metrics
+from modse_jax.training import run_logs
 
 
 def summary(workdir: pathlib.Path, since: float) -> dict:
@@ -30,7 +30,7 @@ def summary(workdir: pathlib.Path, since: float) -> dict:
         )
     speeds = sorted(
         row["tokens_per_second"]
-        for row in metrics.read(workdir / "metrics.jsonl")
+        for row in run_logs.read_log(workdir / "metrics.jsonl")
         if row["split"] == "train"
     )
     return {

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from modse_jax.evaluation import scoring
-from modse_jax.training import metrics
+from modse_jax.training import run_logs
 
 matplotlib.use("Agg")
 
@@ -20,7 +20,7 @@ INK, TRAIN, VALIDATION = "#222222", "#0072B2", "#D55E00"  # colour-blind safe (O
 def write(workdir: str) -> None:
     """Draws what the workdir's logs hold. A run without a line in metrics.jsonl leaves nothing to draw."""
     workdir = pathlib.Path(workdir).expanduser().absolute()
-    rows, layers = (metrics.read(workdir / f"{name}.jsonl") for name in ("metrics", "routing"))
+    rows, layers = (run_logs.read_log(workdir / f"{name}.jsonl") for name in ("metrics", "routing"))
     if not rows:
         return
     out = workdir / "report"

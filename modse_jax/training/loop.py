@@ -34,7 +34,7 @@ from modse_jax.moe import expert_placement
 from modse_jax.runtime import files, memory_usage, processes, sharding, watchdog
 from modse_jax.runtime.lock import Lock
 from modse_jax.runtime.signals import Stopped, StopRequest
-from modse_jax.training import metrics, train_step, validation
+from modse_jax.training import metrics, run_logs, train_step, validation
 from modse_jax.training.checkpointing import Checkpoints, Found
 
 # What a run that was killed early may leave before it writes config.json, which says that the workdir holds a run.
@@ -349,9 +349,9 @@ def _batch_number(step, meta):
 
 def _writer(workdir, latest):
     if not processes.is_main_process():
-        return metrics.NoWriter()
+        return run_logs.NullWriter()
     try:
-        return metrics.Writer(workdir, latest)
+        return run_logs.RunLogWriter(workdir, latest)
     except OSError as error:
         raise RunError(
             f"cannot write the logs of {workdir}: {error.strerror}; make room and run the same command "
@@ -370,7 +370,7 @@ def _due(step, t):
 def _validated(workdir, step, t):
     """Whether no validation of that step is due and missing: a signal may have come in the middle of it."""
     path = workdir / "metrics.jsonl"
-    rows = metrics.read(path) if path.exists() else []
+    rows = run_logs.read_log(path) if path.exists() else []
     return (
         not step
         or not _due(step, t)

@@ -518,7 +518,7 @@ def test_mixtures_that_cannot_be_are_refused(mixed, tmp_path):
 
 
 def test_a_run_on_a_mixture_tells_of_every_source(mixed, tmp_path):
-    from modse_jax.training import loop, metrics
+    from modse_jax.training import loop, run_logs
 
     _, config = mixed
     import dataclasses
@@ -527,7 +527,7 @@ def test_a_run_on_a_mixture_tells_of_every_source(mixed, tmp_path):
         config, training=TrainingConfig(batch_size=8, steps=2, log_every=1, checkpoint_every=2)
     )
     assert loop.train(config, str(tmp_path / "run")) == ExitCode.FINISHED
-    train, held = (metrics.read(tmp_path / "run" / "metrics.jsonl")[i] for i in (1, 2))
+    train, held = (run_logs.read_log(tmp_path / "run" / "metrics.jsonl")[i] for i in (1, 2))
     assert sum(train["tokens_by_source"].values()) == 2 * 8 * 64 == train["tokens"]
     assert (
         set(train["epochs"]) == set(held["sources"]) == {"a", "b", "c"}

@@ -16,7 +16,7 @@ from modse_jax.data import loader
 from modse_jax.errors import ExitCode, UserError
 from modse_jax.runtime import processes, sharding
 from modse_jax.runtime.signals import StopRequest
-from modse_jax.training import loop, metrics
+from modse_jax.training import loop, run_logs
 from tests.helpers.configs import tiny_config
 from tests.helpers.runs import command, config_for, train_args
 
@@ -69,7 +69,7 @@ def test_two_processes_killed_then_finished_then_evaluated_by_one(corpus, tmp_pa
     config = dataclasses.replace(config, mesh=MeshConfig(1, 2))  # of this process's eight devices
     for name in ("two", "one"):
         assert loop.train(config, str(tmp_path / name)) == ExitCode.FINISHED
-    two, one = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    two, one = (run_logs.read_log(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
     assert [r["step"] for r in two] == [r["step"] for r in one]
     np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], atol=1e-5)
     out, err, code = command(

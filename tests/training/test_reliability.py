@@ -24,7 +24,7 @@ from modse_jax.evaluation import scoring
 from modse_jax.runtime import files, integrity, signals
 from modse_jax.runtime.lock import Lock
 from modse_jax.runtime.signals import StopRequest
-from modse_jax.training import loop, metrics, state_arrays, train_step, validation
+from modse_jax.training import loop, run_logs, state_arrays, train_step, validation
 from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
 from tests.helpers.configs import tiny_config
 from tests.helpers.runs import config_for, state_of
@@ -321,7 +321,7 @@ def test_a_rewind_happens_once_skips_data_and_is_remembered(corpus, tmp_path, ca
         and loop._batch_number(4, meta) == 7
         and loop._batch_number(3, meta) == 3
     )
-    rows = [r["step"] for r in metrics.read(workdir / "metrics.jsonl") if r["split"] == "train"]
+    rows = [r["step"] for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "train"]
     assert rows == list(range(1, 9))
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=9))
     assert (
@@ -341,7 +341,7 @@ def test_one_step_that_is_not_finite_is_logged_with_its_records(
         faults.poisoned(train_step.make_train_step, lambda step: step == 3),
     )
     assert loop.train(config, str(tmp_path / "run")) == ExitCode.FINISHED
-    (event,) = metrics.read(tmp_path / "run" / "events.jsonl")
+    (event,) = run_logs.read_log(tmp_path / "run" / "events.jsonl")
     data = loader.load(config, tmp_path / "run")
     assert event["step"] == 4 and event["fault"] == "not finite" and event["loss"] == "nan"
     assert (
@@ -349,7 +349,7 @@ def test_one_step_that_is_not_finite_is_logged_with_its_records(
         and len(event["records"]) == 8
     )
     assert "step 4 changed nothing: not finite" in capsys.readouterr().out
-    assert metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]["split"] == "validation"
+    assert run_logs.read_log(tmp_path / "run" / "metrics.jsonl")[-1]["split"] == "validation"
     assert all(
         np.isfinite(a).all() for a in jax.tree.leaves(state_of(tmp_path / "run", config).params)
     )
@@ -368,9 +368,9 @@ def test_a_signal_during_validation_saves_and_the_next_start_validates(
     with monkeypatch.context() as patch:
         patch.setattr(validation, "run", interrupted)
         assert loop.train(config, str(workdir)) == ExitCode.STOPPED
-    assert [r["split"] for r in metrics.read(workdir / "metrics.jsonl")] == ["train", "train"]
+    assert [r["split"] for r in run_logs.read_log(workdir / "metrics.jsonl")] == ["train", "train"]
     assert loop.train(config, str(workdir)) == ExitCode.FINISHED
-    assert metrics.read(workdir / "metrics.jsonl")[-1]["split"] == "validation"
+    assert run_logs.read_log(workdir / "metrics.jsonl")[-1]["split"] == "validation"
     assert (
         loop.train(config, str(workdir)) == ExitCode.FINISHED
         and "nothing to do" in capsys.readouterr().out
@@ -449,7 +449,7 @@ def test_a_hang_prints_every_stack_and_ends(tmp_path):
 def test_a_log_that_cannot_be_written_stops_the_run(corpus, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     config = config_for(corpus)
-    monkeypatch.setattr(metrics, "BOARD_ROOM", usage.free * 2)
+    monkeypatch.setattr(run_logs, "BOARD_ROOM", usage.free * 2)
     with pytest.raises(RunError, match="KiB free; checkpoints are untouched"):
         loop.train(config, str(tmp_path / "run"))
 

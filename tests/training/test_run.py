@@ -22,7 +22,7 @@ from modse_jax.errors import ExitCode, UserError
 from modse_jax.evaluation import scoring
 from modse_jax.report import analysis, demo_summary, pages, routing_statistics
 from modse_jax.runtime import malloc
-from modse_jax.training import loop, metrics, train_step
+from modse_jax.training import loop, metrics, run_logs, train_step
 from modse_jax.training.checkpointing import Checkpoints
 from tests.helpers.runs import ROOT, command, config_for, state_of, train_args
 
@@ -64,7 +64,7 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(corpus, tmp_path, cap
     assert [r["step"] for r in rows if r["split"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert len((cut / "metrics.discarded.jsonl").read_text().splitlines()) == 2
     same = {(r["step"], r["split"]): r["loss"] for r in rows}
-    for r in metrics.read(tmp_path / "straight" / "metrics.jsonl"):
+    for r in run_logs.read_log(tmp_path / "straight" / "metrics.jsonl"):
         assert same[r["step"], r["split"]] == r["loss"]
 
     assert loop.train(short, str(cut)) == ExitCode.FINISHED
@@ -141,7 +141,7 @@ def test_every_option_is_read_by_a_run(finished):
 
 def test_what_a_run_leaves(finished):
     config, workdir = finished
-    train = [r for r in metrics.read(workdir / "metrics.jsonl") if r["split"] == "train"]
+    train = [r for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "train"]
     assert list(train[0]) == [
         "step",
         "split",
@@ -160,9 +160,9 @@ def test_what_a_run_leaves(finished):
         "data_wait",
         "epochs",
     ]
-    held = [r for r in metrics.read(workdir / "metrics.jsonl") if r["split"] == "validation"]
+    held = [r for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "validation"]
     assert len(held) == 1 and {"loss", "bits_per_byte"} <= set(held[0])
-    routing = metrics.read(workdir / "routing.jsonl")
+    routing = run_logs.read_log(workdir / "routing.jsonl")
     assert {r["layer"] for r in routing} == {0, 1}
     for r in routing:
         if r["split"] == "train":
@@ -232,7 +232,7 @@ def test_a_run_goes_on_on_another_mesh(finished, tmp_path, capsys):
     )
     assert loop.train(moved, str(tmp_path / "run")) == ExitCode.FINISHED
     assert "resuming step 6 of 8" in capsys.readouterr().out
-    rows = [r for r in metrics.read(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
+    rows = [r for r in run_logs.read_log(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
     assert rows[-1]["step"] == 8 and rows[-1]["loss"] < rows[0]["loss"]
     assert state_of(tmp_path / "run", config, 8).params["blocks"]["moe"]["w_gate"].shape == (
         2,
@@ -252,7 +252,7 @@ def test_steps_without_a_config_are_not_resumed_under_another(corpus, tmp_path):
 def test_evaluation_does_not_depend_on_the_batch_size(finished):
     config, workdir = finished
     results = [scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, n, ()) for n in (1, 3, 8)]
-    logged = [r for r in metrics.read(workdir / "metrics.jsonl") if r["split"] == "validation"][-1]
+    logged = [r for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "validation"][-1]
     for r in results:
         assert r["loss"]["loss"] == pytest.approx(logged["loss"], rel=1e-6)
         assert r["loss"]["bits_per_byte"] == pytest.approx(logged["bits_per_byte"], rel=1e-6)
@@ -339,7 +339,7 @@ def test_a_diverging_run_stops_with_its_last_good_checkpoint(corpus, tmp_path, m
 
     monkeypatch.setattr(train_step, "make_train_step", poisoned)
     assert loop.train(config, str(tmp_path / "run")) == ExitCode.DIVERGED
-    rows = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    rows = run_logs.read_log(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["loss"] is None and rows[-1]["skipped_steps"] == 2
     saved = state_of(tmp_path / "run", config)
     assert int(saved.step) == 3 and all(np.isfinite(a).all() for a in jax.tree.leaves(saved.params))

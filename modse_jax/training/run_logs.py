@@ -1,0 +1,143 @@
+"""The logs of a run: metrics.jsonl, routing.jsonl, events.jsonl and TensorBoard."""
+
+import json
+import pathlib
+import shutil
+
+from modse_jax.errors import RunError
+from modse_jax.runtime import files
+
+# Free space below which the run stops. TensorBoard's writer is a thread that ends silently when the
+# disk is full, and whoever then waits for it hangs.
+BOARD_ROOM = 512 * 1024  # bytes
+
+LOGS = ("metrics", "routing", "events")
+
+# Values of a layer that TensorBoard shows.
+LAYER_SCALARS = ("max_over_mean", "entropy", "count_weighted_width")
+
+
+class RunLogWriter:
+    """Appends to the logs of a workdir."""
+
+    def __init__(self, workdir: pathlib.Path, step: int) -> None:
+        """Opens the logs.
+
+        Lines after `step`, which a run wrote after its last checkpoint, move to
+        *.discarded.jsonl, so that each log is one continuous history.
+
+        Args:
+          workdir: the directory of the run.
+          step: the step from which the run resumes; 0 for a new run.
+        """
+        self._workdir = workdir
+        self._files = {}
+        for name in LOGS:
+            path = workdir / f"{name}.jsonl"
+            _discard_after(path, step)
+            self._files[name] = path.open("a", buffering=1)
+        # Imported here: if torch is installed, tensorboardX imports all of it, which takes 5 s that
+        # the error for a mistyped option should not wait for.
+        import tensorboardX
+
+        # The queue never fills up: the thread that empties it may have ended on a full disk.
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1, max_queue=1_000_000
+        )
+
+    def write(self, row: dict, layers: list[dict]) -> None:
+        """Logs a row of metrics and its routing statistics by layer.
+
+        Raises:
+          RunError: the disk is full.
+        """
+        step = row["step"]
+        split = row["split"]
+        self._append("metrics", row)
+        for layer in layers:
+            self._append("routing", {"step": step, "split": split, **layer})
+            tag = f"layer_{layer['layer']}"
+            for name in LAYER_SCALARS:
+                self._board.add_scalar(f"{split}/router/{name}/{tag}", layer[name], step)
+            for name, factor in layer["straggler"].items():
+                self._board.add_scalar(f"{split}/straggler/{name}/{tag}", factor, step)
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def event(self, event: dict) -> None:
+        """Logs an unusual event, such as a step that was skipped.
+
+        Raises:
+          RunError: the disk is full.
+        """
+        self._append("events", event)
+
+    def _append(self, log: str, values: dict) -> None:
+        file = self._files[log]
+        try:
+            file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"cannot write {file.name}: {error.strerror}; checkpoints are untouched: make room "
+                "and run the same command again"
+            ) from None
+        if shutil.disk_usage(self._workdir).free < BOARD_ROOM:
+            raise RunError(
+                f"{self._workdir} has less than {BOARD_ROOM >> 10} KiB free; checkpoints are "
+                "untouched: make room and run the same command again"
+            )
+
+    def close(self) -> None:
+        """Closes the logs."""
+        for file in self._files.values():
+            file.close()
+        self._board.close()
+
+
+class NullWriter:
+    """Writes nothing; used by every process except the main process."""
+
+    def write(self, row: dict, layers: list[dict]) -> None:
+        """Does nothing."""
+
+    def event(self, event: dict) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def read_log(path: pathlib.Path) -> list[dict]:
+    """Returns the objects of a .jsonl log, without lines that a killed run did not complete."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _discard_after(path: pathlib.Path, step: int) -> None:
+    """Moves the lines of a log that are after a step to *.discarded.jsonl."""
+    if not path.exists():
+        return
+    kept = []
+    discarded = []
+    for line in path.read_text().splitlines(keepends=True):
+        target = kept if _is_up_to(line, step) else discarded
+        target.append(line)
+    if not discarded:
+        return
+    with open(path.with_suffix(".discarded.jsonl"), "a") as file:
+        file.writelines(line if line.endswith("\n") else line + "\n" for line in discarded)
+    files.write_atomically(path, "".join(kept))
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    """Returns True for a complete line of the given step or an earlier one."""
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:
+        return False
