@@ -1,4 +1,4 @@
-"""Helpers for tests of whole runs, in this process or as a user starts them."""
+"""Helpers for tests of training runs, in this process or as a user starts them."""
 
 import os
 import pathlib
