@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 
 from modse_jax.config.loading import from_dict
-from modse_jax.data import loader
+from modse_jax.data import prepared_data
 from modse_jax.errors import UserError
 from modse_jax.runtime import integrity
 from modse_jax.training import metrics, train_step
@@ -130,7 +130,7 @@ def data_flips(directory: pathlib.Path, count: int, rng: random.Random) -> int:
         before = file.read_bytes()
         flip(file, rng)
         try:
-            loader.open_prepared(directory)
+            prepared_data.open_prepared(directory)
         except UserError:
             refused += 1
         file.write_bytes(before)

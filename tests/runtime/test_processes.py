@@ -12,7 +12,7 @@ import pytest
 from modse_jax.config import device_mesh
 from modse_jax.config.loading import from_dict
 from modse_jax.config.options import MeshConfig
-from modse_jax.data import loader
+from modse_jax.data import batching, training_data
 from modse_jax.errors import UserError
 from modse_jax.runtime import processes, sharding
 from modse_jax.training import loop, metrics
@@ -118,16 +118,16 @@ def test_what_is_wrong_on_one_process_stops_all(mine, other, message, monkeypatc
 
 def test_every_process_reads_its_rows(corpus, tmp_path):
     config = config_for(corpus)
-    data = loader.load(config, tmp_path / "run")
+    data = training_data.load(config, tmp_path / "run")
     every, parts = (
-        next(loader.train_batches(data, config, 3)),
-        [next(loader.train_batches(data, config, 3, rows)) for rows in (range(5), range(5, 8))],
+        next(batching.train_batches(data, config, 3)),
+        [next(batching.train_batches(data, config, 3, rows)) for rows in (range(5), range(5, 8))],
     )
     for name in ("tokens", "segments"):
         np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), every[name])
     (dataset,) = data.datasets
     held = [
-        list(loader.validation_batches(dataset, 8, 300, rows=rows))
+        list(batching.validation_batches(dataset, 8, 300, rows=rows))
         for rows in ((), range(4), range(4, 8))
     ]
     for whole, *halves in zip(*held):

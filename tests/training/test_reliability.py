@@ -18,7 +18,8 @@ import pytest
 from benchmarks import faults
 from modse_jax.config import device_mesh
 from modse_jax.config.options import DataConfig, MeshConfig
-from modse_jax.data import loader, prepare
+from modse_jax.data import batching, prepared_data, training_data
+from modse_jax.data.prepare import pipeline
 from modse_jax.errors import RunError, UserError
 from modse_jax.evaluation import scoring
 from modse_jax.runtime import integrity
@@ -341,10 +342,10 @@ def test_one_step_that_is_not_finite_is_logged_with_its_records(
     )
     assert loop.train(config, str(tmp_path / "run")) == loop.FINISHED
     (event,) = metrics.read(tmp_path / "run" / "events.jsonl")
-    data = loader.load(config, tmp_path / "run")
+    data = training_data.load(config, tmp_path / "run")
     assert event["step"] == 4 and event["fault"] == "not finite" and event["loss"] == "nan"
     assert (
-        event["records"] == [list(r) for r in loader.record_ids(data, config, 3)]
+        event["records"] == [list(r) for r in batching.record_ids(data, config, 3)]
         and len(event["records"]) == 8
     )
     assert "step 4 changed nothing: not finite" in capsys.readouterr().out
@@ -378,7 +379,8 @@ def test_a_signal_during_validation_saves_and_the_next_start_validates(
 
 def test_a_run_killed_while_it_prepared_its_data_starts_again(corpus, tmp_path):
     code = (
-        "from modse_jax.data import prepare; import os, sys; prepare._finish = lambda *a: os.kill(os.getpid(), 9)\n"
+        "from modse_jax.data.prepare import publishing; import os, sys\n"
+        "publishing.publish = lambda *a: os.kill(os.getpid(), 9)\n"
         "sys.argv[0] = 'train.py'; import train; train.command_line.run(train.main)"
     )
     changes = {**faults.SMALL, "data.source": f"text:{corpus}", "training.steps": 2}
@@ -471,12 +473,12 @@ def test_verify_says_which_steps_are_good(copy):
 
 
 def test_bit_flips_in_prepared_data_are_never_silent(corpus, tmp_path):
-    prepare.prepare(
+    pipeline.prepare_data(
         DataConfig(source=f"text:{corpus}", sequence_length=32), str(tmp_path / "data"), 0
     )
     assert faults.data_flips(tmp_path / "data", 60, random.Random(0)) == 60
     config = tiny_config()
-    data = loader.open_prepared(tmp_path / "data")
+    data = prepared_data.open_prepared(tmp_path / "data")
     assert len(data.splits["train"]) > 8
     for change, message in (
         (dict(tokens=np.full(33, 999)), "token id 999, outside the vocabulary"),
@@ -484,11 +486,11 @@ def test_bit_flips_in_prepared_data_are_never_silent(corpus, tmp_path):
         (dict(tokens=np.zeros(5, int)), r"has shapes .*\(5,\)"),
     ):
         records = [{**data.splits["train"][0], **change}] * len(data.splits["train"])
-        broken = loader.TrainingData(
+        broken = training_data.TrainingData(
             (data._replace(splits={**data.splits, "train": records}),), (1.0,)
         )
         with pytest.raises(UserError, match=f"record .* of train in .*{message}"):
-            next(loader.train_batches(broken, config, 0))
+            next(batching.train_batches(broken, config, 0))
 
 
 def test_killed_at_random_moments_a_run_ends_as_if_left_alone(tmp_path):
