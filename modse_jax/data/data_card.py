@@ -77,7 +77,8 @@ def summarize_card(card: dict[str, Any]) -> str:
     lines = [
         f"source {card['source']}, tokenizer {card['tokenizer']} ({card['vocab_size']} ids), "
         f"records of {card['sequence_length']} tokens, {card['packing']}; "
-        f"{card['empty_documents']} empty documents, {card['undecodable_documents']} not UTF-8 ({card['undecodable']}), "
+        f"{card['empty_documents']} empty documents, "
+        f"{card['undecodable_documents']} not UTF-8 ({card['undecodable']}), "
         f"{card['duplicate_documents']} duplicates ({card['dropped_documents']} dropped)"
     ]
     for split, counts in card["splits"].items():

@@ -6,7 +6,6 @@ python -m modse_jax.data.inspect --data=DIR [--record=N] [--split=train] [--out=
 import argparse
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import matplotlib
@@ -131,4 +130,4 @@ def _inspect(options: argparse.Namespace) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -179,7 +179,9 @@ class HuggingFace:
             if found is not None:
                 return found
         self._tokenizer.add_special_tokens([names[0]])
-        return self._tokenizer.token_to_id(names[0])
+        added = self._tokenizer.token_to_id(names[0])
+        assert added is not None
+        return added
 
     def _check_lossless(self) -> None:
         num_missing = 0

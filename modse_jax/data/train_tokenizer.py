@@ -7,14 +7,17 @@ import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from modse_jax.data import sources, tokenizers
 from modse_jax.data.sources.source_files import SOURCE_FORMS
 from modse_jax.errors import UserError
 from modse_jax.runtime.one_line_parser import EXIT_BAD_INPUT, OneLineParser
 
-TRAINERS = {"sentencepiece": tokenizers.train_sentencepiece, "hf": tokenizers.train_hf}
+TRAINERS: dict[str, Callable[[Iterable[bytes], int], tokenizers.Tokenizer]] = {
+    "sentencepiece": tokenizers.train_sentencepiece,
+    "hf": tokenizers.train_hf,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,4 +75,4 @@ def _read_decodable(source: str, field: str) -> Iterator[bytes]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

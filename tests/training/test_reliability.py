@@ -381,7 +381,7 @@ def test_a_run_killed_while_it_prepared_its_data_starts_again(corpus, tmp_path):
     code = (
         "from modse_jax.data.prepare import publishing; import os, sys\n"
         "publishing.publish = lambda *a: os.kill(os.getpid(), 9)\n"
-        "sys.argv[0] = 'train.py'; import train; train.command_line.run(train.main)"
+        "sys.argv[0] = 'train.py'; import train; train.cli.run(train.main)"
     )
     changes = {**faults.SMALL, "data.source": f"text:{corpus}", "training.steps": 2}
     arguments = [

@@ -1,4 +1,4 @@
-"""Last step of a preparation: turns a working directory into the finished directory."""
+"""Last step of a preparation: makes the finished directory from the working directory."""
 
 import contextlib
 import json

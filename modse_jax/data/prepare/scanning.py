@@ -30,7 +30,7 @@ HASH_BYTES = 8
 
 @dataclasses.dataclass
 class PartScan:
-    """What the first pass found in a part.
+    """Findings of the first pass in a part.
 
     Attributes:
         documents: valid documents: not empty, and UTF-8 unless invalid bytes are replaced.
@@ -52,7 +52,7 @@ class PartScan:
 
 
 class ScanResult(NamedTuple):
-    """What the first pass found in all parts.
+    """Findings of the first pass in all parts.
 
     Attributes:
         threshold: documents with a lower holdout score belong to the validation split.

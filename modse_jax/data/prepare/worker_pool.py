@@ -96,7 +96,7 @@ def run_task(task: Task) -> tuple[int, Any]:
 def init_worker() -> None:
     """Prepares a worker process: it ignores signals, and exits when its parent exits.
 
-    A scheduler signals the whole process group, but the parent decides when to stop. If the parent
+    A scheduler signals every process of a group, but the parent decides when to stop. If the parent
     is killed, its workers must not continue to write.
     """
     for signal_number in (signal.SIGINT, signal.SIGTERM):

@@ -2,7 +2,7 @@
 
 plan              fingerprint of the options and sources; another plan starts from scratch
 scanned/N.hashes  hashes of the documents of part N, uint64
-scanned/N.json    what the first pass found in part N; its presence says that N is done
+scanned/N.json    findings of the first pass in part N; its presence says that N is done
 shards/SPLIT-N    records of part N
 shards/N.json     counts of part N; its presence says that N is done
 tokenizer.model   the tokenizer
@@ -45,7 +45,7 @@ class WorkingDirectory:
         return self.path / data_card.TOKENIZER_NAME
 
     def scan_path(self, part_number: int) -> pathlib.Path:
-        """What the first pass found in a part."""
+        """Findings of the first pass in a part."""
         return self.path / SCANNED / f"{part_number:05}.json"
 
     def hashes_path(self, part_number: int) -> pathlib.Path:

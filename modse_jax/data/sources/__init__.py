@@ -55,10 +55,12 @@ def read_part(part: Part) -> Iterator[Document]:
     Raises:
         UserError: a file cannot be read, or its content is not what the kind of source requires.
     """
-    arrow_errors = parquet_files.arrow_errors() if part.kind == "parquet" else ()
+    read_errors: tuple[type[Exception], ...] = (OSError, EOFError)
+    if part.kind == "parquet":
+        read_errors += parquet_files.arrow_errors()
     try:
         yield from READERS[part.kind](part)
-    except (OSError, EOFError, *arrow_errors) as error:
+    except read_errors as error:
         reason = getattr(error, "strerror", None) or _first_line(error)
         raise UserError(
             f"cannot read {part.description}: {reason}; check that the file is complete"

@@ -4,7 +4,8 @@ TFDS reads array_record files without TensorFlow. Building such a dataset takes 
 this package does not install.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 from modse_jax.data.sources.documents_and_parts import (
     Document,
@@ -69,7 +70,8 @@ def read_tfds(part: Part) -> Iterator[Document]:
             yield named_by_content(text.encode() if isinstance(text, str) else text)
 
 
-def _open_split(name: str, split: str) -> Sequence[dict]:
+def _open_split(name: str, split: str) -> Any:
+    """Returns the records of a split, with random access to single ones and to lists of them."""
     import tensorflow_datasets as tfds  # imported here because the import is slow
 
     try:
