@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 
 from modse_jax.config.loading import from_dict
-from modse_jax.data import loader
+from modse_jax.data import prepared_data
 from modse_jax.errors import UserError
 from modse_jax.runtime import files, integrity
 from modse_jax.training import run_logs, train_step
@@ -130,7 +130,7 @@ def data_flips(directory: pathlib.Path, count: int, rng: random.Random) -> int:
         before = file.read_bytes()
         flip(file, rng)
         try:
-            loader.open_prepared(directory)
+            prepared_data.open_prepared(directory)
         except UserError:
             refused += 1
         file.write_bytes(before)
@@ -265,7 +265,10 @@ def kills(root: pathlib.Path, count: int, rng: random.Random) -> dict:
     code, _, err = finish(start(root, "killed"))
     assert code == 0, err
     rows = [
-        [(r["step"], r["split"], r["loss"]) for r in run_logs.read_log(root / name / "metrics.jsonl")]
+        [
+            (r["step"], r["split"], r["loss"])
+            for r in run_logs.read_log(root / name / "metrics.jsonl")
+        ]
         for name in ("straight", "killed")
     ]
     return {
@@ -411,7 +414,9 @@ def not_finite(root: pathlib.Path) -> dict:
     every = finish(start(root, "all_nan", code=plant.format("n >= 20")))
     loss = {
         name: [
-            r for r in run_logs.read_log(root / name / "metrics.jsonl") if r["split"] == "validation"
+            r
+            for r in run_logs.read_log(root / name / "metrics.jsonl")
+            if r["split"] == "validation"
         ][-1]["loss"]
         for name in ("straight", "one_nan")
     }

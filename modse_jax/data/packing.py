@@ -1,115 +1,200 @@
-"""Documents to records of a fixed number of tokens.
+"""Packs tokenized documents into records of a fixed number of tokens.
 
-A record has one token more than it predicts, the last of the one before it in the same document, so that every token of
-a document but its first is predicted exactly once. Segment ids number the documents of a record from 1; 0 is padding.
+A record holds one token more than it predicts. If a document continues in the next record, the next
+record begins with the last token of the previous one. So every token of a document except its first
+is predicted exactly once. Segment ids number the documents of a record from 1; 0 marks padding.
 
-concat: documents laid end to end and cut; only the last record is padded, but most records begin in the middle of a
-document. best_fit: a document that fits into a record is never cut; records end in padding (Ding et al. 2024, "Fewer
-Truncations Improve Language Modeling").
+concat: documents are concatenated and the sequence is cut into records. Only the last record has
+padding, but most records begin in the middle of a document.
+
+best_fit: a document that fits into a record is never cut, and records end in padding (Ding et al.
+2024, "Fewer Truncations Improve Language Modeling").
 """
 
 import bisect
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-WINDOW = 4096  # pieces that best_fit looks at together
+WINDOW = 4096  # pieces of documents that best_fit packs together
+
+SLICE_RECORDS = 512  # records' worth of tokens that concat holds before it cuts them
 
 
-class Packer:
-    """Token arrays in, (tokens, segments) int32 [n, length + 1] out, in blocks of records; `rest` at the end."""
+class PackedRecords(NamedTuple):
+    """Records as int32 arrays [num_records, length + 1]."""
 
-    def __init__(self, kind: str, length: int, pad_id: int):
-        self._length, self._pad_id, self._best_fit = length, pad_id, kind == "best_fit"
-        self._pieces, self._size, self._document = [], 0, 0
+    tokens: np.ndarray
+    segments: np.ndarray
 
-    def add(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        self._document += 1
-        if self._best_fit:
-            for start in range(0, max(len(ids) - 1, 1), self._length):
-                self._pieces.append(ids[start : start + self._length + 1])
-                if len(self._pieces) >= WINDOW:
-                    yield self._filled()
-            return
-        step = 512 * self._length  # a long document goes through in slices
-        for start in range(0, len(ids), step):
-            piece = ids[start : start + step]
-            self._pieces.append((piece, np.full(len(piece), self._document, np.int32)))
+
+class ConcatPacker:
+    """Concatenates documents and cuts the sequence into records."""
+
+    def __init__(self, length: int, pad_id: int):
+        self._length = length
+        self._pad_id = pad_id
+        self._tokens: list[np.ndarray] = []
+        self._documents: list[np.ndarray] = []  # the number of the document of each token
+        self._size = 0
+        self._num_documents = 0
+
+    def add(self, ids: np.ndarray) -> Iterator[PackedRecords]:
+        """Adds a document and yields the records that are complete.
+
+        A long document is added in slices, so that memory does not grow with its length.
+        """
+        self._num_documents += 1
+        slice_size = SLICE_RECORDS * self._length
+        for start in range(0, len(ids), slice_size):
+            piece = ids[start : start + slice_size]
+            self._tokens.append(piece)
+            self._documents.append(np.full(len(piece), self._num_documents, np.int32))
             self._size += len(piece)
-            if self._size > step:
-                yield self._cut(False)
+            if self._size > slice_size:
+                yield self._cut(is_last=False)
 
-    def rest(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        if self._best_fit:
-            return [self._filled()] if self._pieces else []
-        return [self._cut(True)] if self._size > 1 else []
+    def finish(self) -> list[PackedRecords]:
+        """Returns the remaining records, of which the last one is padded."""
+        return [self._cut(is_last=True)] if self._size > 1 else []
 
-    def _cut(self, last):
-        """Whole records of documents laid end to end; the last one padded, or what is left kept."""
-        tokens, segments = (np.concatenate(a) for a in zip(*self._pieces))
-        if last:
-            missing = -(len(tokens) - 1) % self._length
-            tokens = np.pad(tokens, (0, missing), constant_values=self._pad_id)
-            segments = np.pad(segments, (0, missing))
-        whole = (len(tokens) - 1) // self._length
-        at = np.arange(whole)[:, None] * self._length + np.arange(self._length + 1)[None, :]
-        self._pieces = [(tokens[whole * self._length :], segments[whole * self._length :])]
-        self._size = len(self._pieces[0][0])
-        segments = segments[at]
-        return tokens[at], np.where(segments > 0, segments - segments[:, :1] + 1, 0)
+    def _cut(self, is_last: bool) -> PackedRecords:
+        """Cuts the tokens into records, and saves or pads the tokens of an incomplete record."""
+        tokens = np.concatenate(self._tokens)
+        documents = np.concatenate(self._documents)
+        if is_last:
+            num_missing = -(len(tokens) - 1) % self._length
+            tokens = np.pad(tokens, (0, num_missing), constant_values=self._pad_id)
+            documents = np.pad(documents, (0, num_missing))
+        num_records = (len(tokens) - 1) // self._length
+        rest = num_records * self._length  # the last token of a record begins the next one
+        self._tokens = [tokens[rest:]]
+        self._documents = [documents[rest:]]
+        self._size = len(tokens) - rest
+        starts = np.arange(num_records)[:, None] * self._length
+        positions = starts + np.arange(self._length + 1)[None, :]
+        documents = documents[positions]
+        segments = np.where(documents > 0, documents - documents[:, :1] + 1, 0)
+        return PackedRecords(tokens[positions], segments)
 
-    def _filled(self):
-        pieces, self._pieces = self._pieces, []
-        bins = best_fit([len(p) for p in pieces], self._length + 1)
+
+class BestFitPacker:
+    """Packs documents into records without cutting a document that fits into one."""
+
+    def __init__(self, length: int, pad_id: int):
+        self._length = length
+        self._pad_id = pad_id
+        self._pieces: list[np.ndarray] = []
+
+    def add(self, ids: np.ndarray) -> Iterator[PackedRecords]:
+        """Adds a document and yields the records of each window of pieces that is complete."""
+        for start, size in _piece_ranges(len(ids), self._length):
+            self._pieces.append(ids[start : start + size])
+            if len(self._pieces) >= WINDOW:
+                yield self._pack_window()
+
+    def finish(self) -> list[PackedRecords]:
+        """Returns the remaining records."""
+        return [self._pack_window()] if self._pieces else []
+
+    def _pack_window(self) -> PackedRecords:
+        pieces = self._pieces
+        self._pieces = []
+        bins = assign_best_fit([len(piece) for piece in pieces], self._length + 1)
         tokens = np.full((len(bins), self._length + 1), self._pad_id, np.int32)
         segments = np.zeros((len(bins), self._length + 1), np.int32)
         for row, members in enumerate(bins):
-            at = 0
-            for number, member in enumerate(members, 1):
-                end = at + len(pieces[member])
-                tokens[row, at:end], segments[row, at:end] = pieces[member], number
-                at = end
-        return tokens, segments
+            start = 0
+            for segment, member in enumerate(members, 1):
+                end = start + len(pieces[member])
+                tokens[row, start:end] = pieces[member]
+                segments[row, start:end] = segment
+                start = end
+        return PackedRecords(tokens, segments)
 
 
-def best_fit(sizes: list[int], room: int) -> list[list[int]]:
-    """Bins of indices whose sizes sum to at most `room`: the largest first, each into the bin that it fills best."""
-    bins, spaces = [], []  # spaces: (room left, bin), sorted
+def make_packer(packing: str, length: int, pad_id: int) -> ConcatPacker | BestFitPacker:
+    """Returns a packer.
+
+    Args:
+        packing: "concat" or "best_fit".
+        length: predicted tokens per record.
+        pad_id: token id of padding.
+    """
+    if packing == "best_fit":
+        return BestFitPacker(length, pad_id)
+    return ConcatPacker(length, pad_id)
+
+
+def _piece_ranges(num_tokens: int, length: int) -> list[tuple[int, int]]:
+    """Cuts a document into pieces of at most length + 1 tokens that overlap by one token.
+
+    Returns:
+        (first token, number of tokens) of each piece.
+    """
+    starts = range(0, max(num_tokens - 1, 1), length)
+    return [(start, min(length + 1, num_tokens - start)) for start in starts]
+
+
+def assign_best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
+    """Assigns items to bins by best-fit decreasing.
+
+    The largest items come first, and each goes into the bin that it leaves the least space in.
+
+    Args:
+        sizes: sizes of the items, each at most `capacity`.
+        capacity: maximum sum of the sizes of a bin.
+
+    Returns:
+        The indices of the items of each bin, sorted by the first index.
+    """
+    bins: list[list[int]] = []
+    spaces: list[tuple[int, int]] = []  # (remaining space, bin), sorted
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        found = bisect.bisect_left(spaces, (sizes[index], -1))
+        size = sizes[index]
+        found = bisect.bisect_left(spaces, (size, -1))
         if found == len(spaces):
-            bins.append([index])
-            left, number = room - sizes[index], len(bins) - 1
+            space = capacity
+            number = len(bins)
+            bins.append([])
         else:
-            left, number = spaces.pop(found)
-            bins[number].append(index)
-            left -= sizes[index]
-        if left > 1:
-            bisect.insort(spaces, (left, number))
+            space, number = spaces.pop(found)
+        bins[number].append(index)
+        remaining = space - size
+        if remaining > 1:  # the shortest document has two tokens: begin and end
+            bisect.insort(spaces, (remaining, number))
     return [sorted(members) for members in sorted(bins, key=min)]
 
 
-def waste(sizes: list[int], length: int) -> dict[str, dict[str, float]]:
-    """{packing: {"padding": share of tokens, "cut": share of the documents that would fit a record and are cut}}, for
-    documents of these token counts."""
+def estimate_waste(sizes: list[int], length: int) -> dict[str, dict[str, float]]:
+    """Compares both packings on a sample of documents.
+
+    Args:
+        sizes: tokens of each document, with begin and end.
+        length: predicted tokens per record.
+
+    Returns:
+        {packing: {"padding": share of tokens that are padding, "cut": share of cut documents among
+        those that would fit into a record}}.
+    """
+    capacity = length + 1
     ends = np.cumsum(sizes)
-    fits = np.array(sizes) <= length + 1
-    cut = (
-        (ends - sizes) // length != (ends - 2) // length
-    ) & fits  # its first and last but one in two records
-    records = -(-(int(ends[-1]) - 1) // length)
-    pieces = [
-        min(length + 1, size - start)
-        for size in sizes
-        for start in range(0, max(size - 1, 1), length)
-    ]
-    bins = sum(
-        len(best_fit(pieces[i : i + WINDOW], length + 1)) for i in range(0, len(pieces), WINDOW)
-    )
+    fits = np.array(sizes) <= capacity
+    # A document is cut if its first token and its last predicting token are in two records.
+    first_record = (ends - sizes) // length
+    last_record = (ends - 2) // length
+    is_cut = (first_record != last_record) & fits
+    num_predicted = int(ends[-1]) - 1
+    num_records = -(-num_predicted // length)
+    pieces = [piece for size in sizes for _, piece in _piece_ranges(size, length)]
+    num_bins = 0
+    for start in range(0, len(pieces), WINDOW):
+        num_bins += len(assign_best_fit(pieces[start : start + WINDOW], capacity))
     return {
         "concat": {
-            "padding": 1 - (int(ends[-1]) - 1) / (records * length),
-            "cut": float(cut.sum() / max(fits.sum(), 1)),
+            "padding": 1 - num_predicted / (num_records * length),
+            "cut": float(is_cut.sum() / max(fits.sum(), 1)),
         },
-        "best_fit": {"padding": 1 - sum(pieces) / (bins * (length + 1)), "cut": 0.0},
+        "best_fit": {"padding": 1 - sum(pieces) / (num_bins * capacity), "cut": 0.0},
     }

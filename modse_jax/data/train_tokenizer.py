@@ -1,60 +1,78 @@
 """Train a tokenizer on a source, offline.
 
 python -m modse_jax.data.train_tokenizer --source=text:PATH --kind=sentencepiece|hf --vocab_size=8192 --out=FILE
-"""
+"""  # noqa: E501  (a command that is copied as one line)
 
 import argparse
 import os
 import pathlib
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from modse_jax.data import sources, tokenizers
-from modse_jax.data.prepare import OneLineParser
+from modse_jax.data.sources.source_files import SOURCE_FORMS
 from modse_jax.errors import UserError
+from modse_jax.runtime.one_line_parser import EXIT_BAD_INPUT, OneLineParser
 
-TRAINERS = {"sentencepiece": tokenizers.train_sentencepiece, "hf": tokenizers.train_hf}
+TRAINERS: dict[str, Callable[[Iterable[bytes], int], tokenizers.Tokenizer]] = {
+    "sentencepiece": tokenizers.train_sentencepiece,
+    "hf": tokenizers.train_hf,
+}
 
 
-def main(argv=None):
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--source", required=True, help=sources.FORMS)
-    parser.add_argument("--kind", required=True, choices=TRAINERS)
-    parser.add_argument(
-        "--field", default="text", help="jsonl field, parquet column, or tfds feature of the text"
-    )
-    parser.add_argument("--vocab_size", type=int, required=True)
-    parser.add_argument("--out", required=True, help="a new file")
-    a = parser.parse_args(argv)
-    out = pathlib.Path(a.out).expanduser()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; bad input gives one line and exit code 2."""
+    parser = _build_parser()
+    options = parser.parse_args(argv)
+    out = pathlib.Path(options.out).expanduser()
     try:
-        if out.exists():
-            raise UserError(f"{out} exists; name a new file")
-        if not os.access(out.absolute().parent, os.W_OK):
-            raise UserError(
-                f"directory {out.absolute().parent} does not exist or may not be written"
-            )
-        tokenizer = TRAINERS[a.kind](_decodable(a.source, a.field), a.vocab_size)
+        _check_output(out)
+        documents = _read_decodable(options.source, options.field)
+        tokenizer = TRAINERS[options.kind](documents, options.vocab_size)
     except UserError as error:
-        parser.exit(2, f"error: {error}\n")
-    temporary = out.with_name(out.name + ".tmp")  # it appears whole or not at all
-    temporary.write_bytes(tokenizer.serialized())
+        parser.exit(EXIT_BAD_INPUT, f"error: {error}\n")
+    temporary = out.with_name(out.name + ".tmp")  # the rename makes the file appear complete
+    temporary.write_bytes(tokenizer.serialize())
     temporary.replace(out)
     print(f"{out}: {tokenizer.vocab_size} pieces, {tokenizers.fingerprint(tokenizer)}")
 
 
-def _decodable(source, field):
-    skipped = 0
-    for document in sources.documents(source, field):
+def _build_parser() -> OneLineParser:
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, help=SOURCE_FORMS)
+    parser.add_argument("--kind", required=True, choices=TRAINERS, help="the library to train with")
+    parser.add_argument(
+        "--field",
+        default="text",
+        help="jsonl field, parquet column, or tfds feature that holds the text",
+    )
+    parser.add_argument("--vocab_size", type=int, required=True, help="number of pieces")
+    parser.add_argument("--out", required=True, help="a new file")
+    return parser
+
+
+def _check_output(out: pathlib.Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists; name a new file")
+    parent = out.absolute().parent
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"directory {parent} does not exist or is not writable")
+
+
+def _read_decodable(source: str, field: str) -> Iterator[bytes]:
+    """Yields the documents of a source that are UTF-8, and reports how many are not."""
+    num_skipped = 0
+    for document in sources.read_documents(source, field):
         try:
             document.text.decode("utf-8")
         except UnicodeDecodeError:
-            skipped += 1
+            num_skipped += 1
             continue
         yield document.text
-    print(f"skipped {skipped} documents that are not UTF-8", file=sys.stderr)
+    print(f"skipped {num_skipped} documents that are not UTF-8", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,7 +12,7 @@ import jax
 
 from modse_jax.config.loading import from_dict
 from modse_jax.config.options import Config
-from modse_jax.data import loader, tokenizers
+from modse_jax.data import batching, tokenizers, training_data
 from modse_jax.errors import UserError
 from modse_jax.model import kernel_selection, sampling, transformer
 from modse_jax.runtime import files, processes, sharding
@@ -29,7 +29,7 @@ class LoadedModel(NamedTuple):
     """A trained model and the data it was trained on."""
 
     config: Config
-    data: loader.TrainingData
+    data: training_data.TrainingData
     mesh: jax.sharding.Mesh
     step: int
     params: dict
@@ -57,7 +57,7 @@ def open_run(workdir: pathlib.Path, step: int, batch_size: int) -> LoadedModel:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh)),
         jax.eval_shape(lambda: train_step.init_state(config)),
     )
-    data = processes.on_all_processes(lambda: loader.load(config, workdir), first_alone=True)
+    data = processes.on_all_processes(lambda: training_data.load(config, workdir), first_alone=True)
     step = find_valid_step(
         checkpoints,
         workdir,
@@ -198,7 +198,7 @@ def validate(run: LoadedModel, limit: int, batch_size: int) -> tuple[dict, list[
     score = train_step.jitted_score_step(run.config, run.mesh)
     scored = {}
     for dataset in run.data.datasets:
-        batches = loader.validation_batches(
+        batches = batching.validation_batches(
             dataset,
             batch_size,
             run.config.model.vocab_size,

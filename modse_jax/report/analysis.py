@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from matplotlib import pyplot as plt
 
-from modse_jax.data import loader
+from modse_jax.data import batching
 from modse_jax.errors import UserError
 from modse_jax.evaluation import scoring
 from modse_jax.moe import expert_placement
@@ -35,7 +35,7 @@ def trace(run: scoring.LoadedModel, limit: int, batch_size: int) -> routing_stat
     score = train_step.jitted_score_step(run.config, run.mesh, trace=True)
     parts = []
     for source, dataset in enumerate(run.data.datasets):
-        for batch in loader.validation_batches(
+        for batch in batching.validation_batches(
             dataset,
             batch_size,
             run.config.model.vocab_size,

@@ -7,10 +7,10 @@ import pathlib
 import sys
 import time
 
-from modse_jax.data import loader
-from modse_jax.data.prepare import OneLineParser
+from modse_jax.data import decoding, training_data
 from modse_jax.errors import UserError
 from modse_jax.evaluation import scoring
+from modse_jax.runtime.one_line_parser import OneLineParser
 from modse_jax.training import run_logs
 
 
@@ -22,8 +22,8 @@ def summary(workdir: pathlib.Path, since: float) -> dict:
         raise UserError(
             f"{workdir} holds no evaluation of the loss; run eval.py --workdir={workdir} first"
         )
-    (data,) = loader.load(scoring.read_config(workdir), workdir).datasets
-    text = b"".join(loader.documents(data, "validation"))
+    (data,) = training_data.load(scoring.read_config(workdir), workdir).datasets
+    text = b"".join(decoding.decode_documents(data, "validation"))
     if len(text) != data.card["splits"]["validation"]["bytes"]:
         raise RuntimeError(
             "decoding the held-out records did not give back the bytes that were prepared"

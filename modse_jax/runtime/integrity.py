@@ -15,11 +15,6 @@ from modse_jax.runtime.files import flush_to_disk, list_files, read_json, write_
 MANIFEST = "integrity.json"
 FORMAT = 1
 
-# Former names, used by modse_jax/data. New code imports the functions from `files`.
-files = list_files
-sync = flush_to_disk
-write = write_atomically
-
 
 def hash_file(path: pathlib.Path) -> str:
     """Returns the BLAKE2b hash of a file, as 32 hexadecimal digits."""

@@ -27,7 +27,7 @@ from modse_jax.config.loading import (
     to_flat_dict,
 )
 from modse_jax.config.options import Config
-from modse_jax.data import loader, prepare, tokenizers
+from modse_jax.data import batching, data_card, tokenizers, training_data
 from modse_jax.errors import ExitCode, RunError, UserError
 from modse_jax.model import accounting, kernel_selection
 from modse_jax.moe import expert_placement
@@ -88,10 +88,10 @@ def _train(config, workdir, stop, locks):
     )
 
     # ---- data -------------------------------------------------------------------------------------------------------
-    data = processes.on_all_processes(lambda: loader.load(config, workdir), first_alone=True)
+    data = processes.on_all_processes(lambda: training_data.load(config, workdir), first_alone=True)
     processes.assert_same({"the data": data.fingerprint})
     for dataset in data.datasets:
-        say(prepare.summary(dataset.card))
+        say(data_card.summarize_card(dataset.card))
 
     # ---- state: of the newest sound checkpoint, or a fresh one -------------------------------------------------------
     checkpoints = Checkpoints(
@@ -105,7 +105,7 @@ def _train(config, workdir, stop, locks):
         "config": dataclasses.asdict(config),
         "data": data.fingerprint,
         "tokenizer": tokenizers.fingerprint(data.tokenizer),
-        "tokenizer_model": _text(data.tokenizer.serialized()),
+        "tokenizer_model": _text(data.tokenizer.serialize()),
         "cards": [dataset.card for dataset in data.datasets],
         "code": processes.source_digest(),
         "devices": mesh.size,
@@ -155,7 +155,7 @@ def _train(config, workdir, stop, locks):
         disable=None if processes.is_main_process() else True,
         dynamic_ncols=True,
     )
-    batches = loader.train_batches(
+    batches = batching.train_batches(
         data, config, _batch_number(latest, meta), sharding.local_rows(mesh, t.batch_size)
     )
     step, pending, code = latest, None, ExitCode.FINISHED
@@ -170,7 +170,7 @@ def _train(config, workdir, stop, locks):
                 "fault": train_step.FAULTS[int(values.fault)],
                 "loss": str(values.loss),
                 "grad_norm": str(values.grad_norm),
-                "records": loader.record_ids(data, config, _batch_number(step - 1, meta)),
+                "records": batching.record_ids(data, config, _batch_number(step - 1, meta)),
             }
             writer.event(event)
             say(
@@ -189,9 +189,9 @@ def _train(config, workdir, stop, locks):
             row = metrics.train_row(
                 config, step, values, seconds, data.training_bytes_per_token, peak
             )
-            row |= {"data_wait": share_waited, "epochs": loader.epochs(data, config, taken)}
+            row |= {"data_wait": share_waited, "epochs": batching.epochs(data, config, taken)}
             if len(data.datasets) > 1:
-                row["tokens_by_source"] = loader.tokens_by_dataset(data, config, taken)
+                row["tokens_by_source"] = batching.tokens_by_dataset(data, config, taken)
             layers = metrics.routing_by_layer(values.statistics, config.widths, placement)
             writer.write(row, layers)
             say(metrics.console_line(row, layers, t.steps))
@@ -206,7 +206,7 @@ def _train(config, workdir, stop, locks):
                 held = _until_asked(
                     stop,
                     t.hang_minutes,
-                    loader.validation_batches(
+                    batching.validation_batches(
                         dataset, size, config.model.vocab_size, rows=sharding.local_rows(mesh, size)
                     ),
                 )
@@ -417,7 +417,7 @@ def _checked(config, workdir):
     ):
         kernel_selection.check_kernels(evaluation, mesh)  # validation takes others than training
     _check_workdir(workdir, config)
-    loader.check_source(config, workdir)
+    training_data.check_source(config, workdir)
     abstract = train_step.state_shapes(config, mesh)
     _check_space(workdir, abstract, config)
     return mesh, placement, abstract, kernels

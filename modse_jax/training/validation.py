@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from modse_jax.data.loader import Dataset
+from modse_jax.data.prepared_data import Dataset
 from modse_jax.moe.router import RouterStatistics
 
 

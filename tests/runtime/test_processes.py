@@ -12,7 +12,7 @@ import pytest
 from modse_jax.config import device_mesh
 from modse_jax.config.loading import from_dict
 from modse_jax.config.options import MeshConfig
-from modse_jax.data import loader
+from modse_jax.data import batching, training_data
 from modse_jax.errors import ExitCode, UserError
 from modse_jax.runtime import processes, sharding
 from modse_jax.runtime.signals import StopRequest
@@ -124,15 +124,16 @@ def test_error_on_one_process_is_raised_on_all(mine, other, message, monkeypatch
 
 def test_rows_of_all_processes_make_the_batch(corpus, tmp_path):
     config = config_for(corpus)
-    data = loader.load(config, tmp_path / "run")
-    batch = next(loader.train_batches(data, config, 3))
-    parts = [next(loader.train_batches(data, config, 3, rows)) for rows in (range(5), range(5, 8))]
+    data = training_data.load(config, tmp_path / "run")
+    batch = next(batching.train_batches(data, config, 3))
+    row_ranges = (range(5), range(5, 8))
+    parts = [next(batching.train_batches(data, config, 3, rows)) for rows in row_ranges]
     for name in ("tokens", "segments"):
         joined = np.concatenate([part[name] for part in parts])
         np.testing.assert_array_equal(joined, batch[name])
     (dataset,) = data.datasets
     validation_batches = [
-        list(loader.validation_batches(dataset, 8, 300, rows=rows))
+        list(batching.validation_batches(dataset, 8, 300, rows=rows))
         for rows in ((), range(4), range(4, 8))
     ]
     for whole, *halves in zip(*validation_batches):

@@ -18,7 +18,8 @@ import pytest
 from benchmarks import faults
 from modse_jax.config import device_mesh
 from modse_jax.config.options import DataConfig, MeshConfig
-from modse_jax.data import loader, prepare
+from modse_jax.data import batching, prepared_data, training_data
+from modse_jax.data.prepare import pipeline
 from modse_jax.errors import ExitCode, RunError, UserError
 from modse_jax.evaluation import scoring
 from modse_jax.runtime import files, integrity, signals
@@ -334,10 +335,10 @@ def test_nonfinite_step_is_logged_with_its_records(corpus, tmp_path, monkeypatch
     )
     assert loop.train(config, str(tmp_path / "run")) == ExitCode.FINISHED
     (event,) = run_logs.read_log(tmp_path / "run" / "events.jsonl")
-    data = loader.load(config, tmp_path / "run")
+    data = training_data.load(config, tmp_path / "run")
     assert event["step"] == 4 and event["fault"] == "not finite" and event["loss"] == "nan"
     assert (
-        event["records"] == [list(r) for r in loader.record_ids(data, config, 3)]
+        event["records"] == [list(r) for r in batching.record_ids(data, config, 3)]
         and len(event["records"]) == 8
     )
     assert "step 4 changed nothing: not finite" in capsys.readouterr().out
@@ -371,8 +372,8 @@ def test_signal_during_validation_saves_and_the_next_start_validates(
 
 def test_run_killed_while_preparing_data_starts_again(corpus, tmp_path):
     code = (
-        "from modse_jax.data import prepare; import os, sys\n"
-        "prepare._finish = lambda *a: os.kill(os.getpid(), 9)\n"
+        "from modse_jax.data.prepare import publishing; import os, sys\n"
+        "publishing.publish = lambda *a: os.kill(os.getpid(), 9)\n"
         "sys.argv[0] = 'train.py'; from modse_jax.cli import train_command; train_command.run()"
     )
     changes = {**faults.SMALL, "data.source": f"text:{corpus}", "training.steps": 2}
@@ -467,12 +468,12 @@ def test_verify_reports_damaged_steps(copy):
 
 
 def test_bit_flips_in_prepared_data_are_never_silent(corpus, tmp_path):
-    prepare.prepare(
+    pipeline.prepare_data(
         DataConfig(source=f"text:{corpus}", sequence_length=32), str(tmp_path / "data"), 0
     )
     assert faults.data_flips(tmp_path / "data", 60, random.Random(0)) == 60
     config = tiny_config()
-    data = loader.open_prepared(tmp_path / "data")
+    data = prepared_data.open_prepared(tmp_path / "data")
     assert len(data.splits["train"]) > 8
     for change, message in (
         (dict(tokens=np.full(33, 999)), "token id 999, outside the vocabulary"),
@@ -480,11 +481,11 @@ def test_bit_flips_in_prepared_data_are_never_silent(corpus, tmp_path):
         (dict(tokens=np.zeros(5, int)), r"has shapes .*\(5,\)"),
     ):
         records = [{**data.splits["train"][0], **change}] * len(data.splits["train"])
-        broken = loader.TrainingData(
+        broken = training_data.TrainingData(
             (data._replace(splits={**data.splits, "train": records}),), (1.0,)
         )
         with pytest.raises(UserError, match=f"record .* of train in .*{message}"):
-            next(loader.train_batches(broken, config, 0))
+            next(batching.train_batches(broken, config, 0))
 
 
 def test_run_killed_at_random_moments_ends_like_an_uninterrupted_run(tmp_path):

@@ -17,7 +17,7 @@ import pytest
 
 from modse_jax.config import device_mesh
 from modse_jax.config.options import CheckpointConfig, Config, MeshConfig, fields
-from modse_jax.data import loader, prepare
+from modse_jax.data import batching, data_card, training_data
 from modse_jax.errors import ExitCode, UserError
 from modse_jax.evaluation import scoring
 from modse_jax.report import analysis, demo_summary, pages, routing_statistics
@@ -193,12 +193,12 @@ def test_what_a_run_leaves(finished):
 def test_a_checkpoint_holds_its_own_step_though_training_went_on(finished):
     """It is written in the background while the next steps reuse the donated buffers of its state."""
     config, workdir = finished
-    data = loader.load(config, workdir)
+    data = training_data.load(config, workdir)
     step, state = (
         jax.jit(train_step.make_train_step(config)),
         jax.jit(lambda: train_step.init_state(config))(),
     )
-    for batch in itertools.islice(loader.train_batches(data, config, 0), 3):
+    for batch in itertools.islice(batching.train_batches(data, config, 0), 3):
         state, _ = step(state, batch)
     saved = state_of(workdir, config, 3)
     for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(jax.device_get(state))):
@@ -232,7 +232,9 @@ def test_a_run_goes_on_on_another_mesh(finished, tmp_path, capsys):
     )
     assert loop.train(moved, str(tmp_path / "run")) == ExitCode.FINISHED
     assert "resuming step 6 of 8" in capsys.readouterr().out
-    rows = [r for r in run_logs.read_log(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
+    rows = [
+        r for r in run_logs.read_log(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"
+    ]
     assert rows[-1]["step"] == 8 and rows[-1]["loss"] < rows[0]["loss"]
     assert state_of(tmp_path / "run", config, 8).params["blocks"]["moe"]["w_gate"].shape == (
         2,
@@ -252,7 +254,9 @@ def test_steps_without_a_config_are_not_resumed_under_another(corpus, tmp_path):
 def test_evaluation_does_not_depend_on_the_batch_size(finished):
     config, workdir = finished
     results = [scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, n, ()) for n in (1, 3, 8)]
-    logged = [r for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "validation"][-1]
+    logged = [
+        r for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "validation"
+    ][-1]
     for r in results:
         assert r["loss"]["loss"] == pytest.approx(logged["loss"], rel=1e-6)
         assert r["loss"]["bits_per_byte"] == pytest.approx(logged["bits_per_byte"], rel=1e-6)
@@ -474,7 +478,7 @@ def test_an_analysis_beside_a_baseline_and_an_earlier_step(finished, tmp_path):
     assert "loss of the next" in (out / "text.html").read_text()
     card = json.loads((tmp_path / "baseline" / "data" / "card.json").read_text())
     card["source"] = "other"
-    card["fingerprint"] = prepare.fingerprint(card)
+    card["fingerprint"] = data_card.card_fingerprint(card)
     (tmp_path / "baseline" / "data" / "card.json").write_text(json.dumps(card))
     with pytest.raises(
         UserError, match="was prepared with source 'other'|was trained on other data"

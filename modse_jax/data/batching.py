@@ -1,0 +1,140 @@
+"""Training and validation batches.
+
+A training batch is a function of (training.seed, its number) alone, for any number of processes.
+
+Legend: B batch size, L predicted tokens per record.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from modse_jax.config.options import Config
+from modse_jax.data.mixture_order import MixtureOrder, RecordId
+from modse_jax.data.prepared_data import Dataset, read_records
+from modse_jax.data.training_data import TrainingData
+from modse_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+READER_THREADS = 2
+
+READ_AHEAD_BATCHES = 16
+
+
+def train_batches(
+    data: TrainingData, config: Config, first_batch: int, rows: Sequence[int] = ()
+) -> Iterator[Batch]:
+    """Yields the training batches from number `first_batch` on, read ahead by threads.
+
+    Args:
+        data: the datasets to read from.
+        config: config of the run.
+        first_batch: number of the first batch.
+        rows: rows of each batch that this process reads; () reads all rows.
+
+    Yields:
+        int32 arrays {"tokens", "segments"} [B, L + 1].
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    source = grain.MapDataset.source(BatchSource(data, config, rows))
+    options = grain.ReadOptions(num_threads=READER_THREADS, prefetch_buffer_size=READ_AHEAD_BATCHES)
+    batches = iter(source.to_iter_dataset(options))
+    # Grain has no stable interface to start at an index without reading the elements before it.
+    grain.experimental.set_next_index(batches, first_batch)
+    while True:
+        try:
+            yield next(batches)
+        except UserError as error:  # Grain appends its own lines to the message
+            raise UserError(str(error).splitlines()[0]) from None
+
+
+class BatchSource:
+    """Random access to training batches, restricted to the given rows of each batch."""
+
+    def __init__(self, data: TrainingData, config: Config, rows: Sequence[int]):
+        self._data = data
+        self._order = MixtureOrder(data, config)
+        self._batch_size = config.training.batch_size
+        self._vocab_size = config.model.vocab_size
+        self._rows = list(rows or range(self._batch_size))
+
+    def __len__(self) -> int:
+        return 2**62 // self._batch_size  # Grain requires a length; this one is never reached
+
+    def __getitem__(self, number: int) -> Batch:
+        record_ids = self._order.batch(number, self._rows)
+        length = self._data.datasets[0].card["sequence_length"] + 1
+        shape = (len(record_ids), length)
+        batch = {"tokens": np.zeros(shape, np.int32), "segments": np.zeros(shape, np.int32)}
+        for index in sorted({record_id.dataset for record_id in record_ids}):
+            rows = [row for row, found in enumerate(record_ids) if found.dataset == index]
+            numbers = [record_ids[row].record for row in rows]
+            dataset = self._data.datasets[index]
+            records = read_records(dataset, "train", numbers, self._vocab_size)
+            for name, array in records.items():
+                batch[name][rows] = array
+        return batch
+
+
+def record_ids(data: TrainingData, config: Config, batch: int) -> list[RecordId]:
+    """Returns the records of all rows of a batch."""
+    rows = range(config.training.batch_size)
+    return MixtureOrder(data, config).batch(batch, rows)
+
+
+def epochs(data: TrainingData, config: Config, num_batches: int) -> dict[str, float]:
+    """Returns {dataset name: passes over its training records} after `num_batches` batches."""
+    counts = _records_per_dataset(data, config, num_batches)
+    return {
+        dataset.name: count / len(dataset.splits["train"])
+        for dataset, count in zip(data.datasets, counts)
+    }
+
+
+def tokens_by_dataset(data: TrainingData, config: Config, num_batches: int) -> dict[str, int]:
+    """Returns {dataset name: predicted tokens, with padding} of the first `num_batches` batches."""
+    counts = _records_per_dataset(data, config, num_batches)
+    return {
+        dataset.name: count * config.data.sequence_length
+        for dataset, count in zip(data.datasets, counts)
+    }
+
+
+def _records_per_dataset(data: TrainingData, config: Config, num_batches: int) -> list[int]:
+    return MixtureOrder(data, config).counts(num_batches * config.training.batch_size)
+
+
+def validation_batches(
+    dataset: Dataset, batch_size: int, vocab_size: int, limit: int = 0, rows: Sequence[int] = ()
+) -> Iterator[Batch]:
+    """Yields the validation records in order, each exactly once.
+
+    The last batch is filled up with padding records, whose tokens and segments are 0.
+
+    Args:
+        dataset: the dataset to read from.
+        batch_size: rows of the global batch.
+        vocab_size: size of the model's vocabulary.
+        limit: number of records to read; 0 reads all.
+        rows: rows of each batch that this process reads; () reads all rows.
+
+    Yields:
+        int32 arrays {"tokens", "segments"} [len(rows), L + 1].
+    """
+    num_records = len(dataset.splits["validation"])
+    count = min(limit or num_records, num_records)
+    rows = rows or range(batch_size)
+    for start in range(0, count, batch_size):
+        real_rows = [index for index, row in enumerate(rows) if start + row < count]
+        numbers = [start + rows[index] for index in real_rows]
+        # A process whose rows are all padding reads one record, for the shapes of the arrays.
+        records = read_records(dataset, "validation", numbers or [0], vocab_size)
+        batch = {}
+        for name, array in records.items():
+            batch[name] = np.zeros((len(rows), array.shape[1]), array.dtype)
+            batch[name][real_rows] = array[: len(numbers)]
+        yield batch

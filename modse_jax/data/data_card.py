@@ -1,0 +1,96 @@
+"""The card of a prepared directory: `card.json`, which says what the data is and how it was made.
+
+The card holds the options of the preparation, the tokenizer's fingerprint, the counts of each
+split, and the size and hash of every other file. Its own fingerprint is stored in checkpoints, so
+that a run does not resume with other data.
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from modse_jax.errors import UserError
+from modse_jax.runtime import files
+
+FORMAT = 3
+
+CARD_NAME = "card.json"
+
+TOKENIZER_NAME = "tokenizer.model"
+
+SPLITS = ("train", "validation")
+
+# The options of `DataConfig` that decide what a preparation writes.
+PREPARATION_OPTIONS = (
+    "source",
+    "validation_source",
+    "field",
+    "tokenizer",
+    "sequence_length",
+    "validation_fraction",
+    "packing",
+    "drop_duplicates",
+    "undecodable",
+)
+
+
+def read_card(directory: pathlib.Path) -> dict[str, Any]:
+    """Returns the card of a prepared directory.
+
+    Raises:
+        UserError: the directory is not prepared data, its format is another one, or the card is
+            damaged.
+    """
+    path = directory.expanduser() / CARD_NAME
+    try:
+        card = files.read_json(path)
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory} is not prepared data (no {CARD_NAME}); make it with "
+            f"python -m modse_jax.data.prepare --source=... --tokenizer=... --out={directory}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{directory}: {error}; prepare the data again") from None
+    found_format = card.get("format") if isinstance(card, dict) else None
+    if found_format != FORMAT:
+        raise UserError(
+            f"{directory} has data format {found_format}, expected {FORMAT}; prepare the data again"
+        )
+    if card.get("fingerprint") != card_fingerprint(card):
+        raise UserError(
+            f"{path} is damaged: its content does not match its fingerprint; prepare the data "
+            "again, or restore it from a copy"
+        )
+    return card
+
+
+def card_fingerprint(card: dict[str, Any]) -> str:
+    """Returns a hash of all other entries of a card, which include the hash of every file."""
+    entries = {name: value for name, value in card.items() if name != "fingerprint"}
+    text = json.dumps(entries, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def summarize_card(card: dict[str, Any]) -> str:
+    """Returns the main figures of a card as text."""
+    lines = [
+        f"source {card['source']}, tokenizer {card['tokenizer']} ({card['vocab_size']} ids), "
+        f"records of {card['sequence_length']} tokens, {card['packing']}; "
+        f"{card['empty_documents']} empty documents, "
+        f"{card['undecodable_documents']} not UTF-8 ({card['undecodable']}), "
+        f"{card['duplicate_documents']} duplicates ({card['dropped_documents']} dropped)"
+    ]
+    for split, counts in card["splits"].items():
+        bytes_per_token = counts["bytes"] / max(counts["tokens"], 1)
+        lines.append(
+            f"{split}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, "
+            f"{counts['tokens']:,} tokens ({bytes_per_token:.2f} bytes per token), "
+            f"{counts['records']:,} records, {counts['padding']:,} padding tokens"
+        )
+    for kind, waste in card["waste"].items():
+        lines.append(
+            f"packing {kind}: {waste['padding']:.2%} padding, {waste['cut']:.0%} of the documents "
+            "that fit into a record are cut"
+        )
+    return "\n".join(lines)

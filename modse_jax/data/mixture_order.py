@@ -1,0 +1,101 @@
+"""The order of training records: which record stands at every position of an endless sequence."""
+
+import functools
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from modse_jax.config.options import Config
+from modse_jax.data.training_data import TrainingData
+
+BLOCK = 4096  # positions in which every dataset of a mixture gets its share
+
+
+class RecordId(NamedTuple):
+    """A record: the index of its dataset in the mixture, and its number in the training split."""
+
+    dataset: int
+    record: int
+
+
+class _BlockOrder(NamedTuple):
+    """The datasets of the positions of a block.
+
+    Attributes:
+        datasets: the dataset of each position [BLOCK].
+        ranks: how often that dataset occurs in the block before the position [BLOCK].
+    """
+
+    datasets: np.ndarray
+    ranks: np.ndarray
+
+
+class MixtureOrder:
+    """Maps positions of the endless sequence of training records to records.
+
+    In every block of BLOCK positions each dataset gets its share, rounded to a record, in an order
+    that is drawn for the block. Within a dataset, every epoch visits all records in a new order.
+    The mapping is a pure function of (training.seed, position), so training can start anywhere.
+    """
+
+    def __init__(self, data: TrainingData, config: Config):
+        self._seed = config.training.seed
+        self._batch_size = config.training.batch_size
+        self._num_datasets = len(data.datasets)
+        self._cumulative_weights = np.cumsum(data.weights)
+        self._cumulative_weights[-1] = 1.0  # exact, whatever the rounding of the sum
+        self._shuffled_records = []
+        for index, dataset in enumerate(data.datasets):
+            records = grain.MapDataset.source(range(len(dataset.splits["train"])))
+            shuffled = records.seed(self._seed + index).shuffle().repeat()
+            self._shuffled_records.append(shuffled)
+        self._block_order = functools.lru_cache(maxsize=4)(self._draw_block)
+
+    def counts(self, num_positions: int) -> list[int]:
+        """Returns how many of the first `num_positions` records are from each dataset."""
+        block, num_in_block = divmod(num_positions, BLOCK)
+        counts = self._counts_before_block(block)
+        if self._num_datasets == 1:
+            return [counts[0] + num_in_block]
+        if num_in_block:
+            datasets = self._block_order(block).datasets[:num_in_block]
+            for index in range(self._num_datasets):
+                counts[index] += int(np.sum(datasets == index))
+        return counts
+
+    def batch(self, number: int, rows: range | tuple[int, ...] | list[int]) -> list[RecordId]:
+        """Returns the records of the given rows of a batch."""
+        first_position = number * self._batch_size
+        return [self._record_at(first_position + row) for row in rows]
+
+    def _record_at(self, position: int) -> RecordId:
+        if self._num_datasets == 1:
+            return RecordId(0, int(self._shuffled_records[0][position]))
+        block, offset = divmod(position, BLOCK)
+        order = self._block_order(block)
+        dataset = int(order.datasets[offset])
+        index = self._counts_before_block(block)[dataset] + int(order.ranks[offset])
+        return RecordId(dataset, int(self._shuffled_records[dataset][index]))
+
+    def _counts_before_block(self, block: int) -> list[int]:
+        """Returns the number of records of each dataset in all earlier blocks.
+
+        The cumulative shares are rounded, so the counts sum to block * BLOCK.
+        """
+        boundaries = [0]
+        for weight in self._cumulative_weights:
+            boundaries.append(int(np.floor(block * BLOCK * weight)))
+        return [end - start for start, end in zip(boundaries, boundaries[1:])]
+
+    def _draw_block(self, block: int) -> _BlockOrder:
+        """Draws the order of the datasets in a block."""
+        before = self._counts_before_block(block)
+        after = self._counts_before_block(block + 1)
+        shares = [end - start for start, end in zip(before, after)]
+        rng = np.random.default_rng((self._seed, block))
+        datasets = rng.permutation(np.repeat(np.arange(len(shares)), shares))
+        ranks = np.zeros(BLOCK, int)
+        for dataset, share in enumerate(shares):
+            ranks[datasets == dataset] = np.arange(share)
+        return _BlockOrder(datasets, ranks)

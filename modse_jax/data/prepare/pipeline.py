@@ -1,0 +1,88 @@
+"""Prepares a source: scan, train a tokenizer if requested, encode, publish.
+
+A source is cut into parts, and each part is written to separate shards. So the result does not
+depend on the number of processes, and a run that was killed resumes with the missing parts.
+
+1. `scanning` reads all documents: it counts the empty, undecodable and duplicate ones, and chooses
+   the validation split.
+2. `encoding` reads them again, tokenizes them, and packs them into records.
+3. `publishing` writes the metadata and the card, and renames the working directory.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from modse_jax.config.options import DataConfig
+from modse_jax.data import sources, tokenizers
+from modse_jax.data.prepare import encoding, publishing, scanning
+from modse_jax.data.prepare.working_directory import WorkingDirectory, plan_fingerprint
+from modse_jax.data.sources import Part
+from modse_jax.errors import UserError
+from modse_jax.runtime.lock import Lock
+
+
+def prepare_data(
+    data: DataConfig, out: str | pathlib.Path, vocab_size: int, workers: int = 1
+) -> dict[str, Any]:
+    """Prepares the source of a config and returns the card.
+
+    The work is done in `OUT.partial`. If it is killed, the next call with the same options resumes
+    from there.
+
+    Args:
+        data: the data section of a config.
+        out: the directory to make.
+        vocab_size: number of pieces of a tokenizer that is trained on the source.
+        workers: number of processes.
+
+    Raises:
+        UserError: the source is invalid, has too few documents or tokens, or the directory exists.
+            No files are left behind.
+    """
+    out = pathlib.Path(out).expanduser().absolute()
+    _check_output(out)
+    parts = _find_parts(data)
+    encoder = None
+    if data.tokenizer != tokenizers.TRAINED_ON_SOURCE:
+        encoder = tokenizers.load(data.tokenizer)
+    new_folders = [folder for folder in out.parents if not folder.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    directory = WorkingDirectory(out.with_name(out.name + ".partial"))
+    lock = Lock(out.with_name(out.name + ".preparing"), f"{out} is being prepared")
+    try:
+        directory.resume_or_create(plan_fingerprint(data, vocab_size, parts, encoder))
+        scan = scanning.scan_documents(data, parts, directory, workers)
+        if encoder is None:
+            encoder = scanning.train_tokenizer(data, parts, scan, directory, vocab_size)
+        encoded = encoding.encode_documents(data, parts, scan, encoder, directory, workers)
+        return publishing.publish(directory, out, encoded, encoder)
+    except UserError:
+        shutil.rmtree(directory.path, ignore_errors=True)
+        lock.release(leave_no_trace=True)
+        for folder in new_folders:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    finally:
+        lock.release(leave_no_trace=True)
+
+
+def _check_output(out: pathlib.Path) -> None:
+    """Raises UserError if the directory cannot be made or is not empty."""
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{out} cannot be made: {existing} is not a writable directory")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; name a new directory or remove it")
+
+
+def _find_parts(data: DataConfig) -> list[Part]:
+    """Returns the parts of the source, and then those of the validation source if there is one."""
+    if not data.validation_source:
+        return sources.find_parts(data.source, data.field)
+    training_parts = sources.find_parts(data.source, data.field, is_validation=False)
+    validation_parts = sources.find_parts(data.validation_source, data.field, is_validation=True)
+    return [*training_parts, *validation_parts]

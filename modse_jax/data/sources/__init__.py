@@ -1,0 +1,84 @@
+"""Sources of text: streams of documents, cut into parts that processes read independently.
+
+A source is named by a string: text:PATH, jsonl:PATH, parquet:PATH (a file, a folder or a glob; .gz
+and .zst are decompressed), tfds:NAME[/CONFIG][:SPLIT], or python_stdlib. The parts of a source, and
+so the prepared data, do not depend on the number of processes that read them.
+"""
+
+from collections.abc import Callable, Iterator
+
+from modse_jax.data.sources import (
+    jsonl_files,
+    parquet_files,
+    source_files,
+    text_files,
+    tfds_records,
+)
+from modse_jax.data.sources.documents_and_parts import Document, Part, SourceOptions
+from modse_jax.errors import UserError
+
+READERS: dict[str, Callable[[Part], Iterator[Document]]] = {
+    "text": text_files.read_text,
+    "python_stdlib": text_files.read_text,
+    "jsonl": jsonl_files.read_jsonl,
+    "parquet": parquet_files.read_parquet,
+    "tfds": tfds_records.read_tfds,
+}
+
+
+def find_parts(source: str, field: str = "text", is_validation: bool | None = None) -> list[Part]:
+    """Returns the parts of a source, in order.
+
+    Args:
+        source: name of the source.
+        field: jsonl field, parquet column or tfds feature that holds the text.
+        is_validation: the split of all documents; None splits them by name.
+
+    Raises:
+        UserError: the source has no documents, or is not of the kind that its name says.
+    """
+    kind, _, location = source.partition(":")
+    options = SourceOptions(kind, field, is_validation)
+    if kind == "tfds" and location:
+        return tfds_records.tfds_parts(options, location)
+    files = source_files.find_files(source)
+    if kind == "jsonl":
+        return jsonl_files.jsonl_parts(options, files)
+    if kind == "parquet":
+        return parquet_files.parquet_parts(options, files)
+    return text_files.text_parts(options, files)
+
+
+def read_part(part: Part) -> Iterator[Document]:
+    """Yields the documents of a part, in order.
+
+    Raises:
+        UserError: a file cannot be read, or its content is not what the kind of source requires.
+    """
+    read_errors: tuple[type[Exception], ...] = (OSError, EOFError)
+    if part.kind == "parquet":
+        read_errors += parquet_files.arrow_errors()
+    try:
+        yield from READERS[part.kind](part)
+    except read_errors as error:
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise UserError(
+            f"cannot read {part.description}: {reason}; check that the file is complete"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def read_documents(source: str, field: str = "text") -> Iterator[Document]:
+    """Yields every document of a source, in order."""
+    for part in find_parts(source, field):
+        yield from read_part(part)
+
+
+def total_bytes(source: str) -> int:
+    """Returns the size of all files of a source in bytes; 0 for tfds, which does not report it."""
+    if source.startswith("tfds:"):
+        return 0
+    return sum(path.stat().st_size for _, path in source_files.find_files(source))

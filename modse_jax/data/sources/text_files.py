@@ -1,0 +1,173 @@
+"""Text files: each file is one document, or a large file is cut into documents at blank lines.
+
+A file is cut at borders. A border is the end of a blank line. If there is no blank line within
+LARGEST_PIECE bytes, the border is the last line end in them, or else the last complete UTF-8
+character. The position of a border does not depend on where reading began, so the parts of a file
+meet at the same borders although different processes read them.
+"""
+
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from modse_jax.data.sources import source_files
+from modse_jax.data.sources.documents_and_parts import (
+    Document,
+    Part,
+    SourceOptions,
+    named_by_content,
+)
+
+BLANK_LINE = re.compile(rb"\n\r?\n")
+
+LOOK_BACK = 3  # bytes of the longest match of BLANK_LINE
+
+PIECE_BYTES = 16384  # minimum size of a document that is cut out of a file
+
+LARGEST_PIECE = 8 * 2**20  # maximum distance to a border beyond the minimum size
+
+LARGE_FILE = 8 * 2**20  # a larger file of a folder is cut into documents, like a single file
+
+READ_BYTES = 1 << 17
+
+
+def text_parts(options: SourceOptions, files: list[tuple[str, pathlib.Path]]) -> list[Part]:
+    """Returns the parts of a text source.
+
+    Small files are grouped into parts of PART_BYTES, and each is a document. A single file, a large
+    file and a compressed file are cut into documents at blank lines.
+    """
+    if options.kind == "text" and len(files) == 1:
+        return source_files.cut_into_parts(options, *files[0])
+    parts: list[Part] = []
+    group: list[tuple[str, str]] = []
+    group_size = 0
+    for name, path in files:
+        file_size = path.stat().st_size
+        if file_size > LARGE_FILE or source_files.is_compressed(path):
+            parts += source_files.cut_into_parts(options, name, path)
+            continue
+        group.append((name, str(path)))
+        group_size += file_size
+        if group_size >= source_files.PART_BYTES:
+            parts.append(options.make_part(tuple(group), 0, 0, False, group_size))
+            group = []
+            group_size = 0
+    if group:
+        parts.append(options.make_part(tuple(group), 0, 0, False, group_size))
+    return parts
+
+
+def read_text(part: Part) -> Iterator[Document]:
+    """Yields the documents of a part of a text source."""
+    for name, path in part.files:
+        if part.has_many_documents:
+            for piece in _read_pieces(part, pathlib.Path(path)):
+                yield named_by_content(piece)
+        else:
+            yield Document(name, pathlib.Path(path).read_bytes())
+
+
+def _read_pieces(part: Part, path: pathlib.Path) -> Iterator[bytes]:
+    """Yields the pieces between the first border at or after the start of a part and the first
+    border at or after its end, each of at least PIECE_BYTES."""
+    with source_files.open_file(path) as file:
+        position = max(part.start - LOOK_BACK, 0)
+        if position:
+            file.seek(position)
+        reader = _BorderReader(file)
+        if part.start:
+            skipped = reader.find_border(part.start - position)
+            if part.end and position + skipped >= part.end:
+                # The part has no border within its range. It still holds the bytes between the
+                # border that its start finds and the one that its end finds.
+                piece = reader.take(reader.find_border(part.end - position))[skipped:]
+                if piece:
+                    yield piece
+                return
+            reader.take(skipped)
+            position += skipped
+        while not part.end or position < part.end:
+            piece = reader.take(_piece_size(reader, part, position))
+            if not piece:
+                return
+            position += len(piece)
+            yield piece
+
+
+def _piece_size(reader: "_BorderReader", part: Part, position: int) -> int:
+    """Returns the size of the next piece; 0 at the end of the file."""
+    if not part.end:
+        return reader.find_border(PIECE_BYTES)
+    remaining = part.end - position
+    size = reader.find_border(min(PIECE_BYTES, remaining))
+    if size < remaining:
+        return size
+    # The last piece ends where the next part begins: at the border found from the part's end.
+    return reader.find_border(remaining)
+
+
+class _BorderReader:
+    """Reads a file piece by piece, where each piece ends at a border.
+
+    `_buffer` holds bytes that were read from the file and not yet taken. `_before` holds the last
+    LOOK_BACK bytes that were taken, because a blank line may begin in them.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._buffer = b""
+        self._before = b""
+        self._at_end_of_file = False
+
+    def take(self, size: int) -> bytes:
+        """Returns the next `size` bytes and removes them from the buffer."""
+        taken = self._buffer[:size]
+        self._buffer = self._buffer[size:]
+        self._before = (self._before + taken)[-LOOK_BACK:]
+        return taken
+
+    def find_border(self, min_size: int) -> int:
+        """Returns the distance to the first border that is at least `min_size` bytes away.
+
+        Returns the number of remaining bytes if there is no such border.
+        """
+        max_size = min_size + LARGEST_PIECE
+        search_start = 0
+        while True:
+            blank_line_end = self._find_blank_line(min_size, search_start)
+            if blank_line_end is not None and blank_line_end <= max_size:
+                return blank_line_end
+            if len(self._buffer) >= max_size + LOOK_BACK:
+                return self._find_line_end(min_size, max_size)
+            if self._at_end_of_file:
+                return len(self._buffer)
+            # A blank line may begin in the last bytes of the buffer and end in the next read.
+            search_start = max(0, len(self._before) + len(self._buffer) - LOOK_BACK)
+            data = self._file.read(READ_BYTES)
+            self._at_end_of_file = not data
+            self._buffer += data
+
+    def _find_blank_line(self, min_size: int, search_start: int) -> int | None:
+        """Returns the distance to the end of the first blank line that ends at least `min_size`
+        bytes away. `search_start` is an index into `_before + _buffer`."""
+        text = self._before + self._buffer
+        offset = len(self._before)
+        match = BLANK_LINE.search(text, max(search_start, offset + min_size - LOOK_BACK))
+        while match and match.end() - offset < min_size:
+            match = BLANK_LINE.search(text, match.start() + 1)
+        return match.end() - offset if match else None
+
+    def _find_line_end(self, min_size: int, max_size: int) -> int:
+        """Returns the distance to the last line end between `min_size` and `max_size`, or to the
+        end of the character at `max_size` if there is no line end."""
+        last_line_end = self._buffer.rfind(b"\n", min_size, max_size) + 1
+        border = last_line_end or max_size
+        while border < len(self._buffer) and _is_utf8_continuation(self._buffer[border]):
+            border += 1
+        return border
+
+
+def _is_utf8_continuation(byte: int) -> bool:
+    return (byte & 0xC0) == 0x80

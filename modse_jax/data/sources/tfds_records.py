@@ -1,0 +1,97 @@
+"""TFDS datasets in the array_record format: each record is a document, one feature is its text.
+
+TFDS reads array_record files without TensorFlow. Building such a dataset takes TensorFlow, which
+this package does not install.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from modse_jax.data.sources.documents_and_parts import (
+    Document,
+    Part,
+    SourceOptions,
+    named_by_content,
+)
+from modse_jax.errors import UserError
+
+RECORDS_PER_PART = 50_000
+
+RECORDS_PER_READ = 64
+
+DEFAULT_SPLIT = "train"
+
+
+def tfds_parts(options: SourceOptions, location: str) -> list[Part]:
+    """Returns the parts of a TFDS source.
+
+    Args:
+        options: options of the source.
+        location: NAME[/CONFIG][:SPLIT].
+
+    Raises:
+        UserError: the dataset cannot be opened, is empty, or lacks the feature.
+    """
+    name, _, split = location.partition(":")
+    split = split or DEFAULT_SPLIT
+    records = _open_split(name, split)
+    if not len(records):
+        raise UserError(f"tfds:{location} has no records")
+    features = records[0]
+    if options.field not in features:
+        raise UserError(
+            f"tfds:{location} has no field {options.field!r}; fields: {', '.join(features)}; name "
+            "the field of the text with --field, or data.field"
+        )
+    parts = []
+    for start in range(0, len(records), RECORDS_PER_PART):
+        end = min(start + RECORDS_PER_PART, len(records))
+        parts.append(options.make_part(((name, split),), start, end, True, end - start))
+    return parts
+
+
+def read_tfds(part: Part) -> Iterator[Document]:
+    """Yields the documents of a range of records.
+
+    Raises:
+        UserError: the dataset cannot be opened, or the feature is not text.
+    """
+    name, split = part.single_file
+    records = _open_split(name, split)
+    for start in range(part.start, part.end, RECORDS_PER_READ):
+        ids = range(start, min(start + RECORDS_PER_READ, part.end))
+        for record in records.__getitems__(list(ids)):
+            text = record[part.field]
+            if not isinstance(text, str | bytes):
+                raise UserError(
+                    f"tfds:{name}: feature {part.field!r} is not text; name the feature of the "
+                    "text with --field, or data.field"
+                )
+            yield named_by_content(text.encode() if isinstance(text, str) else text)
+
+
+def _open_split(name: str, split: str) -> Any:
+    """Returns the records of a split, with random access to single ones and to lists of them."""
+    import tensorflow_datasets as tfds  # imported here because the import is slow
+
+    try:
+        return tfds.data_source(name, split=split)
+    except ModuleNotFoundError:
+        raise UserError(_build_instructions(name)) from None
+    except Exception as error:
+        text = str(error).lower()
+        if "tensorflow" in text and "pip install" in text:
+            raise UserError(_build_instructions(name)) from None
+        message = " ".join(str(error).split())
+        raise UserError(
+            f"tfds:{name}, split {split!r}, cannot be opened: {message[:300]}; if the dataset "
+            f"has not been built yet: {_build_instructions(name)}"
+        ) from None
+
+
+def _build_instructions(name: str) -> str:
+    return (
+        f"building {name} requires TensorFlow, in any environment: "
+        "pip install tensorflow tensorflow-datasets && "
+        f"tfds build {name} --file_format=array_record; then run this command again"
+    )

@@ -1,0 +1,36 @@
+"""The validation split: a deterministic choice of documents, by a hash of their names.
+
+A document's score depends on its name only, so it stays in the same split when the source grows,
+when it is read by another number of processes, and when it is prepared again.
+"""
+
+import hashlib
+
+HASH_DIGITS = 13  # 52 bits: the most hexadecimal digits that a float holds exactly
+
+
+def holdout_score(name: str) -> float:
+    """Returns the score of a document in [0, 1), uniformly distributed over names.
+
+    A document belongs to the validation split if its score is below the threshold of its source.
+    """
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+    return int(digest[:HASH_DIGITS], 16) / 16**HASH_DIGITS
+
+
+def holdout_threshold(
+    num_below: int, lowest_score: float, highest_score: float, fraction: float
+) -> float:
+    """Returns the score below which documents belong to the validation split.
+
+    For two or more documents, both splits get at least one document.
+
+    Args:
+        num_below: number of documents whose score is below `fraction`.
+        lowest_score: lowest score of all documents.
+        highest_score: highest score of all documents.
+        fraction: requested share of validation documents.
+    """
+    if num_below == 0:
+        return lowest_score + 16.0**-HASH_DIGITS
+    return min(fraction, highest_score)
