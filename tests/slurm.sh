@@ -1,6 +1,8 @@
 #!/bin/bash
-# A Slurm cluster of this one machine, and a run of two tasks through the README's train.sbatch. Debian, as root, from a
-# checkout in which `make demo` or `make test` has made .venv:  bash tests/slurm.sh
+# Sets up a Slurm cluster of this one machine and trains with two tasks through examples/train.sbatch.
+# Runs on Debian, as root, from a checkout in which `make demo` or `make test` has made .venv:
+#
+#     bash tests/slurm.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v slurmctld munged >/dev/null || apt-get install -y --no-install-recommends slurm-wlm munge
@@ -33,12 +35,11 @@ trap 'kill $(cat "$work"/*.pid) 2>/dev/null; sleep 1; rm -rf "$work"' EXIT
 slurmctld && slurmd
 until sinfo -h -t idle | grep -q all; do sleep 1; done
 
-sed -n '/^# train.sbatch/,/^```/p' README.md | sed '1s/^/#!\/bin\/bash\n/; /^```/d' > "$work/train.sbatch"
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4
 train() {    # train STEPS [sbatch options]
     local steps=$1
     shift
-    sbatch "$@" --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --output="$work/log/job" "$work/train.sbatch" \
+    sbatch "$@" --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --output="$work/log/job" examples/train.sbatch \
         --config=configs/tiny.py --workdir="$work/run" --config.mesh.expert=4 --config.training.batch_size=8 \
         --config.data.source="text:$PWD/modse_jax" --config.data.tokenizer=bytes --config.training.checkpoint_every=5 \
         --config.training.log_every=1 --config.training.steps="$steps" || true
