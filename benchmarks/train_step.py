@@ -95,7 +95,7 @@ def parts(ours: Ours) -> dict:
 
     layer = jax.tree.map(lambda a: a[0], ours.state.params["blocks"])
     graph, weights = nnx.split(attention_layer.Attention(m, None, nnx.Rngs(0)))
-    place = attention_layer.packed_inputs(jnp.ones((B, L), jnp.int32), m)
+    attention_inputs = attention_layer.packed_inputs(jnp.ones((B, L), jnp.int32), m)
     x, x_TD, dy_TD = random(B, L, m.dim), random(B * L, m.dim), random(B * L, m.dim)
     experts = expert_weights.ExpertWeights(
         *(layer["moe"][n] for n in expert_weights.ExpertWeights._fields)
@@ -135,7 +135,7 @@ def parts(ours: Ours) -> dict:
     rule = optimizer.build_optimizer(config)
     return {
         "attention": (
-            both(lambda w, x: nnx.merge(graph, w)(x, place)[0] * x, (0, 1)),
+            both(lambda w, x: nnx.merge(graph, w)(x, attention_inputs)[0] * x, (0, 1)),
             (weights, x),
         ),
         "experts": (both(ffn, (0, 1)), (x_ND, experts)),

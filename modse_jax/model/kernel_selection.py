@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from modse_jax.config import device_mesh
 from modse_jax.config.options import ANYWHERE, Config
 from modse_jax.errors import UserError
-from modse_jax.model.attention import device_kernels
+from modse_jax.model.attention import cudnn_attention, selection
 from modse_jax.moe.experts import select
 from modse_jax.runtime import sharding
 
@@ -43,7 +43,7 @@ def select_kernels(config: Config, mesh: Mesh) -> SelectedKernels:
     experts, note = select.select_backend(*job)
     shape = 1, config.data.sequence_length, m.num_heads, m.dim // m.num_heads
     return SelectedKernels(
-        experts, device_kernels.select_attention(m.attention, shape, chip, m.dtype), note
+        experts, selection.select_attention(m.attention, shape, chip, m.dtype), note
     )
 
 
@@ -62,7 +62,7 @@ def check_kernels(config: Config, mesh: Mesh) -> SelectedKernels:
         except RuntimeError as error:  # they do not run, or their results are wrong
             raise UserError(str(error)) from None
     if found.attention == "cudnn":
-        device_kernels.check_cudnn(
+        cudnn_attention.check_cudnn(
             (m.num_heads, m.num_kv_heads or m.num_heads, m.dim // m.num_heads),
             config.data.sequence_length,
         )

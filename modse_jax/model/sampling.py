@@ -99,7 +99,9 @@ def prefill(graph, params, tokens_BP, lengths_B, max_new_tokens: int) -> Decodin
     B, P = tokens_BP.shape
     positions_BP = jnp.broadcast_to(jnp.arange(P)[None, :], (B, P))
     cache = model.empty_cache(B, P + max_new_tokens)
-    x_BPD, out = model.cached(tokens_BP, positions_BP, positions_BP < lengths_B[:, None], cache)
+    x_BPD, out = model.hidden_with_cache(
+        tokens_BP, positions_BP, positions_BP < lengths_B[:, None], cache
+    )
     last_B1D = jnp.take_along_axis(x_BPD, jnp.maximum(lengths_B[:, None, None] - 1, 0), axis=1)
     return Decoding(out.cache, model.logits(last_B1D)[:, 0], lengths_B, lengths_B == 0)
 
@@ -112,7 +114,7 @@ def decode(graph, params, state: Decoding, keys, settings: Settings, pad_id: int
     def step(state, key):
         tokens_B = jnp.where(state.done_B, pad_id, pick(state.logits_BV, settings, key))
         done_B = state.done_B | (tokens_B == eos_id)
-        x_B1D, out = model.cached(
+        x_B1D, out = model.hidden_with_cache(
             tokens_B[:, None], state.positions_B[:, None], ~done_B[:, None], state.cache
         )
         return Decoding(

@@ -1,6 +1,11 @@
-"""A Llama-2-shaped decoder with an MoE layer of diverse expert sizes in every block (MoDSE, section 3).
+"""A decoder-only Transformer in the form of Llama 2, with an MoE layer in every block.
 
-Legend: B batch, L length, D model, V vocabulary; a leading `layers` axis on every parameter of a block.
+The experts of an MoE layer may have different widths (MoDSE, section 3). All blocks have the same
+structure, so their parameters are stacked along a leading axis of layers, and one `lax.scan` runs
+them: the size of the program does not grow with the number of layers.
+
+Legend: B batch, L length, S cache length, D model, V vocabulary, K top-k, G key/value heads,
+C head size.
 """
 
 from typing import NamedTuple
@@ -12,38 +17,268 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modse_jax.config.options import Config
 from modse_jax.model import embedding
-from modse_jax.model.attention import attention_layer
-from modse_jax.moe import layer
-from modse_jax.moe.router import ROUTING, RouterStatistics
+from modse_jax.model.attention.attention_layer import (
+    MAX_SAVED_LENGTH,
+    Attention,
+    AttentionInputs,
+    Cache,
+    cached_inputs,
+    packed_inputs,
+)
+from modse_jax.model.rematerialization import checkpoint_policy
+from modse_jax.moe.layer import MoELayer
+from modse_jax.moe.router import RouterStatistics
 from modse_jax.runtime import sharding
 
-MOST_UNROLLED = 4  # blocks, where model.unroll is 0: a step in seven size classes then compiles in 45 s on 2 cores
+# The scan over at most this many blocks is unrolled on CPU if model.unroll is 0. A training step
+# with seven size classes of experts then compiles in 45 s on 2 cores.
+MAX_UNROLLED = 4
 
 
-class Output(NamedTuple):
-    """What a forward pass knows besides its activations. The losses are unweighted sums over layers."""
+class BlockOutput(NamedTuple):
+    """The results of one block besides its activations."""
 
-    balance_loss: jax.Array
-    z_loss: jax.Array
-    statistics: RouterStatistics  # every array with a leading axis of layers
-    cache: tuple | None  # keys, values [layers, B, S, G, C]
-    choices: tuple | None  # gates, expert ids [layers, B, L, K], where asked for
+    cache: Cache | None  # [B, S, G, C]; None for packed rows
+    balance_loss: jax.Array  # load-balancing loss, unweighted
+    z_loss: jax.Array  # router z-loss, unweighted
+    statistics: RouterStatistics
+    choices: tuple[jax.Array, jax.Array] | None  # gates and expert ids [B, L, K], if requested
 
 
-def build_model(config: Config, mesh: Mesh | None = None) -> "Transformer":
-    """A freshly initialised model: a function of config.seed alone."""
+class ModelOutput(NamedTuple):
+    """The results of a forward pass besides its activations."""
+
+    balance_loss: jax.Array  # load-balancing loss, unweighted, summed over layers
+    z_loss: jax.Array  # router z-loss, unweighted, summed over layers
+    statistics: RouterStatistics  # every array has a leading axis of layers
+    cache: Cache | None  # [layers, B, S, G, C]; None for packed rows
+    choices: tuple[jax.Array, jax.Array] | None  # [layers, B, L, K], if requested
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square layer normalization (Zhang & Sennrich 2019), computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        self.scale = nnx.Param(jnp.ones((dim,)))
+        self.eps = eps
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        """Returns the normalized activations in the type of x_BLD."""
+        dtype = x_BLD.dtype
+        x_BLD = x_BLD.astype(jnp.float32)
+        mean_square_BL1 = jnp.mean(x_BLD * x_BLD, axis=-1, keepdims=True)
+        x_BLD = x_BLD * jax.lax.rsqrt(mean_square_BL1 + self.eps)
+        return (x_BLD * self.scale[...][None, None, :]).astype(dtype)
+
+
+class Block(nnx.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + moe(norm(x))."""
+
+    def __init__(self, config: Config, mesh: Mesh | None, rngs: nnx.Rngs) -> None:
+        model = config.model
+        self.attention_norm = RMSNorm(model.dim, model.norm_eps)
+        self.attention = Attention(model, mesh, rngs)
+        self.moe_norm = RMSNorm(model.dim, model.norm_eps)
+        self.moe = build_moe_layer(config, mesh, rngs)
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        attention_inputs: AttentionInputs,
+        valid_BL: jax.Array,
+        cache: Cache | None = None,
+        trace: bool = False,
+    ) -> tuple[jax.Array, BlockOutput]:
+        """Returns (x_BLD, BlockOutput).
+
+        Args:
+            valid_BL: False for padding, which is routed to no expert.
+            cache: keys and values of the tokens so far; None for packed rows.
+            trace: also returns the gates and expert ids of every token.
+        """
+        y_BLD, cache = self.attention(self.attention_norm(x_BLD), attention_inputs, cache)
+        x_BLD = x_BLD + y_BLD
+        normed_BLD = self.moe_norm(x_BLD)
+        y_BLD, balance_loss, z_loss, statistics = self.moe(normed_BLD, valid_BL)
+        x_BLD = x_BLD + y_BLD
+        choices = self.moe.choose_experts(normed_BLD) if trace else None
+        return x_BLD, BlockOutput(cache, balance_loss, z_loss, statistics, choices)
+
+
+class Transformer(nnx.Module):
+    """The model: token embedding, blocks, final norm, logits."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs, mesh: Mesh | None = None) -> None:
+        self.config = config.model
+        self.mesh = mesh
+        vocab_size, dim = config.model.vocab_size, config.model.dim
+        head_std = 0.5 * dim**-0.5
+        # The usual standard deviation of 0.02 is not used: the output of a block is about 1, and
+        # would at first hide the token (LOG.md, 2026-11-22). A tied embedding is initialized as
+        # the head that it also is; `embed` scales it up.
+        std = head_std if config.model.tie_embeddings else 0.5
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, dim)))
+
+        def build_block(key: jax.Array) -> Block:
+            return Block(config, mesh, nnx.Rngs(params=key))
+
+        self.blocks = nnx.vmap(build_block)(
+            jax.random.split(rngs.params(), config.model.num_layers)
+        )
+        self.final_norm = RMSNorm(dim, config.model.norm_eps)
+        if not config.model.tie_embeddings:
+            self.head = nnx.Param(head_std * jax.random.normal(rngs.params(), (dim, vocab_size)))
+
+    def __call__(
+        self, tokens_BL: jax.Array, segments_BL: jax.Array
+    ) -> tuple[jax.Array, ModelOutput]:
+        """Returns (logits_BLV in float32, ModelOutput) of packed rows.
+
+        Args:
+            segments_BL: the document number of every token, 0 for padding.
+        """
+        x_BLD, output = self.hidden(tokens_BL, segments_BL)
+        return self.logits(x_BLD), output
+
+    def hidden(
+        self, tokens_BL: jax.Array, segments_BL: jax.Array, trace: bool = False
+    ) -> tuple[jax.Array, ModelOutput]:
+        """Returns (x_BLD after the final norm, ModelOutput) of packed rows.
+
+        Args:
+            segments_BL: the document number of every token, 0 for padding.
+            trace: also returns the gates and expert ids of every token.
+        """
+        attention_inputs = packed_inputs(segments_BL, self.config)
+        x_BLD = self.embed(tokens_BL)
+        return self.run_blocks(x_BLD, attention_inputs, segments_BL > 0, trace=trace)
+
+    def hidden_with_cache(
+        self, tokens_BL: jax.Array, positions_BL: jax.Array, valid_BL: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, ModelOutput]:
+        """Returns (x_BLD after the final norm, ModelOutput) of tokens that extend a cache.
+
+        Prefill and decoding both use it. Each row is one document.
+
+        Args:
+            positions_BL: positions of the tokens; keys at positions >= S are not stored.
+            valid_BL: False for padding, which is routed to no expert.
+            cache: keys and values of the tokens so far, [layers, B, S, G, C].
+        """
+        keys, _ = cache
+        attention_inputs = cached_inputs(positions_BL, keys.shape[2], self.config)
+        return self.run_blocks(self.embed(tokens_BL), attention_inputs, valid_BL, cache)
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """Returns a cache of zeros for `length` positions, [layers, B, S, G, C]."""
+        num_groups = self.config.num_kv_heads or self.config.num_heads
+        head_size = self.config.dim // self.config.num_heads
+        shape = (self.config.num_layers, batch, length, num_groups, head_size)
+        return jnp.zeros(shape, self.config.dtype), jnp.zeros(shape, self.config.dtype)
+
+    def embed(self, tokens_BL: jax.Array) -> jax.Array:
+        """Returns the embeddings of the tokens in the compute type, sharded over the batch.
+
+        The table is sharded along the model dimension. Each device looks up its slice for all
+        tokens of its group; then the slices are exchanged, one mesh axis after the other. Without
+        these constraints, XLA all-gathers the table and all-reduces its full gradient.
+        """
+        # A tied embedding has the small standard deviation of a head, so it is scaled up (Gemma).
+        scale = self.config.dim**0.5 if self.config.tie_embeddings else 1.0
+        x_BLD = embedding.look_up(
+            self.embedding[...], tokens_BL, jnp.dtype(self.config.dtype), scale, self.mesh
+        )
+        if self.mesh is not None:
+            spec = PartitionSpec((sharding.DATA, sharding.FSDP), None, sharding.EXPERT)
+            layout = NamedSharding(self.mesh, spec)
+            x_BLD = jax.lax.with_sharding_constraint(x_BLD, layout)
+        return self._shard_batch(x_BLD)
+
+    def run_blocks(
+        self,
+        x_BLD: jax.Array,
+        attention_inputs: AttentionInputs,
+        valid_BL: jax.Array,
+        cache: Cache | None = None,
+        trace: bool = False,
+    ) -> tuple[jax.Array, ModelOutput]:
+        """Scans the blocks; returns (x_BLD after the final norm, ModelOutput)."""
+        block_graph, stacked_weights = nnx.split(self.blocks)
+
+        def run_block(
+            x_BLD: jax.Array, of_layer: tuple[dict, Cache | None]
+        ) -> tuple[jax.Array, BlockOutput]:
+            weights, layer_cache = of_layer
+            block = nnx.merge(block_graph, weights)
+            x_BLD = self._shard_batch(x_BLD)
+            return block(x_BLD, attention_inputs, valid_BL, layer_cache, trace)
+
+        unroll = self._blocks_per_iteration(length=x_BLD.shape[1])
+        policy = checkpoint_policy(self.config.remat, self.mesh)
+        if policy is not None:
+            # With several blocks per iteration, XLA could merge the recomputation with the forward
+            # pass (common subexpression elimination), which would save the activations after all.
+            run_block = jax.checkpoint(run_block, prevent_cse=unroll > 1, policy=policy)
+        x_BLD, outputs = jax.lax.scan(run_block, x_BLD, (stacked_weights, cache), unroll=unroll)
+        x_BLD = self.final_norm(x_BLD)
+        return x_BLD, ModelOutput(
+            balance_loss=jnp.sum(outputs.balance_loss),
+            z_loss=jnp.sum(outputs.z_loss),
+            statistics=outputs.statistics,
+            cache=outputs.cache,
+            choices=outputs.choices,
+        )
+
+    def logits(self, x_BLD: jax.Array) -> jax.Array:
+        """Returns logits_BLV in float32, for activations after the final norm."""
+        w_DV = self.head_weight().astype(x_BLD.dtype)
+        return jnp.einsum("bld,dv->blv", x_BLD, w_DV, preferred_element_type=jnp.float32)
+
+    def head_weight(self) -> jax.Array:
+        """Returns w_DV, the output embedding, in float32."""
+        return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+
+    def _shard_batch(self, x_BLD: jax.Array) -> jax.Array:
+        """Shards the batch over all devices, and nothing else.
+
+        Without the constraint, XLA would shard activations along the model dimension, as the
+        weights are.
+        """
+        if self.mesh is None:
+            return x_BLD
+        return jax.lax.with_sharding_constraint(x_BLD, sharding.batch_sharding(self.mesh))
+
+    def _blocks_per_iteration(self, length: int) -> int:
+        """Returns the number of blocks per iteration of the scan.
+
+        Unrolling a model of few layers is faster on CPU. It is not done with rematerialization:
+        XLA for CPU would start the recomputation of all blocks early, so that no memory would be
+        saved. Nor is it done for long sequences, whose scores are recomputed in the same way.
+        """
+        num_layers = self.config.num_layers
+        if self.config.unroll:
+            return min(self.config.unroll, num_layers)
+        is_shallow = num_layers <= MAX_UNROLLED
+        is_cpu = sharding.chip_name(self.mesh) == "cpu"
+        saves_all = checkpoint_policy(self.config.remat, self.mesh) is None
+        saves_scores = length <= MAX_SAVED_LENGTH
+        return num_layers if is_shallow and is_cpu and saves_all and saves_scores else 1
+
+
+def build_model(config: Config, mesh: Mesh | None = None) -> Transformer:
+    """Returns a freshly initialized model. The weights depend on the config only (config.seed)."""
     return Transformer(config, nnx.Rngs(params=config.seed), mesh)
 
 
-def build_abstract_model(config: Config, mesh: Mesh | None = None):
-    """(graph, abstract parameters as a plain dict) of the model, with no memory spent."""
+def build_abstract_model(config: Config, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, dict]:
+    """Returns (graph, shapes and types of the parameters as a dict) without allocating memory."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build_model(config, mesh)))
     return graph, nnx.to_pure_dict(state)
 
 
-def build_moe_layer(config: Config, mesh: Mesh | None, rngs: nnx.Rngs) -> layer.MoELayer:
+def build_moe_layer(config: Config, mesh: Mesh | None, rngs: nnx.Rngs) -> MoELayer:
     """Returns a mixture-of-experts layer with the options of a config."""
-    return layer.MoELayer(
+    return MoELayer(
         config.model.dim,
         config.widths,
         config.router_options,
@@ -51,170 +286,4 @@ def build_moe_layer(config: Config, mesh: Mesh | None, rngs: nnx.Rngs) -> layer.
         num_layers=config.model.num_layers,
         mesh=mesh,
         rngs=rngs,
-    )
-
-
-class RMSNorm(nnx.Module):
-    def __init__(self, dim: int, eps: float):
-        self.scale, self.eps = nnx.Param(jnp.ones((dim,))), eps
-
-    def __call__(self, x_BLD):
-        x = x_BLD.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return (x * self.scale[...][None, None, :]).astype(x_BLD.dtype)
-
-
-class Block(nnx.Module):
-    """x + attention(norm(x)), then x + moe(norm(x))."""
-
-    def __init__(self, config: Config, mesh: Mesh | None, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.model.dim, config.model.norm_eps)
-        self.attention = attention_layer.Attention(config.model, mesh, rngs)
-        self.moe_norm = RMSNorm(config.model.dim, config.model.norm_eps)
-        self.moe = build_moe_layer(config, mesh, rngs)
-
-    def __call__(self, x_BLD, place, valid_BL, cache=None, trace=False):
-        y_BLD, cache = self.attention(self.attention_norm(x_BLD), place, cache)
-        x_BLD = x_BLD + y_BLD
-        seen_BLD = self.moe_norm(x_BLD)
-        y_BLD, *losses_and_statistics = self.moe(seen_BLD, valid_BL)
-        return (
-            x_BLD + y_BLD,
-            cache,
-            *losses_and_statistics,
-            self.moe.choose_experts(seen_BLD) if trace else None,
-        )
-
-
-class Transformer(nnx.Module):
-    """Blocks are scanned: their parameters carry a leading axis of layers, and the program does not grow with depth."""
-
-    def __init__(self, config: Config, rngs: nnx.Rngs, mesh: Mesh | None = None):
-        m = config.model
-        self.config, self.mesh = m, mesh
-        # Not the usual 0.02: beside a block's output of about 1 the token would be lost at first (LOG.md, 2026-11-22).
-        std = 0.5 * m.dim**-0.5 if m.tie_embeddings else 0.5
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (m.vocab_size, m.dim)))
-        keys = jax.random.split(rngs.params(), m.num_layers)
-        self.blocks = nnx.vmap(lambda key: Block(config, mesh, nnx.Rngs(params=key)))(keys)
-        self.final_norm = RMSNorm(m.dim, m.norm_eps)
-        if not m.tie_embeddings:
-            self.head = nnx.Param(
-                0.5 * m.dim**-0.5 * jax.random.normal(rngs.params(), (m.dim, m.vocab_size))
-            )
-
-    def __call__(self, tokens_BL, segments_BL):
-        """(logits_BLV in float32, Output) of packed rows; segment 0 is padding."""
-        x_BLD, out = self.hidden(tokens_BL, segments_BL)
-        return self.logits(x_BLD), out
-
-    def hidden(self, tokens_BL, segments_BL, trace: bool = False):
-        """(x_BLD after the last norm, Output) of packed rows. trace: with every token's experts."""
-        place = attention_layer.packed_inputs(segments_BL, self.config)
-        x_BLD, out = self._run(self._embed(tokens_BL), place, segments_BL > 0, None, trace)
-        return x_BLD, out._replace(cache=None)
-
-    def cached(self, tokens_BL, positions_BL, valid_BL, cache):
-        """(x_BLD after the last norm, Output) of tokens at given positions after what the cache holds: prefill and
-        decoding alike. `cache` is a pair [layers, B, S, G, C]; a position of S or more is not stored."""
-        place = attention_layer.cached_inputs(positions_BL, cache[0].shape[2], self.config)
-        return self._run(self._embed(tokens_BL), place, valid_BL, cache)
-
-    def empty_cache(self, batch: int, length: int):
-        m = self.config
-        shape = (m.num_layers, batch, length, m.num_kv_heads or m.num_heads, m.dim // m.num_heads)
-        return jnp.zeros(shape, m.dtype), jnp.zeros(shape, m.dtype)
-
-    def logits(self, x_BLD):
-        w_DV = self.head_weight()
-        return jnp.einsum(
-            "bld,dv->blv", x_BLD, w_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32
-        )
-
-    def head_weight(self):
-        """w_DV, the output embedding, float32."""
-        return self.embedding[...].T if self.config.tie_embeddings else self.head[...]
-
-    def _embed(self, tokens_BL):
-        """Looks up the tokens; then the parts of the model width are exchanged axis by axis: else XLA gathers the
-        embedding, and adds up all of its gradient everywhere."""
-        # A tied embedding is small enough for logits, but too small beside a block's output (as in Gemma).
-        scale = self.config.dim**0.5 if self.config.tie_embeddings else 1.0
-        x_BLD = embedding.look_up(
-            self.embedding[...], tokens_BL, jnp.dtype(self.config.dtype), scale, self.mesh
-        )
-        if self.mesh is not None:
-            x_BLD = self._constrained(x_BLD, (sharding.DATA, sharding.FSDP), None, sharding.EXPERT)
-        return self._spread(x_BLD)
-
-    def _constrained(self, array, *axes):
-        return jax.lax.with_sharding_constraint(
-            array, NamedSharding(self.mesh, PartitionSpec(*axes))
-        )
-
-    def _spread(self, x_BLD):
-        """Its batch over all devices: weights that are cut along the model width must not cut activations there."""
-        return (
-            x_BLD
-            if self.mesh is None
-            else jax.lax.with_sharding_constraint(x_BLD, sharding.batch_sharding(self.mesh))
-        )
-
-    def _run(self, x_BLD, place, valid_BL, cache, trace=False):
-        graph, stacked = nnx.split(self.blocks)
-
-        def block(x_BLD, of_layer):
-            weights, layer_cache = of_layer
-            x_BLD, layer_cache, *rest = nnx.merge(graph, weights)(
-                self._spread(x_BLD), place, valid_BL, layer_cache, trace
-            )
-            return x_BLD, (layer_cache if cache is not None else None, *rest)
-
-        unroll, policy = self._unroll(x_BLD.shape[1]), self._policy()
-        if (
-            policy is not None
-        ):  # only a loop keeps XLA from finding the forward pass's numbers again
-            block = jax.checkpoint(block, prevent_cse=unroll > 1, policy=policy)
-        x_BLD, (cache, balance_loss, z_loss, statistics, choices) = jax.lax.scan(
-            block, x_BLD, (stacked, cache), unroll=unroll
-        )
-        return self.final_norm(x_BLD), Output(
-            jnp.sum(balance_loss), jnp.sum(z_loss), statistics, cache, choices
-        )
-
-    def _unroll(self, length):
-        """Blocks side by side, where few, are faster on CPU. But XLA then begins whatever it can, and what is computed
-        again for a backward pass saves no memory."""
-        if self.config.unroll:
-            return min(self.config.unroll, self.config.num_layers)
-        few = self.config.num_layers <= MOST_UNROLLED and sharding.chip_name(self.mesh) == "cpu"
-        return (
-            self.config.num_layers
-            if few and self._policy() is None and length <= attention_layer.KEPT_LENGTH
-            else 1
-        )
-
-    def _policy(self):
-        """What a block keeps for its backward pass; None: everything."""
-        if self.config.remat != "none":
-            return _saved(self.config.remat)
-        if (
-            self.mesh is not None and self.mesh.shape[sharding.FSDP] > 1
-        ):  # else every layer's whole weights are kept
-            return _all_but_gathered_weights
-        return None
-
-
-def _all_but_gathered_weights(primitive, *_, **params):
-    return not (primitive.name == "all_gather" and sharding.FSDP in params["axis_name"])
-
-
-def _saved(remat):
-    """What a rematerialised block keeps. Routing always: recomputed in another order of additions, a near tie could
-    send a token to another expert than the forward pass did."""
-    routing = jax.checkpoint_policies.save_only_these_names(ROUTING)
-    if remat == "full":
-        return routing
-    return jax.checkpoint_policies.save_from_both_policies(
-        routing, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     )

@@ -18,10 +18,12 @@ from modse_jax.model.attention import (
     attention_layer,
     blocked,
     cpu_matmul,
-    device_kernels,
+    cudnn_attention,
     masks,
     reference,
     rotary,
+    selection,
+    splash_attention,
 )
 from modse_jax.runtime import sharding
 from tests.helpers.configs import tiny_config
@@ -51,8 +53,10 @@ def test_no_token_sees_a_later_one():
     graph, _ = transformer.build_abstract_model(CONFIG)
 
     def logit(noise_BLD):
-        place = attention_layer.packed_inputs(jnp.ones((1, 12), jnp.int32), CONFIG.model)
-        x_BLD, _ = nnx.merge(graph, params)._run(noise_BLD, place, jnp.ones((1, 12), bool), None)
+        attention_inputs = attention_layer.packed_inputs(jnp.ones((1, 12), jnp.int32), CONFIG.model)
+        x_BLD, _ = nnx.merge(graph, params).run_blocks(
+            noise_BLD, attention_inputs, jnp.ones((1, 12), bool)
+        )
         return jnp.sum(x_BLD[0, 7] ** 3)
 
     grad_LD = jax.jit(jax.grad(logit))(jax.random.normal(jax.random.key(0), (1, 12, 16)))[0]
@@ -156,12 +160,12 @@ def test_scanned_layers_equal_unrolled_ones_with_gradients(remat):
     def unrolled(params):
         model = nnx.merge(graph, params)
         block_graph, stacked = nnx.split(model.blocks)
-        x, balance = model._embed(t), 0.0
-        place = attention_layer.packed_inputs(s, config.model)
+        x, balance = model.embed(t), 0.0
+        attention_inputs = attention_layer.packed_inputs(s, config.model)
         for i in range(3):
             block = nnx.merge(block_graph, jax.tree.map(lambda a, i=i: a[i], stacked))
-            x, _, layer_balance, *_ = block(x, place, s > 0)
-            balance += layer_balance
+            x, output = block(x, attention_inputs, s > 0)
+            balance += output.balance_loss
         return jnp.sum(jnp.sin(model.logits(model.final_norm(x)))) + balance
 
     a, b = (jax.jit(jax.value_and_grad(f))(params) for f in (scanned, unrolled))
@@ -271,7 +275,7 @@ def test_rotary_scores_depend_on_distance_only():
 
     def rotate(x, position):
         return rotary.rotate(
-            x, *(a[None, position : position + 1, None] for a in rotary.rotary(41, config))
+            x, *(a[None, position : position + 1, None] for a in rotary.rotary_tables(41, config))
         )
 
     def score(i, j):
@@ -367,9 +371,9 @@ def test_bfloat16_compute_keeps_float32_parameters():
 @pytest.mark.parametrize(
     "function, size",
     [
-        (functools.partial(device_kernels.attend_splash, interpret=True), 64),
-        (functools.partial(device_kernels.attend_splash, interpret=True), 128),
-        (functools.partial(device_kernels.attend_cudnn, implementation="xla"), 128),
+        (functools.partial(splash_attention.attend_splash, interpret=True), 64),
+        (functools.partial(splash_attention.attend_splash, interpret=True), 128),
+        (functools.partial(cudnn_attention.attend_cudnn, implementation="xla"), 128),
     ],
 )
 def test_kernels_for_attention_equal_ours_with_gradients(function, size):
@@ -395,33 +399,30 @@ def test_kernels_for_attention_equal_ours_with_gradients(function, size):
 
 def test_splash_attention_is_taken_where_it_runs():
     for size in (64, 128):  # the heads of 700Mx8 and of 300Mx8
-        assert (
-            device_kernels.select_attention("auto", (1, 256, 2, size), "v5e", "bfloat16")
-            == "splash"
-        )
+        assert selection.select_attention("auto", (1, 256, 2, size), "v5e", "bfloat16") == "splash"
     for shape, chip in (
         ((1, 250, 2, 128), "v5e"),
         ((1, 256, 2, 32), "v5e"),
         ((1, 256, 2, 128), "cpu"),
     ):
-        assert device_kernels.select_attention("auto", shape, chip, "float32") == "blocks"
-        assert device_kernels.select_attention("blocks", shape, "v5e", "float32") == "blocks"
+        assert selection.select_attention("auto", shape, chip, "float32") == "blocks"
+        assert selection.select_attention("blocks", shape, "v5e", "float32") == "blocks"
         with pytest.raises(UserError, match="model.attention=splash needs a TPU"):
-            device_kernels.select_attention("splash", shape, chip, "float32")
+            selection.select_attention("splash", shape, chip, "float32")
 
 
 def test_cudnn_attention_is_taken_where_it_runs(monkeypatch):
     shape = 1, 256, 2, 64
-    monkeypatch.setattr(device_kernels, "cudnn_version", lambda: 0)
-    assert device_kernels.select_attention("auto", shape, "h100", "bfloat16") == "blocks"
+    monkeypatch.setattr(cudnn_attention, "cudnn_version", lambda: 0)
+    assert selection.select_attention("auto", shape, "h100", "bfloat16") == "blocks"
     with pytest.raises(
-        UserError, match="needs cuDNN, which jax does not find; .* take model.attention=blocks"
+        UserError, match="needs cuDNN, which jax does not find; .* set model.attention=blocks"
     ):
-        device_kernels.select_attention("cudnn", shape, "h100", "bfloat16")
-    monkeypatch.setattr(device_kernels, "cudnn_version", lambda: 92801)
+        selection.select_attention("cudnn", shape, "h100", "bfloat16")
+    monkeypatch.setattr(cudnn_attention, "cudnn_version", lambda: 92801)
     for kind in ("auto", "cudnn"):
-        assert device_kernels.select_attention(kind, shape, "h100", "bfloat16") == "cudnn"
-    assert device_kernels.select_attention("blocks", shape, "h100", "bfloat16") == "blocks"
+        assert selection.select_attention(kind, shape, "h100", "bfloat16") == "cudnn"
+    assert selection.select_attention("blocks", shape, "h100", "bfloat16") == "blocks"
     for length, size, chip, dtype in (
         (256, 64, "cpu", "bfloat16"),
         (256, 64, "h100", "float32"),
@@ -430,10 +431,8 @@ def test_cudnn_attention_is_taken_where_it_runs(monkeypatch):
         (255, 64, "h100", "bfloat16"),
     ):
         with pytest.raises(UserError, match="model.attention=cudnn needs one of h100, h200"):
-            device_kernels.select_attention("cudnn", (1, length, 2, size), chip, dtype)
-        assert (
-            device_kernels.select_attention("auto", (1, length, 2, size), chip, dtype) == "blocks"
-        )
+            selection.select_attention("cudnn", (1, length, 2, size), chip, dtype)
+        assert selection.select_attention("auto", (1, length, 2, size), chip, dtype) == "blocks"
 
 
 def test_a_missing_cudnn_is_no_error(monkeypatch):
@@ -443,13 +442,13 @@ def test_a_missing_cudnn_is_no_error(monkeypatch):
     def missing():
         raise RuntimeError("cuDNN not found.")
 
-    assert device_kernels.cudnn_version() == 0  # the test environment has none
+    assert cudnn_attention.cudnn_version() == 0  # the test environment has none
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 92801)
-    assert device_kernels.cudnn_version() == 92801
+    assert cudnn_attention.cudnn_version() == 92801
     monkeypatch.setattr(cudnn, "check_cudnn_version", missing)
-    assert device_kernels.cudnn_version() == 0
+    assert cudnn_attention.cudnn_version() == 0
     monkeypatch.delattr(cudnn, "check_cudnn_version")
-    assert device_kernels.cudnn_version() == 0
+    assert cudnn_attention.cudnn_version() == 0
 
 
 def test_cudnn_writes_no_gradient_of_the_mask(monkeypatch):
@@ -464,7 +463,7 @@ def test_cudnn_writes_no_gradient_of_the_mask(monkeypatch):
     @jax.jit
     def gradients(q, k, v, segments):
         return jax.grad(
-            lambda *a: jnp.sum(device_kernels.attend_cudnn(*a, segments).astype(jnp.float32)),
+            lambda *a: jnp.sum(cudnn_attention.attend_cudnn(*a, segments).astype(jnp.float32)),
             (0, 1, 2),
         )(q, k, v)
 
@@ -481,12 +480,12 @@ def test_cudnn_writes_no_gradient_of_the_mask(monkeypatch):
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 def test_cudnn_attention_is_checked_on_its_device(heads):
     """XLA's attention in cuDNN's place passes. Documents that see each other, scaled values and an error do not."""
-    by_xla = functools.partial(device_kernels.attend_cudnn, implementation="xla")
+    by_xla = functools.partial(cudnn_attention.attend_cudnn, implementation="xla")
     shape = (*heads, 64)
-    device_kernels.check_cudnn(shape, 96, by_xla)
+    cudnn_attention.check_cudnn(shape, 96, by_xla)
     wrong = "cuDNN's attention is wrong on this device: its output differs .* set --config.model.attention=blocks"
     with pytest.raises(UserError, match=wrong):
-        device_kernels.check_cudnn(shape, 96, lambda q, k, v, s: by_xla(q, k, v, jnp.ones_like(s)))
+        cudnn_attention.check_cudnn(shape, 96, lambda q, k, v, s: by_xla(q, k, v, jnp.ones_like(s)))
 
     @jax.custom_vjp
     def bad_gradient(q, k, v, s):
@@ -498,11 +497,11 @@ def test_cudnn_attention_is_checked_on_its_device(heads):
 
     bad_gradient.defvjp(lambda *a: (by_xla(*a), a), backward)
     with pytest.raises(UserError, match="gradient of keys differs"):
-        device_kernels.check_cudnn(shape, 96, bad_gradient)
+        cudnn_attention.check_cudnn(shape, 96, bad_gradient)
     with pytest.raises(
         UserError, match="does not run on this device .* set --config.model.attention=blocks"
     ):
-        device_kernels.check_cudnn(shape, 96)  # cuDNN itself, on a CPU
+        cudnn_attention.check_cudnn(shape, 96)  # cuDNN itself, on a CPU
 
 
 def test_a_run_checks_its_attention_first(monkeypatch):
@@ -514,8 +513,8 @@ def test_a_run_checks_its_attention_first(monkeypatch):
         ),
         [],
     )
-    monkeypatch.setattr(device_kernels, "check_cudnn", lambda *a: calls.append(a))
-    monkeypatch.setattr(device_kernels, "cudnn_version", lambda: 92801)
+    monkeypatch.setattr(cudnn_attention, "check_cudnn", lambda *a: calls.append(a))
+    monkeypatch.setattr(cudnn_attention, "cudnn_version", lambda: 92801)
     assert kernel_selection.check_kernels(config, mesh).attention == "blocks" and not calls
     monkeypatch.setattr(sharding, "chip_name", lambda _: "h100")
     for c in (config, kernel_selection.for_evaluation(config)):

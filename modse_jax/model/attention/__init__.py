@@ -1,1 +1,1 @@
-"""attention"""
+"""Causal self-attention: the layer, its plain reference, and the implementations for each platform."""

@@ -1,10 +1,12 @@
-"""Causal self-attention with rotary positions, grouped-query heads, packed documents and a key/value cache.
+"""Causal self-attention with rotary positions and grouped-query heads.
 
-Legend: B batch, L length, S cached or key length, D model, A query heads, G key/value heads, R = A / G, C head size,
-Q queries that share a key head: R times those of a block of rows.
+Training and scoring attend over packed rows, which may hold several documents. Prefill and
+decoding attend through a key/value cache, one document per row.
+
+Legend: B batch, L length, S key length (of the cache, or L), D model, A query heads, G key/value
+heads, C head size, H = C / 2 rotated pairs of a head, X = A + 2 G heads of the joint projection.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -15,98 +17,165 @@ from jax.sharding import Mesh
 from modse_jax.config.options import ModelConfig
 from modse_jax.model.attention.blocked import attend_packed
 from modse_jax.model.attention.cpu_matmul import matmul
-from modse_jax.model.attention.device_kernels import attend_cudnn, attend_splash, select_attention
+from modse_jax.model.attention.cudnn_attention import attend_cudnn
 from modse_jax.model.attention.reference import attend
-from modse_jax.model.attention.rotary import rotary, rotate
+from modse_jax.model.attention.rotary import rotary_tables, rotate
+from modse_jax.model.attention.selection import select_attention
+from modse_jax.model.attention.splash_attention import attend_splash
 from modse_jax.runtime import sharding
 
-KEPT_LENGTH = 1024  # sequences up to here keep their softmax weights on CPU: less than an expert's activations
+# On CPU, the softmax weights of sequences up to this length are saved for the backward pass. They
+# take less memory than the activations of an expert. Those of longer sequences are recomputed.
+MAX_SAVED_LENGTH = 1024
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values, [B, S, G, C]; [layers, ...] for a model
 
 
 class AttentionInputs(NamedTuple):
-    """Where the tokens of a pass stand: the same for every block, so worked out once, outside the scan."""
+    """Positions, rotary tables and masks of the tokens of one forward pass.
 
-    positions_BL: jax.Array
-    rotary_BL1C: tuple[jax.Array, jax.Array]  # sine and cosine, float32, [.., C / 2]; B may be 1
-    segments_BL: jax.Array | None  # packed rows: document numbers, 0 = padding
-    mask_BLS: jax.Array | None  # with a cache: what each token may see of it
+    They are the same for every block, so they are computed once, outside the scan over blocks.
+    """
+
+    positions_BL: jax.Array  # B may be 1
+    rotary_BL1H: tuple[jax.Array, jax.Array]  # sine and cosine, float32; B may be 1
+    segments_BL: jax.Array | None  # for packed rows: document numbers, 0 for padding
+    mask_BLS: jax.Array | None  # with a cache: True where a token may attend to a key
 
 
 def packed_inputs(segments_BL: jax.Array, config: ModelConfig) -> AttentionInputs:
-    """Of packed rows. A document's positions start wherever it does: rotary attention sees differences only."""
+    """Returns the inputs for packed rows.
+
+    Positions count from the start of the row, not of the document: rotary attention depends on
+    differences of positions only.
+    """
     L = segments_BL.shape[1]
+    sin_LH, cos_LH = rotary_tables(L, config)
     return AttentionInputs(
-        jnp.arange(L)[None, :],
-        tuple(a[None, :, None] for a in rotary(L, config)),
-        segments_BL,
-        None,
+        positions_BL=jnp.arange(L)[None, :],
+        rotary_BL1H=(sin_LH[None, :, None], cos_LH[None, :, None]),
+        segments_BL=segments_BL,
+        mask_BLS=None,
     )
 
 
 def cached_inputs(
     positions_BL: jax.Array, cache_length: int, config: ModelConfig
 ) -> AttentionInputs:
-    """Of one document per row, behind a cache of S positions: a token sees everything at or before its own."""
+    """Returns the inputs for one document per row, with a cache of S positions.
+
+    A token attends to all positions up to its own.
+    """
     mask_BLS = jnp.arange(cache_length)[None, None, :] <= positions_BL[:, :, None]
-    table = (
-        jnp.asarray(a).at[positions_BL].get(mode="clip")[:, :, None]
-        for a in rotary(cache_length, config)
+    sin_SH, cos_SH = rotary_tables(cache_length, config)
+    return AttentionInputs(
+        positions_BL=positions_BL,
+        rotary_BL1H=(_look_up(sin_SH, positions_BL), _look_up(cos_SH, positions_BL)),
+        segments_BL=None,
+        mask_BLS=mask_BLS,
     )
-    return AttentionInputs(positions_BL, tuple(table), None, mask_BLS)
+
+
+def _look_up(table_SH: jax.Array, positions_BL: jax.Array) -> jax.Array:
+    """Returns the rows of a rotary table at some positions, [B, L, 1, H]."""
+    return jnp.asarray(table_SH).at[positions_BL].get(mode="clip")[:, :, None]
 
 
 class Attention(nnx.Module):
-    """(x_BLD, place, cache) -> (y_BLD, cache). `cache` is None, or (keys_BSGC, values_BSGC)."""
+    """Multi-head attention with A query heads that share G key/value heads, without biases."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh | None, rngs: nnx.Rngs):
-        self.kind, self.mesh = config.attention, mesh
-        D, A = config.dim, config.num_heads
-        G, C = config.num_kv_heads or A, config.dim // A
+    def __init__(self, config: ModelConfig, mesh: Mesh | None, rngs: nnx.Rngs) -> None:
+        self.kind = config.attention
+        self.mesh = mesh
         self.dtype = jnp.dtype(config.dtype)
+        D, A = config.dim, config.num_heads
+        G = config.num_kv_heads or A
+        C = D // A
+        self.w_query = nnx.Param(_draw_normal(rngs, (D, A, C), D**-0.5))
+        self.w_key = nnx.Param(_draw_normal(rngs, (D, G, C), D**-0.5))
+        self.w_value = nnx.Param(_draw_normal(rngs, (D, G, C), D**-0.5))
+        # The output of a residual branch is initialized 1 / sqrt(2 * num_layers) as large.
+        out_std = D**-0.5 / (2 * config.num_layers) ** 0.5
+        self.w_out = nnx.Param(_draw_normal(rngs, (A, C, D), out_std))
 
-        def normal(shape, std):
-            return nnx.Param(
-                std * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)
-            )
+    def __call__(
+        self, x_BLD: jax.Array, attention_inputs: AttentionInputs, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Returns (y_BLD, the cache with the keys and values of these tokens).
 
-        self.w_query, self.w_key = normal((D, A, C), D**-0.5), normal((D, G, C), D**-0.5)
-        self.w_value = normal((D, G, C), D**-0.5)
-        self.w_out = normal((A, C, D), D**-0.5 / (2 * config.num_layers) ** 0.5)
-
-    def __call__(self, x_BLD, place, cache=None):
-        A, G, chip = self.w_query.shape[1], self.w_key.shape[1], sharding.chip_name(self.mesh)
-        w_in = jnp.concatenate(
-            [self._weight(n) for n in ("w_query", "w_key", "w_value")], axis=1
-        )  # one product
-        in_BLAC = matmul(x_BLD, w_in.reshape(w_in.shape[0], -1), chip).reshape(
-            *x_BLD.shape[:2], A + 2 * G, -1
-        )
-        query_BLAC, key_BSGC, value_BSGC = jnp.split(in_BLAC, (A, A + G), axis=2)
-        query_BLAC, key_BSGC = (rotate(t, *place.rotary_BL1C) for t in (query_BLAC, key_BSGC))
+        Args:
+            cache: keys and values of the tokens so far; None for packed rows.
+        """
+        query_BLAC, key_BLGC, value_BLGC = self._project(x_BLD)
+        query_BLAC = rotate(query_BLAC, *attention_inputs.rotary_BL1H)
+        key_BLGC = rotate(key_BLGC, *attention_inputs.rotary_BL1H)
         if cache is None:
-            out_BLAC = self._packed(query_BLAC, key_BSGC, value_BSGC, place.segments_BL)
+            out_BLAC = self._attend_packed(
+                query_BLAC, key_BLGC, value_BLGC, attention_inputs.segments_BL
+            )
         else:
-            rows_B1 = jnp.arange(x_BLD.shape[0])[:, None]
-            key_BSGC = cache[0].at[rows_B1, place.positions_BL].set(key_BSGC, mode="drop")
-            value_BSGC = cache[1].at[rows_B1, place.positions_BL].set(value_BSGC, mode="drop")
-            out_BLAC = attend(query_BLAC, key_BSGC, value_BSGC, place.mask_BLS)
-        w_out = self._weight("w_out")
-        y_BLD = matmul(
-            out_BLAC.reshape(*x_BLD.shape[:2], -1), w_out.reshape(-1, w_out.shape[-1]), chip
-        )
-        return y_BLD, (key_BSGC, value_BSGC)
+            cache = _write_cache(cache, key_BLGC, value_BLGC, attention_inputs.positions_BL)
+            key_BSGC, value_BSGC = cache
+            out_BLAC = attend(query_BLAC, key_BSGC, value_BSGC, attention_inputs.mask_BLS)
+        w_out = self.w_out[...].astype(self.dtype)
+        out_BLD = out_BLAC.reshape(*x_BLD.shape[:2], -1)
+        y_BLD = matmul(out_BLD, w_out.reshape(-1, w_out.shape[-1]), self._chip())
+        return y_BLD, cache
 
-    def _packed(self, query_BLAC, *rest):
-        chip, length = sharding.chip_name(self.mesh), query_BLAC.shape[1]
+    def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns (query_BLAC, key_BLGC, value_BLGC) by one matmul with the joined weights."""
+        weights = (self.w_query, self.w_key, self.w_value)
+        w_DXC = jnp.concatenate([w[...].astype(self.dtype) for w in weights], axis=1)
+        D, X, C = w_DXC.shape
+        y = matmul(x_BLD, w_DXC.reshape(D, X * C), self._chip())
+        y_BLXC = y.reshape(*x_BLD.shape[:2], X, C)
+        A, G = self.w_query.shape[1], self.w_key.shape[1]
+        query_BLAC, key_BLGC, value_BLGC = jnp.split(y_BLXC, (A, A + G), axis=2)
+        return query_BLAC, key_BLGC, value_BLGC
+
+    def _attend_packed(
+        self,
+        query_BLAC: jax.Array,
+        key_BLGC: jax.Array,
+        value_BLGC: jax.Array,
+        segments_BL: jax.Array,
+    ) -> jax.Array:
+        """Attends over packed rows by the implementation for this chip."""
+        chip = self._chip()
         kind = select_attention(self.kind, query_BLAC.shape, chip, str(self.dtype))
-        blocks = functools.partial(attend_packed, keep=chip == "cpu" and length <= KEPT_LENGTH)
-        function = {"blocks": blocks, "splash": attend_splash, "cudnn": attend_cudnn}[kind]
-        if kind == "blocks" or self.mesh is None or self.mesh.size == 1:
-            return function(query_BLAC, *rest)
-        rows = sharding.partition_spec(("batch",))  # XLA cannot cut a kernel
+        arrays = (query_BLAC, key_BLGC, value_BLGC, segments_BL)
+        if kind == "blocks":
+            save_weights = chip == "cpu" and query_BLAC.shape[1] <= MAX_SAVED_LENGTH
+            return attend_packed(*arrays, save_weights)
+        attend_kernel = {"splash": attend_splash, "cudnn": attend_cudnn}[kind]
+        if self.mesh is None or self.mesh.size == 1:
+            return attend_kernel(*arrays)
+        # XLA cannot partition a kernel, so each device runs it for its own rows of the batch.
+        batch = sharding.partition_spec(("batch",))
         return jax.shard_map(
-            function, mesh=self.mesh, in_specs=(rows,) * 4, out_specs=rows, check_vma=False
-        )(query_BLAC, *rest)
+            attend_kernel,
+            mesh=self.mesh,
+            in_specs=(batch, batch, batch, batch),
+            out_specs=batch,
+            check_vma=False,
+        )(*arrays)
 
-    def _weight(self, name):
-        return getattr(self, name)[...].astype(self.dtype)
+    def _chip(self) -> str:
+        return sharding.chip_name(self.mesh)
+
+
+def _write_cache(
+    cache: Cache, key_BLGC: jax.Array, value_BLGC: jax.Array, positions_BL: jax.Array
+) -> Cache:
+    """Returns the cache with keys and values at some positions; positions >= S are dropped."""
+    cached_key_BSGC, cached_value_BSGC = cache
+    row_B1 = jnp.arange(key_BLGC.shape[0])[:, None]
+    return (
+        cached_key_BSGC.at[row_B1, positions_BL].set(key_BLGC, mode="drop"),
+        cached_value_BSGC.at[row_B1, positions_BL].set(value_BLGC, mode="drop"),
+    )
+
+
+def _draw_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
+    """Returns normal numbers truncated at 3 standard deviations, float32."""
+    return std * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)

@@ -1,11 +1,64 @@
-"""TODO"""
+"""Attention over packed rows in blocks of queries, in plain XLA, with a hand-written gradient.
+
+A block of queries attends to no more keys than end with it, so about half of the matmuls with
+masked scores are left out. Scores are stored as [keys, queries]: then no matmul has to transpose a
+large operand, which halves its speed in XLA for CPU. On CPU, forward and backward take about half
+of the time of `jax.nn.dot_product_attention` (126-149 ms against 266 ms, LOG.md, 2026-11-22). The
+file can be deleted when that function, under XLA, is as fast; `reference.attend` is the plain
+version.
+
+Legend: B batch, L length, S keys up to the end of a block, A query heads, G key/value heads,
+R = A / G query heads that share a key head, C head size, Q = R * queries of a block.
+
+    name      axes                                    used for
+    x_BLAC    as the layer makes them                 queries, output and their gradients
+    x_BLGC    as the layer makes them                 keys, values and their gradients
+    x_BGCRL   transposed; the length is the last      queries, output: sliced into blocks
+    x_BGCQ    a block of x_BGCRL, R and L merged      right operand of scores, output, dweights
+    x_BGRLC   transposed; the head size is the last   queries, dout: sliced into blocks
+    x_BGQC    a block of x_BGRLC, R and L merged      right operand of dkey, dvalue
+    x_BGSC    keys or values, transposed              left operand of scores, dweights
+    x_BGCS    keys or values, transposed              left operand of output, dquery
+    x_BGSQ    scores of a block                       scores, softmax weights, their gradients
+
+The matmuls of a block, in these layouts:
+
+    scores_BGSQ   = key_BGSC   query_BGCQ           dweights_BGSQ = value_BGSC   dout_BGCQ
+    out_BGCQ      = value_BGCS weights_BGSQ         dquery_BGCQ   = key_BGCS     dscores_BGSQ
+                                                    dkey_BGSC     = dscores_BGSQ query_BGQC
+                                                    dvalue_BGSC   = weights_BGSQ dout_BGQC
+"""
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from modse_jax.model.attention.masks import packed_mask
+
+MAX_BLOCKS = 8
+
+
+class SavedForBackward(NamedTuple):
+    """What the forward pass saves for the backward pass."""
+
+    query_BLAC: jax.Array
+    key_BLGC: jax.Array
+    value_BLGC: jax.Array
+    segments_BL: jax.Array
+    out_BLAC: jax.Array
+    sum_BLA1: jax.Array  # denominators of the softmax
+    blocks: list[jax.Array]  # per block: weights_BGSQ if they are saved, else max_BG1Q
+
+
+class BlockGradients(NamedTuple):
+    """The contribution of one block of queries to the gradients, float32."""
+
+    dquery_BGCRL: jax.Array
+    dkey_BGSC: jax.Array
+    dvalue_BGSC: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -14,162 +67,215 @@ def attend_packed(
     key_BLGC: jax.Array,
     value_BLGC: jax.Array,
     segments_BL: jax.Array,
-    keep: bool = False,
+    save_weights: bool = False,
     min_block: int = 128,
 ) -> jax.Array:
-    """`attend` under packed_mask(segments), in at most eight blocks of queries, each over no more keys than precede
-    it. keep: softmax weights, half of [L, L] a head, for the backward pass; else scores are computed again there.
+    """Returns `reference.attend` under `packed_mask(segments_BL)`, [B, L, A, C].
 
-    Scores stand as [keys, queries]: no product then has to turn a large operand around, which XLA for CPU does at half
-    speed. Written out rather than jax.nn.dot_product_attention: LOG.md, 2026-11-22.
+    Args:
+        segments_BL: the document number of every token, 0 for padding.
+        save_weights: saves the softmax weights for the backward pass, about half of [L, L] per
+            head; else the scores are recomputed there.
+        min_block: the smallest number of queries of a block; there are at most MAX_BLOCKS blocks.
     """
-    return attend_forward(query_BLAC, key_BLGC, value_BLGC, segments_BL, keep, min_block)[0]
+    out_BLAC, _ = _attend_forward(
+        query_BLAC, key_BLGC, value_BLGC, segments_BL, save_weights, min_block
+    )
+    return out_BLAC
 
 
-def attend_forward(query_BLAC, key_BLGC, value_BLGC, segments_BL, keep, min_block):
-    query_BGCRL = _across(scale_queries(query_BLAC), key_BLGC.shape[2])
-    key_BGSC, value_BGCS = key_BLGC.transpose(0, 2, 1, 3), value_BLGC.transpose(0, 2, 3, 1)
-    out, sums, kept = [], [], []
-    for first, stop in _blocks(query_BLAC.shape[1], min_block):
-        scores_BGSQ = _scores(
+def _attend_forward(
+    query_BLAC: jax.Array,
+    key_BLGC: jax.Array,
+    value_BLGC: jax.Array,
+    segments_BL: jax.Array,
+    save_weights: bool,
+    min_block: int,
+) -> tuple[jax.Array, SavedForBackward]:
+    num_groups = key_BLGC.shape[2]
+    query_BGCRL = _blac_to_bgcrl(scale_queries(query_BLAC), num_groups)
+    key_BGSC = _blgc_to_bgsc(key_BLGC)
+    value_BGCS = _blgc_to_bgcs(value_BLGC)
+    shared = query_BGCRL.shape[3]
+    out_blocks, sum_blocks, saved_blocks = [], [], []
+    for first, stop in block_ranges(query_BLAC.shape[1], min_block):
+        scores_BGSQ = _compute_scores(
             query_BGCRL[..., first:stop], key_BGSC[:, :, :stop], segments_BL, first
         )
         max_BG1Q = jnp.max(scores_BGSQ, axis=2, keepdims=True)
         weights_BGSQ = jnp.exp(scores_BGSQ - max_BG1Q)
         sum_BG1Q = jnp.sum(weights_BGSQ, axis=2, keepdims=True)
         weights_BGSQ = weights_BGSQ.astype(value_BLGC.dtype)
-        out_BGCQ = (
-            jnp.einsum(
-                "bgcs,bgsq->bgcq",
-                value_BGCS[..., :stop],
-                weights_BGSQ,
-                preferred_element_type=jnp.float32,
-            )
-            / sum_BG1Q
-        )
-        out.append(_apart(out_BGCQ, query_BGCRL))
-        sums.append(_apart(sum_BG1Q, query_BGCRL))
-        kept.append(weights_BGSQ if keep else max_BG1Q)
-    out_BLAC, sum_BLA1 = (_from_across(jnp.concatenate(parts, axis=4)) for parts in (out, sums))
+        out_BGCQ = _matmul("bgcs,bgsq->bgcq", value_BGCS[..., :stop], weights_BGSQ) / sum_BG1Q
+        out_blocks.append(_bgcq_to_bgcrl(out_BGCQ, shared))
+        sum_blocks.append(_bgcq_to_bgcrl(sum_BG1Q, shared))
+        saved_blocks.append(weights_BGSQ if save_weights else max_BG1Q)
+    out_BLAC = _bgcrl_to_blac(jnp.concatenate(out_blocks, axis=4))
+    sum_BLA1 = _bgcrl_to_blac(jnp.concatenate(sum_blocks, axis=4))
     out_BLAC = out_BLAC.astype(query_BLAC.dtype)
-    return out_BLAC, (query_BLAC, key_BLGC, value_BLGC, segments_BL, out_BLAC, sum_BLA1, kept)
+    saved = SavedForBackward(
+        query_BLAC, key_BLGC, value_BLGC, segments_BL, out_BLAC, sum_BLA1, saved_blocks
+    )
+    return out_BLAC, saved
 
 
-def attend_backward(keep, min_block, saved, dout_BLAC):
-    query_BLAC, key_BLGC, value_BLGC, segments_BL, out_BLAC, sum_BLA1, kept = saved
-    G, C, dtype = *key_BLGC.shape[2:], query_BLAC.dtype
-    dout_BLAC = (dout_BLAC / sum_BLA1).astype(dtype)  # once, in place of every weight
-    inner_BLA1 = jnp.sum(
-        dout_BLAC.astype(jnp.float32) * out_BLAC.astype(jnp.float32), axis=3, keepdims=True
-    )
-    inner_BG1RL = _across(inner_BLA1, G)
-    query_BGRLC, query_BGCRL = (
-        _down(scale_queries(query_BLAC), G),
-        _across(scale_queries(query_BLAC), G),
-    )
-    dout_BGRLC, dout_BGCRL = _down(dout_BLAC, G), _across(dout_BLAC, G)
-    key_BGSC, key_BGCS = key_BLGC.transpose(0, 2, 1, 3), key_BLGC.transpose(0, 2, 3, 1)
-    value_BGSC = value_BLGC.transpose(0, 2, 1, 3)
-    dquery, dkey, dvalue = [], [], []
-    for (first, stop), of_block in zip(_blocks(query_BLAC.shape[1], min_block), kept):
-        weights_BGSQ = (
-            of_block
-            if keep
-            else jnp.exp(
-                _scores(query_BGCRL[..., first:stop], key_BGSC[:, :, :stop], segments_BL, first)
-                - of_block
-            ).astype(dtype)
-        )
-        dweights_BGSQ = jnp.einsum(
-            "bgsc,bgcq->bgsq",
-            value_BGSC[:, :, :stop],
-            _flat(dout_BGCRL[..., first:stop]),
-            preferred_element_type=jnp.float32,
-        )
-        dscores_BGSQ = (
-            weights_BGSQ * (dweights_BGSQ - _flat(inner_BG1RL[..., first:stop]))
-        ).astype(dtype)
-        dquery.append(
-            _apart(
-                jnp.einsum(
-                    "bgcs,bgsq->bgcq",
-                    key_BGCS[..., :stop],
-                    dscores_BGSQ,
-                    preferred_element_type=jnp.float32,
-                ),
-                query_BGCRL,
+def _attend_backward(
+    save_weights: bool, min_block: int, saved: SavedForBackward, dout_BLAC: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    dtype = saved.query_BLAC.dtype
+    num_groups = saved.key_BLGC.shape[2]
+    # The division by the denominators of the softmax is done once here, instead of for every weight.
+    dout_BLAC = (dout_BLAC / saved.sum_BLA1).astype(dtype)
+    inner_BLAC = dout_BLAC.astype(jnp.float32) * saved.out_BLAC.astype(jnp.float32)
+    inner_BLA1 = jnp.sum(inner_BLAC, axis=3, keepdims=True)
+    inner_BG1RL = _blac_to_bgcrl(inner_BLA1, num_groups)
+    query_BLAC = scale_queries(saved.query_BLAC)
+    query_BGRLC = _blac_to_bgrlc(query_BLAC, num_groups)
+    query_BGCRL = _blac_to_bgcrl(query_BLAC, num_groups)
+    dout_BGRLC = _blac_to_bgrlc(dout_BLAC, num_groups)
+    dout_BGCRL = _blac_to_bgcrl(dout_BLAC, num_groups)
+    key_BGSC = _blgc_to_bgsc(saved.key_BLGC)
+    key_BGCS = _blgc_to_bgcs(saved.key_BLGC)
+    value_BGSC = _blgc_to_bgsc(saved.value_BLGC)
+    gradients = []
+    ranges = block_ranges(query_BLAC.shape[1], min_block)
+    for (first, stop), saved_block in zip(ranges, saved.blocks):
+        weights_BGSQ = saved_block
+        if not save_weights:
+            scores_BGSQ = _compute_scores(
+                query_BGCRL[..., first:stop], key_BGSC[:, :, :stop], saved.segments_BL, first
+            )
+            weights_BGSQ = jnp.exp(scores_BGSQ - saved_block).astype(dtype)
+        gradients.append(
+            _block_gradients(
+                weights_BGSQ,
+                _bgcrl_to_bgcq(dout_BGCRL[..., first:stop]),
+                _bgcrl_to_bgcq(inner_BG1RL[..., first:stop]),
+                query_BGRLC[:, :, :, first:stop],
+                dout_BGRLC[:, :, :, first:stop],
+                key_BGCS[..., :stop],
+                value_BGSC[:, :, :stop],
             )
         )
-        for parts, a_BGSQ, b_BGRLC in (
-            (dkey, dscores_BGSQ, query_BGRLC),
-            (dvalue, weights_BGSQ, dout_BGRLC),
-        ):
-            b_BGQC = b_BGRLC[:, :, :, first:stop].reshape(*key_BGSC.shape[:2], -1, C)
-            parts.append(
-                jnp.einsum("bgsq,bgqc->bgsc", a_BGSQ, b_BGQC, preferred_element_type=jnp.float32)
-            )
-    dquery_BLAC = scale_queries(_from_across(jnp.concatenate(dquery, axis=4)))
-    dkey_BLGC, dvalue_BLGC = (
-        _sum_of_prefixes(parts).transpose(0, 2, 1, 3) for parts in (dkey, dvalue)
-    )
+    dquery_BGCRL = jnp.concatenate([block.dquery_BGCRL for block in gradients], axis=4)
+    dquery_BLAC = scale_queries(_bgcrl_to_blac(dquery_BGCRL))
+    dkey_BLGC = _bgsc_to_blgc(_sum_of_prefixes([block.dkey_BGSC for block in gradients]))
+    dvalue_BLGC = _bgsc_to_blgc(_sum_of_prefixes([block.dvalue_BGSC for block in gradients]))
     return dquery_BLAC.astype(dtype), dkey_BLGC.astype(dtype), dvalue_BLGC.astype(dtype), None
 
 
-attend_packed.defvjp(attend_forward, attend_backward)
+attend_packed.defvjp(_attend_forward, _attend_backward)
 
 
-def _blocks(length, min_block):
-    size = max(min_block, -(-length // 8))
+def _block_gradients(
+    weights_BGSQ: jax.Array,
+    dout_BGCQ: jax.Array,
+    inner_BG1Q: jax.Array,
+    query_BGRLC: jax.Array,
+    dout_BGRLC: jax.Array,
+    key_BGCS: jax.Array,
+    value_BGSC: jax.Array,
+) -> BlockGradients:
+    """Returns the gradients of one block of queries with respect to its queries, keys and values.
+
+    Args:
+        weights_BGSQ: softmax weights before the division by their sum.
+        dout_BGCQ, dout_BGRLC: the output gradient divided by that sum, in two layouts.
+        inner_BG1Q: the inner products of the divided output gradient and the output.
+    """
+    dweights_BGSQ = _matmul("bgsc,bgcq->bgsq", value_BGSC, dout_BGCQ)
+    dscores_BGSQ = (weights_BGSQ * (dweights_BGSQ - inner_BG1Q)).astype(query_BGRLC.dtype)
+    dquery_BGCQ = _matmul("bgcs,bgsq->bgcq", key_BGCS, dscores_BGSQ)
+    return BlockGradients(
+        dquery_BGCRL=_bgcq_to_bgcrl(dquery_BGCQ, shared=query_BGRLC.shape[2]),
+        dkey_BGSC=_matmul("bgsq,bgqc->bgsc", dscores_BGSQ, _bgrlc_to_bgqc(query_BGRLC)),
+        dvalue_BGSC=_matmul("bgsq,bgqc->bgsc", weights_BGSQ, _bgrlc_to_bgqc(dout_BGRLC)),
+    )
+
+
+def block_ranges(length: int, min_block: int) -> list[tuple[int, int]]:
+    """Returns (first, stop) of every block of queries: at most MAX_BLOCKS blocks."""
+    size = max(min_block, -(-length // MAX_BLOCKS))
     return [(first, min(first + size, length)) for first in range(0, length, size)]
 
 
-def scale_queries(query_BLAC):
-    """In float32: most scales are no numbers of bfloat16, and all scores would be off alike."""
-    return (query_BLAC.astype(jnp.float32) * query_BLAC.shape[3] ** -0.5).astype(query_BLAC.dtype)
+def scale_queries(query_BLAC: jax.Array) -> jax.Array:
+    """Returns the queries times 1 / sqrt(C), in their type.
+
+    They are scaled in float32: 1 / sqrt(C) is usually not representable in bfloat16, and the
+    rounding error would bias every score in the same direction.
+    """
+    scaled_BLAC = query_BLAC.astype(jnp.float32) * query_BLAC.shape[3] ** -0.5
+    return scaled_BLAC.astype(query_BLAC.dtype)
 
 
-def _across(x_BLAC, groups):
-    """x_BGCRL. Queries that share a key head stand side by side in a block of them: R, then L."""
+def _compute_scores(
+    query_BGCRL: jax.Array, key_BGSC: jax.Array, segments_BL: jax.Array, first: int
+) -> jax.Array:
+    """Returns scores_BGSQ of queries that begin at position `first`, float32; -1e30 if masked."""
+    S = key_BGSC.shape[2]
+    mask_BLS = packed_mask(segments_BL[:, :S], first)
+    mask_BSQ = jnp.tile(mask_BLS.swapaxes(1, 2), (1, 1, query_BGCRL.shape[3]))
+    mask_B1SQ = mask_BSQ[:, None]
+    scores_BGSQ = _matmul("bgsc,bgcq->bgsq", key_BGSC, _bgcrl_to_bgcq(query_BGCRL))
+    return jnp.where(mask_B1SQ, scores_BGSQ, -1e30)
+
+
+def _sum_of_prefixes(parts: Sequence[jax.Array]) -> jax.Array:
+    """Returns the sum of arrays [B, G, S, C] of rising S, each as if it were padded with zeros.
+
+    Each range of keys is summed over the blocks that reach it, so no padding is computed.
+    """
+    ends = [0] + [part.shape[2] for part in parts]
+    sums = []
+    for i, (first, stop) in enumerate(zip(ends, ends[1:])):
+        sums.append(functools.reduce(jnp.add, [part[:, :, first:stop] for part in parts[i:]]))
+    return jnp.concatenate(sums, axis=2)
+
+
+def _matmul(axes: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
+
+
+def _blac_to_bgcrl(x_BLAC: jax.Array, num_groups: int) -> jax.Array:
     B, L, A, C = x_BLAC.shape
-    return x_BLAC.reshape(B, L, groups, A // groups, C).transpose(0, 2, 4, 3, 1)
+    x_BLGRC = x_BLAC.reshape(B, L, num_groups, A // num_groups, C)
+    return x_BLGRC.transpose(0, 2, 4, 3, 1)
 
 
-def _down(x_BLAC, groups):
-    """x_BGRLC."""
+def _blac_to_bgrlc(x_BLAC: jax.Array, num_groups: int) -> jax.Array:
     B, L, A, C = x_BLAC.shape
-    return x_BLAC.reshape(B, L, groups, A // groups, C).transpose(0, 2, 3, 1, 4)
+    x_BLGRC = x_BLAC.reshape(B, L, num_groups, A // num_groups, C)
+    return x_BLGRC.transpose(0, 2, 3, 1, 4)
 
 
-def _from_across(x_BGCRL):
+def _bgcrl_to_blac(x_BGCRL: jax.Array) -> jax.Array:
     B, G, C, R, L = x_BGCRL.shape
     return x_BGCRL.transpose(0, 4, 1, 3, 2).reshape(B, L, G * R, C)
 
 
-def _flat(x_BGCRL):
-    """x_BGCQ."""
-    return x_BGCRL.reshape(*x_BGCRL.shape[:3], -1)
+def _bgcrl_to_bgcq(x_BGCRL: jax.Array) -> jax.Array:
+    B, G, C, R, L = x_BGCRL.shape
+    return x_BGCRL.reshape(B, G, C, R * L)
 
 
-def _apart(x_BGCQ, like_BGCRL):
-    """x_BGCRL: the inverse of _flat."""
-    return x_BGCQ.reshape(*x_BGCQ.shape[:3], like_BGCRL.shape[3], -1)
+def _bgcq_to_bgcrl(x_BGCQ: jax.Array, shared: int) -> jax.Array:
+    """Undoes _bgcrl_to_bgcq; `shared` is the number R of query heads that share a key head."""
+    return x_BGCQ.reshape(*x_BGCQ.shape[:3], shared, -1)
 
 
-def _scores(query_BGCRL, key_BGSC, segments_BL, first):
-    """scores_BGSQ of queries that begin at `first`, in float32; -1e30 where the mask is."""
-    mask_BQS = packed_mask(segments_BL[:, : key_BGSC.shape[2]], first)
-    mask_B1SQ = jnp.tile(mask_BQS.swapaxes(1, 2), (1, 1, query_BGCRL.shape[3]))[:, None]
-    scores_BGSQ = jnp.einsum(
-        "bgsc,bgcq->bgsq", key_BGSC, _flat(query_BGCRL), preferred_element_type=jnp.float32
-    )
-    return jnp.where(mask_B1SQ, scores_BGSQ, -1e30)
+def _bgrlc_to_bgqc(x_BGRLC: jax.Array) -> jax.Array:
+    B, G, R, L, C = x_BGRLC.shape
+    return x_BGRLC.reshape(B, G, R * L, C)
 
 
-def _sum_of_prefixes(parts):
-    """Sum over arrays [B, G, S, C] of rising S, each as if it went on with zeros. By ranges, and not padded."""
-    ends = [0] + [part.shape[2] for part in parts]
-    ranges = [
-        functools.reduce(jnp.add, [part[:, :, first:stop] for part in parts[i:]])
-        for i, (first, stop) in enumerate(zip(ends, ends[1:]))
-    ]
-    return jnp.concatenate(ranges, axis=2)
+def _blgc_to_bgsc(x_BLGC: jax.Array) -> jax.Array:
+    return x_BLGC.transpose(0, 2, 1, 3)
+
+
+def _blgc_to_bgcs(x_BLGC: jax.Array) -> jax.Array:
+    return x_BLGC.transpose(0, 2, 3, 1)
+
+
+def _bgsc_to_blgc(x_BGSC: jax.Array) -> jax.Array:
+    return x_BGSC.transpose(0, 2, 1, 3)

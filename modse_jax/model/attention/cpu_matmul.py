@@ -1,25 +1,53 @@
-"""TODO"""
+"""The matmul of the attention projections, with a weight gradient that is fast on CPU.
+
+The gradient takes 1/1.2 of the time on CPU. The file can be deleted when XLA for CPU contracts the
+leading axes of two operands as fast as it multiplies after a transpose; `jnp.dot` replaces it.
+
+Legend: B batch, L length, N = B * L tokens, X input features, Y output features.
+"""
 
 import jax
 import jax.numpy as jnp
 
 
-def matmul(x_BLX, w_XY, chip):
-    """x w, as a product of two matrices: of more axes XLA for CPU would transpose the gradient, to multiply it by x."""
-    product = product_on_cpu if chip == "cpu" else jnp.dot
-    return product(x_BLX.reshape(-1, x_BLX.shape[-1]), w_XY).reshape(*x_BLX.shape[:-1], -1)
+def matmul(x_BLX: jax.Array, w_XY: jax.Array, chip: str) -> jax.Array:
+    """Returns x w, [B, L, Y].
+
+    The tokens are flattened to one axis. With more axes, XLA for CPU would transpose the output
+    gradient for the matmul with x.
+
+    Args:
+        chip: the name of the chip; see chips.chip_name.
+    """
+    x_NX = x_BLX.reshape(-1, x_BLX.shape[-1])
+    y_NY = matmul_on_cpu(x_NX, w_XY) if chip == "cpu" else jnp.dot(x_NX, w_XY)
+    return y_NY.reshape(*x_BLX.shape[:-1], -1)
 
 
 @jax.custom_vjp
-def product_on_cpu(x_NX, w_XY):
-    """jnp.dot. Its gradient by w is a product over both leading axes, at which XLA for CPU is 1.2 times as slow as at
-    transposing x first; and if the two were not kept apart, it would make them one again."""
+def matmul_on_cpu(x_NX: jax.Array, w_XY: jax.Array) -> jax.Array:
+    """Returns x w, with a weight gradient that transposes x explicitly.
+
+    The gradient with respect to w contracts the leading axis of both operands. XLA for CPU is 1.2
+    times as fast if x is transposed first.
+    """
     return jnp.dot(x_NX, w_XY)
 
 
-def product_backward(saved, dy_NY):
+def _matmul_forward(
+    x_NX: jax.Array, w_XY: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return jnp.dot(x_NX, w_XY), (x_NX, w_XY)
+
+
+def _matmul_backward(
+    saved: tuple[jax.Array, jax.Array], dy_NY: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x_NX, w_XY = saved
-    return jnp.dot(dy_NY, w_XY.T), jnp.dot(jax.lax.optimization_barrier(x_NX.T), dy_NY)
+    dx_NX = jnp.dot(dy_NY, w_XY.T)
+    # The barrier keeps XLA from fusing the transpose back into the matmul.
+    x_XN = jax.lax.optimization_barrier(x_NX.T)
+    return dx_NX, jnp.dot(x_XN, dy_NY)
 
 
-product_on_cpu.defvjp(lambda x_NX, w_XY: (jnp.dot(x_NX, w_XY), (x_NX, w_XY)), product_backward)
+matmul_on_cpu.defvjp(_matmul_forward, _matmul_backward)

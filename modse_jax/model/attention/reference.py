@@ -1,4 +1,10 @@
-"""TODO"""
+"""Plain attention, which computes all scores in one matmul.
+
+Decoding uses it, and the other implementations are tested against it.
+
+Legend: B batch, L query length, S key length, A query heads, G key/value heads, R = A / G query
+heads that share a key head, C head size.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +13,10 @@ import jax.numpy as jnp
 def attend(
     query_BLAC: jax.Array, key_BSGC: jax.Array, value_BSGC: jax.Array, mask_BLS: jax.Array
 ) -> jax.Array:
-    """out_BLAC: softmax(q k / sqrt(C)) v over the keys the mask allows, softmax in float32; A / G queries share a key.
+    """Returns softmax(q k / sqrt(C)) v over the keys that the mask allows, [B, L, A, C].
 
-    All scores at once: decoding's way, and the reference of `attend_packed`.
+    The softmax is in float32, and the result has the type of the queries. A / G query heads share
+    a key head.
     """
     B, L, A, C = query_BLAC.shape
     query_BLGRC = query_BLAC.reshape(B, L, key_BSGC.shape[2], -1, C)

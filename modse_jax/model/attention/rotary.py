@@ -1,4 +1,7 @@
-"""TODO"""
+"""Rotary position embeddings (RoFormer, Su et al. 2021).
+
+Legend: B batch, L length, A heads, C head size, H = C / 2 rotated pairs of a head.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,21 +10,26 @@ import numpy as np
 from modse_jax.config.options import ModelConfig
 
 
-def rotary(length: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """(sine, cosine) [L, C / 2] of the rotary angles (RoFormer) of positions 0 to L - 1, float32.
+def rotary_tables(length: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (sine, cosine) of the rotary angles of positions 0 to length - 1, float32 [L, H].
 
-    A table known before compilation: XLA for CPU moves sines into what reads them, and works them out for every head.
+    They are computed before compilation. XLA for CPU would fuse sines into the operations that
+    read them, and would then compute them again for every head.
     """
-    half = config.dim // config.num_heads // 2
-    frequency_C = config.rope_base ** (-np.arange(half) / half)
-    angle_LC = np.arange(length)[:, None] * frequency_C[None, :]
-    return np.sin(angle_LC).astype(np.float32), np.cos(angle_LC).astype(np.float32)
+    num_pairs = config.dim // config.num_heads // 2
+    frequency_H = config.rope_base ** (-np.arange(num_pairs) / num_pairs)
+    angle_LH = np.arange(length)[:, None] * frequency_H[None, :]
+    return np.sin(angle_LH).astype(np.float32), np.cos(angle_LH).astype(np.float32)
 
 
-def rotate(x_BLAC: jax.Array, sin_BL1C: jax.Array, cos_BL1C: jax.Array) -> jax.Array:
-    """Rotary embedding (first half with second half, as Llama 2 checkpoints in common use), in float32."""
-    first, second = jnp.split(x_BLAC.astype(jnp.float32), 2, axis=-1)
-    out = jnp.concatenate(
-        (first * cos_BL1C - second * sin_BL1C, second * cos_BL1C + first * sin_BL1C), axis=-1
-    )
-    return out.astype(x_BLAC.dtype)
+def rotate(x_BLAC: jax.Array, sin_BL1H: jax.Array, cos_BL1H: jax.Array) -> jax.Array:
+    """Returns the rotated queries or keys, in the type of x_BLAC; computed in float32.
+
+    Element i of the first half of a head is rotated with element i of its second half, as in
+    Llama 2 checkpoints in the format of Hugging Face.
+    """
+    first_BLAH, second_BLAH = jnp.split(x_BLAC.astype(jnp.float32), 2, axis=-1)
+    rotated_first_BLAH = first_BLAH * cos_BL1H - second_BLAH * sin_BL1H
+    rotated_second_BLAH = second_BLAH * cos_BL1H + first_BLAH * sin_BL1H
+    out_BLAC = jnp.concatenate((rotated_first_BLAH, rotated_second_BLAH), axis=-1)
+    return out_BLAC.astype(x_BLAC.dtype)
