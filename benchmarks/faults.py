@@ -265,7 +265,10 @@ def kills(root: pathlib.Path, count: int, rng: random.Random) -> dict:
     code, _, err = finish(start(root, "killed"))
     assert code == 0, err
     rows = [
-        [(r["step"], r["split"], r["loss"]) for r in run_logs.read_log(root / name / "metrics.jsonl")]
+        [
+            (r["step"], r["split"], r["loss"])
+            for r in run_logs.read_log(root / name / "metrics.jsonl")
+        ]
         for name in ("straight", "killed")
     ]
     return {
@@ -411,7 +414,9 @@ def not_finite(root: pathlib.Path) -> dict:
     every = finish(start(root, "all_nan", code=plant.format("n >= 20")))
     loss = {
         name: [
-            r for r in run_logs.read_log(root / name / "metrics.jsonl") if r["split"] == "validation"
+            r
+            for r in run_logs.read_log(root / name / "metrics.jsonl")
+            if r["split"] == "validation"
         ][-1]["loss"]
         for name in ("straight", "one_nan")
     }
