@@ -86,7 +86,7 @@ def measure(shapes: dict, repeats: int, **sizes) -> list[dict]:
             for what, job in jobs(config, **sizes).items()
         }
     )
-    seconds = {k: np.array(v) for k, v in timing.interleaved(compiled, repeats).items()}
+    seconds = {k: np.array(v) for k, v in timing.time_interleaved(compiled, repeats).items()}
     prompt, new = sizes.get("prompt", PROMPT), sizes.get("new", NEW)
     rows = []
     for (name, what), taken in seconds.items():
@@ -106,11 +106,11 @@ def measure(shapes: dict, repeats: int, **sizes) -> list[dict]:
                 "model": name,
                 "what": what,
                 "tokens_per_second": count / float(np.median(taken)),
-                "over_equal_width": timing.ratio(taken, other) if name == "modse" else None,
+                "over_equal_width": timing.median_ratio(taken, other) if name == "modse" else None,
             }
         )
         if what == "score":
-            rows[-1]["over_training_forward"] = timing.ratio(
+            rows[-1]["over_training_forward"] = timing.median_ratio(
                 seconds[name, "training forward"], taken
             )
     return rows
@@ -120,7 +120,7 @@ def main(_):
     rows = measure(shapes(DIM.value, LAYERS.value), timing.REPEATS.value)
     for row in rows:
         print(json.dumps(row))
-    timing.write({"machine": timing.machine(), "rows": rows})
+    timing.write({"machine": timing.describe_machine(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,18 @@
-"""One expert layer's feed-forward product, forward and forward + backward, over a dense one of the same active FLOPs.
+"""Times one grouped expert FFN, forward and forward + backward.
 
-    python -m benchmarks.expert_ffn [--json=FILE] [--cases=modse,equal] [--backends=blocked,ragged_dot] [--repeats=9]
+    python -m benchmarks.expert_ffn [--json=FILE] [--cases=modse,equal] \
+        [--backends=blocked,ragged_dot] [--repeats=9]
 
-Every case runs side by side with its own dense SwiGLU (the same rows x width in one product), and the MoDSE case with
-the equal-width one. `ragged_dot` is what JAX has without this project: every expert padded to the widest.
+Every case is timed side by side with a dense SwiGLU of the same FLOPs: one matmul for all tokens,
+of the width that makes the FLOPs equal. The MoDSE case is also compared with the equal-width case.
+The backend `ragged_dot` is what JAX offers without this project: every expert is padded to the
+widest one.
+
+Legend: N routed tokens, D model width, H hidden units of all experts, E experts.
 """
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,175 +22,244 @@ from absl import flags
 from benchmarks import timing
 from modse_jax.config.options import MoEConfig
 from modse_jax.moe import expert_placement, expert_widths
-from modse_jax.moe.experts import block_sizes, expert_weights, select
+from modse_jax.moe.experts import block_sizes, select
+from modse_jax.moe.experts.block_sizes import Blocks
+from modse_jax.moe.experts.expert_weights import ExpertWeights
 from modse_jax.runtime import sharding
 
-CASES = flags.DEFINE_list("cases", None, "some of the cases")
-
-
-NAMES = flags.DEFINE_list("backends", ["blocked", "ragged_dot"], "backends to time")
-
-
-DIM = flags.DEFINE_integer("dim", 384, "model width D")
-
-
-TOKENS = flags.DEFINE_integer("tokens", 4096, "tokens T")
-
-
-DTYPE = flags.DEFINE_string("dtype", "float32", "compute type")
-
-
+CASES = flags.DEFINE_list("cases", None, "Cases to time; all by default.")
+BACKENDS = flags.DEFINE_list("backends", ["blocked", "ragged_dot"], "Backends to time.")
+DIM = flags.DEFINE_integer("dim", 384, "Model width D.")
+TOKENS = flags.DEFINE_integer("tokens", 4096, "Number of tokens before routing.")
+DTYPE = flags.DEFINE_string("dtype", "float32", "Compute type.")
 BLOCKS = flags.DEFINE_list(
-    "blocks", None, "block_rows, tail_rows, saved_activations; by default the config's defaults"
+    "blocks", None, "block_rows, tail_rows and saved_activations; by default those of the config."
 )
 
+# Padding more experts than this would take minutes, and the result would be the same.
+MAX_EXPERTS_TO_PAD = 8
 
-def cases(dim: int, tokens: int) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
-    """{name: (widths, rows per expert)}; rows are drawn from even odds, but where the name says otherwise."""
+
+class Routing(NamedTuple):
+    """Widths of experts, and the tokens routed to them."""
+
+    widths: tuple[int, ...]
+    rows: np.ndarray  # [E]
+
+    @property
+    def work(self) -> int:
+        """The sum over routed tokens of their expert's width; FLOPs are proportional to it."""
+        return int(self.rows @ np.array(self.widths))
+
+
+class Inputs(NamedTuple):
+    """Arguments of the timed functions."""
+
+    x_ND: jax.Array
+    rows_E: jax.Array
+    weights: ExpertWeights
+    dy_ND: jax.Array
+
+
+class Passes(NamedTuple):
+    """The timed functions; both take the fields of Inputs."""
+
+    forward: Callable
+    forward_backward: Callable
+
+
+def list_cases(dim: int, tokens: int) -> dict[str, Routing]:
+    """Returns the cases by name. Tokens choose experts at random unless the name says otherwise."""
     rng = np.random.default_rng(0)
-    modse, h = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, dim), int(2.5 * dim)
+    modse = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, dim)
+    width = int(2.5 * dim)
 
-    def even(experts, rows):
+    def route(experts: int, rows: int) -> np.ndarray:
         return rng.multinomial(rows, np.full(experts, 1 / experts))
 
-    eight = even(8, 2 * tokens)
-    seven = np.insert(even(7, 2 * tokens), 3, 0)
+    eight = route(8, 2 * tokens)
+    one_empty = np.insert(route(7, 2 * tokens), 3, 0)
+    all_on_one = np.eye(8, dtype=int)[0] * 2 * tokens
     return {
-        "modse": (modse, eight),
-        "equal": ((h,) * 8, eight),
-        "64 experts top-8": ((h // 4,) * 64, even(64, 8 * tokens)),
-        "1024 experts": ((16,) * 1024, even(1024, 8 * tokens)),
-        "one empty": (modse, seven),
-        "all on one": (modse, np.eye(8, dtype=int)[0] * 2 * tokens),
+        "modse": Routing(modse, eight),
+        "equal": Routing((width,) * 8, eight),
+        "64 experts top-8": Routing((width // 4,) * 64, route(64, 8 * tokens)),
+        "1024 experts": Routing((16,) * 1024, route(1024, 8 * tokens)),
+        "one empty": Routing(modse, one_empty),
+        "all on one": Routing(modse, all_on_one),
     }
 
 
-def padded_ragged_dot(x_ND, rows_E, weights, widths):
-    """Every expert padded to the widest, and jax.lax.ragged_dot."""
-    widest = max(widths)
-
-    def pad(w, axis):
-        parts = [
-            jax.lax.slice_in_dim(w, o, o + n, axis=axis)
-            for o, n in zip(expert_widths.offsets(widths), widths)
-        ]
-        return jnp.stack(
-            [
-                jnp.pad(p, [(0, widest - n if a == axis else 0) for a in range(2)])
-                for p, n in zip(parts, widths)
-            ]
-        )
-
-    gate, up = (jax.lax.ragged_dot(x_ND, pad(w, 1), rows_E) for w in weights[:2])
-    return jax.lax.ragged_dot(jax.nn.silu(gate) * up, pad(weights.w_down, 0), rows_E)
+def padded_ragged_dot(
+    x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, widths: Sequence[int]
+) -> jax.Array:
+    """Computes the expert FFN by jax.lax.ragged_dot, with every expert padded to the widest."""
+    w_gate = _pad_experts(weights.w_gate, widths, axis=1)
+    w_up = _pad_experts(weights.w_up, widths, axis=1)
+    w_down = _pad_experts(weights.w_down, widths, axis=0)
+    gate = jax.lax.ragged_dot(x_ND, w_gate, rows_E)
+    up = jax.lax.ragged_dot(x_ND, w_up, rows_E)
+    return jax.lax.ragged_dot(jax.nn.silu(gate) * up, w_down, rows_E)
 
 
-def functions(widths, backend, chip, blocks):
-    """(forward, forward + backward) of one backend; "dense" is one product for all rows."""
+def _pad_experts(weight: jax.Array, widths: Sequence[int], axis: int) -> jax.Array:
+    """Returns the weights of all experts, stacked, with hidden units on `axis` padded by zeros."""
+    padded = []
+    for offset, width in zip(expert_widths.offsets(widths), widths):
+        part = jax.lax.slice_in_dim(weight, offset, offset + width, axis=axis)
+        padding = [(0, 0), (0, 0)]
+        padding[axis] = (0, max(widths) - width)
+        padded.append(jnp.pad(part, padding))
+    return jnp.stack(padded)
 
-    def forward(x, rows, w, dy):
+
+def make_passes(widths: Sequence[int], backend: str, chip: str, blocks: Blocks) -> Passes:
+    """Returns the timed functions of a backend; "dense" is one matmul for all tokens."""
+
+    def forward(
+        x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, dy_ND: jax.Array
+    ) -> jax.Array:
         if backend == "dense":
-            return (jax.nn.silu(x @ w.w_gate) * (x @ w.w_up)) @ w.w_down
+            hidden = jax.nn.silu(x_ND @ weights.w_gate) * (x_ND @ weights.w_up)
+            return hidden @ weights.w_down
         if backend == "ragged_dot":
-            return padded_ragged_dot(x, rows, w, widths)
-        return select.expert_ffn(
-            x, rows, w, expert_placement.place_experts(widths, 1, "pairs"), backend, blocks, chip
-        )
+            return padded_ragged_dot(x_ND, rows_E, weights, widths)
+        placement = expert_placement.place_experts(widths, 1, "pairs")
+        return select.expert_ffn(x_ND, rows_E, weights, placement, backend, blocks, chip)
 
-    def both(x, rows, w, dy):
-        return jax.value_and_grad(
-            lambda x, w: jnp.sum(forward(x, rows, w, dy) * dy, dtype=jnp.float32), (0, 1)
-        )(x, w)
+    def forward_backward(
+        x_ND: jax.Array, rows_E: jax.Array, weights: ExpertWeights, dy_ND: jax.Array
+    ) -> tuple[jax.Array, tuple]:
+        def loss(x_ND: jax.Array, weights: ExpertWeights) -> jax.Array:
+            y_ND = forward(x_ND, rows_E, weights, dy_ND)
+            return jnp.sum(y_ND * dy_ND, dtype=jnp.float32)
 
-    return forward, both
+        return jax.value_and_grad(loss, (0, 1))(x_ND, weights)
+
+    return Passes(forward, forward_backward)
 
 
-def arguments(dim, widths, rows, dtype):
-    """Random rows, routing, weights and output gradient."""
+def random_inputs(dim: int, widths: Sequence[int], rows: Sequence[int], dtype: str) -> Inputs:
+    """Returns random tokens, weights and output gradient for a routing."""
     keys = jax.random.split(jax.random.key(0), 5)
-    H = sum(widths)
-    w = expert_weights.ExpertWeights(
-        *(
-            0.05 * jax.random.normal(k, s, dtype)
-            for k, s in zip(keys, ((dim, H), (dim, H), (H, dim)))
-        )
+    hidden = sum(widths)
+    routed = int(sum(rows))
+    weights = ExpertWeights(
+        0.05 * jax.random.normal(keys[0], (dim, hidden), dtype),
+        0.05 * jax.random.normal(keys[1], (dim, hidden), dtype),
+        0.05 * jax.random.normal(keys[2], (hidden, dim), dtype),
     )
-    x, dy = (jax.random.normal(k, (int(sum(rows)), dim), dtype) for k in keys[3:])
-    return x, jnp.asarray(rows, jnp.int32), w, dy
+    x_ND = jax.random.normal(keys[3], (routed, dim), dtype)
+    dy_ND = jax.random.normal(keys[4], (routed, dim), dtype)
+    return Inputs(x_ND, jnp.asarray(rows, jnp.int32), weights, dy_ND)
 
 
-def run(names, backends, dim, tokens, dtype, repeats, blocks):
-    """The rows of the result file."""
-    chip, jobs, table = sharding.chip_name(None), {}, cases(dim, tokens)
-    for case in names:
-        widths, rows = table[case]
-        used = -(-int(rows @ np.array(widths)) // tokens)  # one dense width with the same FLOPs
-        jobs[case, "dense"] = (
-            functions(None, "dense", chip, blocks),
-            arguments(dim, (used,), [tokens], dtype),
+class Job(NamedTuple):
+    """One backend on one case."""
+
+    passes: Passes
+    inputs: Inputs
+
+
+def _list_jobs(
+    cases: dict[str, Routing],
+    backends: Sequence[str],
+    dim: int,
+    tokens: int,
+    dtype: str,
+    blocks: Blocks,
+) -> dict[tuple[str, str], Job]:
+    """Returns the jobs by case and backend, of every case the dense one first."""
+    chip = sharding.chip_name(None)
+    jobs = {}
+    for name, routing in cases.items():
+        dense_width = -(-routing.work // tokens)  # has the same FLOPs
+        jobs[name, "dense"] = Job(
+            make_passes((), "dense", chip, blocks),
+            random_inputs(dim, (dense_width,), [tokens], dtype),
         )
         for backend in backends:
-            # A padded product over 1,024 experts would take minutes and prove nothing more.
-            if not (backend == "ragged_dot" and len(widths) > 8):
-                jobs[case, backend] = (
-                    functions(widths, backend, chip, blocks),
-                    arguments(dim, widths, rows, dtype),
-                )
+            if backend == "ragged_dot" and len(routing.widths) > MAX_EXPERTS_TO_PAD:
+                continue
+            jobs[name, backend] = Job(
+                make_passes(routing.widths, backend, chip, blocks),
+                random_inputs(dim, routing.widths, routing.rows, dtype),
+            )
+    return jobs
+
+
+def measure(
+    names: Sequence[str],
+    backends: Sequence[str],
+    dim: int,
+    tokens: int,
+    dtype: str,
+    repeats: int,
+    blocks: Blocks,
+) -> list[dict]:
+    """Times cases by name. Returns the rows of the result file."""
+    all_cases = list_cases(dim, tokens)
+    cases = {name: all_cases[name] for name in names}
+    jobs = _list_jobs(cases, backends, dim, tokens, dtype, blocks)
+    functions = {}
+    for pass_name in Passes._fields:
+        for key, job in jobs.items():
+            functions[(*key, pass_name)] = (getattr(job.passes, pass_name), tuple(job.inputs))
+    compiled = timing.compile_all(functions)
+    seconds = timing.time_interleaved(compiled, repeats, warmup=3, calls=4, single_call_seconds=1)
     results = []
-    compiled = {
-        (*key, i): job
-        for i in range(2)
-        for key, job in timing.compile_all({k: (f[i], a) for k, (f, a) in jobs.items()}).items()
-    }
-    seconds = timing.interleaved(compiled, repeats, warmup=3, calls=4, alone_over=1)
     for case, backend in jobs:
-        both = seconds[case, backend, 1]
+        both = seconds[case, backend, "forward_backward"]
         over_equal = None
-        if (
-            case == "modse" and ("equal", backend, 1) in seconds
-        ):  # at equal FLOPs: routing moves the mean width
-            flops = [rows @ np.array(widths) for widths, rows in (table["equal"], table["modse"])]
-            over_equal = timing.ratio(both, seconds["equal", backend, 1]) * flops[0] / flops[1]
+        equal = seconds.get(("equal", backend, "forward_backward"))
+        if case == "modse" and equal:
+            # At equal FLOPs: the mean width of the chosen experts depends on the routing.
+            time_ratio = timing.median_ratio(both, equal)
+            over_equal = time_ratio * all_cases["equal"].work / all_cases["modse"].work
         results.append(
             {
                 "case": case,
                 "backend": backend,
-                "platform": chip,
+                "platform": sharding.chip_name(None),
                 "dtype": dtype,
-                "forward_seconds": float(np.median(seconds[case, backend, 0])),
+                "forward_seconds": float(np.median(seconds[case, backend, "forward"])),
                 "forward_backward_seconds": float(np.median(both)),
-                "over_dense": timing.ratio(both, seconds[case, "dense", 1]),
+                "over_dense": timing.median_ratio(both, seconds[case, "dense", "forward_backward"]),
                 "over_equal_width": over_equal,
-                "compile_seconds": compiled[case, backend, 1]["compile_seconds"],
-                "peak_bytes": compiled[case, backend, 1]["peak_bytes"],
+                "compile_seconds": compiled[case, backend, "forward_backward"].compile_seconds,
+                "peak_bytes": compiled[case, backend, "forward_backward"].peak_bytes,
             }
         )
     return results
 
 
-def main(_):
-    names = CASES.value or list(cases(DIM.value, TOKENS.value))
+def _format_row(row: dict) -> str:
+    equal = f"{row['over_equal_width']:7.3f}" if row["over_equal_width"] else " " * 7
+    return (
+        f"{row['case']:18} {row['backend']:10} {1e3 * row['forward_seconds']:8.1f}ms "
+        f"{1e3 * row['forward_backward_seconds']:8.1f}ms {row['over_dense']:7.3f} {equal} "
+        f"{row['compile_seconds']:7.1f}s"
+    )
+
+
+def main(_: Sequence[str]) -> None:
+    """Prints a line for each case and backend, and writes --json."""
+    names = CASES.value or list(list_cases(DIM.value, TOKENS.value))
     blocks = block_sizes.Blocks(
         MoEConfig.block_rows, MoEConfig.tail_rows, MoEConfig.saved_activations
     )
     if BLOCKS.value:
-        blocks = block_sizes.Blocks(
-            int(BLOCKS.value[0]), int(BLOCKS.value[1]), float(BLOCKS.value[2])
-        )
-    rows = run(
-        names, NAMES.value, DIM.value, TOKENS.value, DTYPE.value, timing.REPEATS.value, blocks
+        body, tail, saved = BLOCKS.value
+        blocks = block_sizes.Blocks(int(body), int(tail), float(saved))
+    rows = measure(
+        names, BACKENDS.value, DIM.value, TOKENS.value, DTYPE.value, timing.REPEATS.value, blocks
     )
     print(
-        f"{'case':18} {'backend':10} {'forward':>10} {'both':>10} {'/dense':>7} {'/equal':>7} {'compile':>8}"
+        f"{'case':18} {'backend':10} {'forward':>10} {'both':>10} {'/dense':>7} {'/equal':>7} "
+        f"{'compile':>8}"
     )
-    for r in rows:
-        equal = f"{r['over_equal_width']:7.3f}" if r["over_equal_width"] else " " * 7
-        print(
-            f"{r['case']:18} {r['backend']:10} {1e3 * r['forward_seconds']:8.1f}ms",
-            f"{1e3 * r['forward_backward_seconds']:8.1f}ms {r['over_dense']:7.3f}",
-            equal,
-            f"{r['compile_seconds']:7.1f}s",
-        )
+    for row in rows:
+        print(_format_row(row))
     timing.write(rows)
 
 

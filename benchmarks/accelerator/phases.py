@@ -229,7 +229,7 @@ def time_layer(write: Callable, tiny: bool, devices: int, backend: str) -> None:
         blocks = blocks._replace(body=64, tail=64)
     repeats = 2 if tiny else 10
     for case, layer in (("modse", modse), ("equal", equal)):
-        inputs = expert_ffn.arguments(dim, layer.widths, rows, DTYPE)
+        inputs = expert_ffn.random_inputs(dim, layer.widths, rows, DTYPE)
         jobs = _layer_jobs(layer, backend, blocks)
         for what, (function, passes) in jobs.items():
             flops = passes * layer.forward_flops
@@ -251,7 +251,7 @@ def time_layer(write: Callable, tiny: bool, devices: int, backend: str) -> None:
         what="forward",
     )
     # As many tokens through one expert of the mean width.
-    dense = expert_ffn.arguments(dim, (width,), [routed], DTYPE)
+    dense = expert_ffn.random_inputs(dim, (width,), [routed], DTYPE)
     for what, (function, passes) in _layer_jobs(modse, "dense", blocks).items():
         flops = passes * 6.0 * routed * dim * width
         _time(write, function, dense, flops, repeats, backend="dense", case="SwiGLU", what=what)
@@ -261,7 +261,9 @@ def _layer_jobs(
     layer: Layer, backend: str, blocks: block_sizes.Blocks
 ) -> dict[str, tuple[Callable, int]]:
     """Returns the forward pass, and both passes, with their FLOPs over those of the first."""
-    forward = expert_ffn.functions(layer.widths, backend, sharding.chip_name(None), blocks)[0]
+    forward = expert_ffn.make_passes(
+        layer.widths, backend, sharding.chip_name(None), blocks
+    ).forward
 
     def forward_backward(x_ND, rows_E, weights, dy_ND):
         run = functools.partial(_call_with_rows, forward, rows_E)
@@ -284,7 +286,7 @@ def _time(
     """
     try:
         compiled = timing.compile_all({"": (function, inputs)})
-        seconds = timing.interleaved(compiled, repeats)[""]
+        seconds = timing.time_interleaved(compiled, repeats)[""]
     except Exception as error:  # the others are still worth measuring
         write(**fields, error=_message(error))
         return None
@@ -294,10 +296,10 @@ def _time(
         milliseconds=round(1e3 * median, 4),
         fastest_milliseconds=round(1e3 * min(seconds), 4),
         teraflops_per_second=_round(flops / median / 1e12),
-        compile_seconds=round(compiled[""]["compile_seconds"], 1),
-        compiled_peak_gib=_gib(compiled[""]["peak_bytes"]),
+        compile_seconds=round(compiled[""].compile_seconds, 1),
+        compiled_peak_gib=_gib(compiled[""].peak_bytes),
     )
-    return compiled[""]["compiled"]
+    return compiled[""].compiled
 
 
 def time_ragged_dot(write: Callable, tiny: bool, devices: int) -> None:

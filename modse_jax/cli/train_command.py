@@ -76,12 +76,12 @@ def plan() -> int:
 
 
 def _plan(config: Config) -> int:
-    from modse_jax.planning import planner
+    from modse_jax.planning import plan_table, planner
 
-    planner.check(FLAGS.plan, FLAGS.plan_json)
+    planner.check_arguments(FLAGS.plan, FLAGS.plan_json)
     planner.prepare_environment(FLAGS.plan)
-    rows = [planner.plan(config, topology) for topology in FLAGS.plan]
-    print(planner.table(rows))
+    rows = [planner.plan_step(config, topology) for topology in FLAGS.plan]
+    print(plan_table.format_table(rows))
     if FLAGS.plan_json:
         planner.write_json(rows, FLAGS.plan_json)
     return ExitCode.FINISHED

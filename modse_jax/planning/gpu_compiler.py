@@ -33,19 +33,14 @@ from modse_jax.errors import UserError
 
 PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt")  # of the same version as jax
 
-
 # ptxas and libdevice, which the compiler calls and reads: NVIDIA's packages, or a CUDA toolkit.
 TOOL_PACKAGES = ("nvidia-cuda-nvcc==13.0.*", "nvidia-nvvm==13.0.*")
 
-
 TOOLS = ("bin/ptxas", "nvvm/libdevice/libdevice.10.bc")
-
 
 FOLDER = "gpu-compiler"  # inside sys.prefix
 
-
 CUDA_VERSION = "13.0.0"  # assumed driver and runtime; XLA makes no CUDA graphs without both
-
 
 CUDNN_VERSION = (9, 28, 1)  # assumed; see `assume_cudnn`
 
@@ -178,7 +173,7 @@ def install_command(folder: pathlib.Path | None) -> str:
     """Returns the command that installs the compiler for the installed version of jax.
 
     Args:
-        folder: where to; None for the environment itself.
+        folder: the folder to install into; None for the environment itself.
     """
     pins = [f"{package}=={jax.__version__}" for package in PACKAGES]
     pins = " ".join([*pins, *(f"'{package}'" for package in TOOL_PACKAGES)])
@@ -188,26 +183,31 @@ def install_command(folder: pathlib.Path | None) -> str:
 def find_compiler() -> pathlib.Path | None:
     """Returns the folder of the compiler's packages, or None if they are in the environment.
 
-    Raises UserError if a package is missing or has another version than jax.
+    Raises:
+        UserError: a package is missing or has another version than jax.
     """
     in_environment = {package: _version(package, sys.path) for package in PACKAGES}
     folder = None if any(in_environment.values()) else compiler_folder()
-    found = in_environment if folder is None else {p: _version(p, [str(folder)]) for p in PACKAGES}
+    found = in_environment
+    if folder is not None:
+        found = {package: _version(package, [str(folder)]) for package in PACKAGES}
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise UserError(
             "compiling for a GPU needs XLA's CUDA compiler, which exists for Linux on x86_64 and "
-            f"aarch64, and this is {platform.system()} on {platform.machine()}; plan on such a machine"
+            f"aarch64, and this is {platform.system()} on {platform.machine()}; plan on such a "
+            "machine"
         )
     for package, version in found.items():
         if version is None:
             raise UserError(
                 f"compiling for a GPU needs XLA's CUDA compiler, and {package} is neither in the "
-                f"environment nor in {compiler_folder()}; install it with: {install_command(folder)}"
+                f"environment nor in {compiler_folder()}; install it with: "
+                f"{install_command(folder)}"
             )
         if version != jax.__version__:
             raise UserError(
-                f"{package} has version {version} and jax has {jax.__version__}, and they must be the "
-                f"same; install it with: {install_command(folder)}"
+                f"{package} has version {version} and jax has {jax.__version__}, and they must be "
+                f"the same; install it with: {install_command(folder)}"
             )
     find_cuda_tools(folder)
     return folder
@@ -219,7 +219,8 @@ def find_cuda_tools(folder: pathlib.Path | None) -> pathlib.Path:
     Args:
         folder: the folder of the compiler; None for the environment.
 
-    Raises UserError if there is none.
+    Raises:
+        UserError: there is none.
     """
     paths = [str(folder)] if folder else sys.path
     toolkits = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
@@ -245,7 +246,10 @@ def load_compiler() -> None:
     """Makes XLA's CUDA compiler known to jax. No GPU is started.
 
     The process must run on another platform (JAX_PLATFORMS=cpu), otherwise jax would look for
-    GPUs. Raises UserError if the compiler is missing or has another version than jax.
+    GPUs.
+
+    Raises:
+        UserError: the compiler is missing or has another version than jax.
     """
     folder = find_compiler()
     if not jax.config.jax_platforms or "cuda" in jax.config.jax_platforms:
@@ -325,7 +329,7 @@ def compile_options(deterministic: bool = False, dump_to: str | pathlib.Path = "
     With Triton off it calls cuBLAS, as a GPU mostly does.
 
     Args:
-        deterministic: as mesh.request_determinism sets for training.
+        deterministic: as device_mesh.request_determinism sets for training.
         dump_to: a folder to write the program and its list of launches into.
     """
     options = {
@@ -358,14 +362,14 @@ def assume_cudnn() -> Iterator[None]:
 
 
 class Launches(NamedTuple):
-    """What the host does in one run of a compiled program, per device."""
+    """The launches of one run of a compiled program, per device."""
 
     kernels: float  # kernels, library calls and copies, inside and outside CUDA graphs
     collectives: float
     graphs: float  # launches of CUDA graphs
     host_waits: float  # times the host waits for a number from the device
-    open_loops: int  # loops whose end is data, outside CUDA graphs
-    iterations: float  # assumed of each loop whose end is data
+    open_loops: int  # loops with data-dependent trip counts, outside CUDA graphs
+    iterations: float  # assumed for each loop with a data-dependent trip count
 
 
 # Thunks that launch nothing of their own. Every other kind is counted as a kernel.
@@ -373,7 +377,6 @@ _CONTAINERS = {
     "kSequential", "kCommandBuffer", "kWhile", "kConditional", "kDynamicSliceFusion",
     "kAsyncStart", "kAsyncDone", "kPartitionId", "kReplicaId", "kWaitForStreams",
 }  # fmt: skip
-
 
 _COLLECTIVES = {
     "kAllGather", "kAllReduce", "kReduceScatter", "kAllToAll", "kRaggedAllToAll",
@@ -392,11 +395,16 @@ class _Thunk(NamedTuple):
 def read_launches(folder: str | pathlib.Path, iterations: float = 1.0) -> Launches:
     """Counts what one run of a program launches, from what XLA wrote with `dump_to`.
 
-    A loop with a known trip count runs that often. The end of the other loops is data: the host
-    reads their condition before every iteration, unless the whole loop is in a CUDA graph.
-    `iterations` is assumed for each of them, at every level of nesting.
+    A loop with a known trip count runs that often. The trip counts of other loops depend on data:
+    the host reads their condition before every iteration, unless the whole loop is in a CUDA graph.
 
-    Raises FileNotFoundError if XLA wrote no such list.
+    Args:
+        folder: the folder that XLA wrote into.
+        iterations: assumed for each loop with a data-dependent trip count, at every level of
+            nesting.
+
+    Raises:
+        FileNotFoundError: XLA wrote no such list.
     """
     folder = pathlib.Path(folder)
     thunks = _largest_file(folder, "*.thunk_sequence_after_thunk_passes.txt").read_text()
@@ -414,7 +422,14 @@ def _largest_file(folder: pathlib.Path, pattern: str) -> pathlib.Path:
 
 
 def count_launches(thunks: str, metadata: str, hlo: str, iterations: float = 1.0) -> Launches:
-    """`read_launches` of the texts of XLA's list of thunks, their metadata, and the HLO."""
+    """Counts launches like `read_launches`, from the texts of the files.
+
+    Args:
+        thunks: XLA's list of thunks.
+        metadata: the metadata of the thunks.
+        hlo: the optimized program.
+        iterations: as in `read_launches`.
+    """
     trip_counts = _trip_counts(metadata, hlo)
     total = collections.Counter()
 
@@ -455,8 +470,11 @@ def count_launches(thunks: str, metadata: str, hlo: str, iterations: float = 1.0
 
 
 def _parse_thunks(text: str) -> list[_Thunk]:
-    """Returns the outermost thunks. Indentation shows what is inside what; a loop lists its
-    condition first, after a line `condition:` that is not indented, and then its `body:`."""
+    """Returns the outermost thunks of XLA's list.
+
+    A thunk contains those that are indented below it. A loop lists its condition first, after a
+    line `condition:` that is not indented, and then its `body:`.
+    """
     root = _Thunk("root", -1, -1, [], [])
     stack = [root]
     in_condition = False

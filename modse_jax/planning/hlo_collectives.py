@@ -1,17 +1,17 @@
 """Counts what a compiled step sends between devices, from its HLO text, loops included.
 
-Bytes are those that a device sends in a ring: of an all-gather or reduce-scatter over n devices (n - 1) / n of the
-whole array, of an all-reduce twice that, of an all-to-all (n - 1) / n of its operand. A ragged all-to-all is counted
-as if every device received equally many rows.
+Bytes are those that a device sends in a ring of n devices: (n - 1) / n of the whole array for an
+all-gather or a reduce-scatter, twice that for an all-reduce, and (n - 1) / n of its operand for an
+all-to-all. A ragged all-to-all is counted as if every device received equally many rows.
 """
 
 import collections
-import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
+from modse_jax.planning import hlo_text, replica_groups
+from modse_jax.planning.hlo_text import Array, HloType, UnknownFormatError
 
 KINDS = (
     "all-gather",
@@ -22,367 +22,258 @@ KINDS = (
     "collective-permute",
 )
 
+# XLA for TPU writes a reduce-scatter as an all-reduce in a computation of this name:
+#   %all-reduce-scatter.1 (p: bf16[32,8]) -> bf16[8,8] {
+TPU_REDUCE_SCATTER = "all-reduce-scatter"
 
-BYTES = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "f8e4m3": 1,
-    "f8e4m3fn": 1,
-    "f8e5m2": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-    "c64": 8,
-}
+# %s = (f32[2,6]{1,0}, f32[8,6]{1,0}) all-gather-start(%p), replica_groups={{0,1,2,3}}
+INSTRUCTION = re.compile(
+    rf"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(([^)]*)(.*)"
+)
+
+# all-gather-start(%p, /*index=1*/%q.2)
+OPERAND = re.compile(r"%[\w.\-]+")
+
+# metadata={op_name="jit(step)/transpose/dot_general" source_file="..."}
+OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+# XLA for TPU may divide one collective into pieces that run beside other instructions:
+#   %g = f32[16]{0} all-gather(%p), frontend_attributes={chain_id="3"}
+CHAIN_ID = re.compile(r'chain_id="(\d+)"')
 
 
 class Collective(NamedTuple):
-    kind: str
-    bytes: float  # sent by a device, each time
-    times: int  # in a step
-    group: int  # devices
-    shape: str  # of the result; several, where XLA has joined several collectives
-    source: str  # op_name: where it comes from
-    groups: tuple[tuple[int, ...], ...]  # device numbers that exchange with each other
+    """A collective of a compiled program."""
+
+    kind: str  # of KINDS
+    bytes: float  # sent by a device each time it runs
+    times: int  # in one run of the program
+    group_size: int  # devices
+    shape: str  # of the result; several if XLA combined several collectives
+    source: str  # op_name: the operation that it comes from
+    groups: replica_groups.Groups  # device numbers that exchange data with each other
 
 
-class Reading(NamedTuple):
+class FoundCollectives(NamedTuple):
+    """The collectives of a program."""
+
     collectives: list[Collective]
-    unknown: list[str]  # why a collective is not among them, a sentence each
+    unknown: list[str]  # one sentence for each collective that could not be counted
 
 
-class _NotUnderstood(Exception):
-    """The reason why a line with a collective cannot be counted."""
+class Instruction(NamedTuple):
+    """The parsed line of a collective."""
+
+    kind: str  # of KINDS
+    type: str
+    is_start: bool  # the first half of an asynchronous collective
+    operands: list[str]
+    text: str
 
 
-def read(hlo: str) -> Reading:
-    """Returns every collective of a compiled program with how often it runs, and what was not understood.
+class Arrays(NamedTuple):
+    """The arrays that a collective reads and writes."""
 
-    A loop runs as often as its condition compares its counter with a constant. A collective in a loop whose end is
-    data is not counted but reported.
+    operands: list[Array]  # empty if the type of the instruction does not show them
+    results: list[Array]
+
+
+def find_collectives(hlo: str) -> FoundCollectives:
+    """Returns every collective of a compiled program, and those that could not be counted.
+
+    The trip count of a loop is the constant that its condition compares the counter with. A
+    collective in a loop with a data-dependent trip count is not counted but reported.
     """
-    bodies = _computations(hlo)
-    times = _times(bodies)
-    found, unknown, chains = [], [], set()
-    for name, lines in bodies.items():
-        for line in lines:
+    computations = hlo_text.split_computations(hlo)
+    runs = hlo_text.count_runs(computations)
+    found: list[Collective] = []
+    unknown: list[str] = []
+    chains: set[tuple[str, str]] = set()
+    for name, lines in computations.items():
+        times = runs.get(name, 0)
+        for instruction in _parse_instructions(lines) if times != 0 else []:
             try:
-                one = _one(line, times[name], lines)
-            except _NotUnderstood as reason:
-                unknown.append(f"{reason}: {line.strip()[:200]}")
+                collective = _describe(instruction, times, lines)
+            except UnknownFormatError as reason:
+                unknown.append(f"{reason}: {instruction.text.strip()[:200]}")
                 continue
-            if one is None:
-                continue
-            if name.startswith(
-                "all-reduce-scatter"
-            ):  # so a TPU writes a reduce-scatter, and sends half
-                one = one._replace(kind="reduce-scatter", bytes=one.bytes / 2)
-            chain = re.search(
-                r'chain_id="(\d+)"', line
-            )  # a TPU spreads one collective over pieces of its neighbours
+            if name.startswith(TPU_REDUCE_SCATTER):  # sends half of what an all-reduce sends
+                collective = collective._replace(kind="reduce-scatter", bytes=collective.bytes / 2)
+            chain = CHAIN_ID.search(instruction.text)
             if chain:
-                piece = (one.kind, chain.group(1))
+                piece = (collective.kind, chain.group(1))
                 if piece in chains:
                     continue
                 chains.add(piece)
-            found.append(one)
-    return Reading(found, unknown)
+            found.append(collective)
+    return FoundCollectives(found, unknown)
 
 
-def collectives(hlo: str) -> list[Collective]:
-    """The collectives of `read`. Raises ValueError where one is not understood."""
-    found, unknown = read(hlo)
-    if unknown:
-        raise ValueError("; ".join(unknown))
-    return found
+def list_collectives(hlo: str) -> list[Collective]:
+    """Returns every collective of a compiled program.
 
-
-def bytes_by_kind(found: list[Collective]) -> dict[str, float]:
-    """Bytes that a device sends in a step."""
-    out = collections.Counter()
-    for c in found:
-        out[c.kind] += c.bytes * c.times
-    return {kind: float(out[kind]) for kind in KINDS if out[kind]}
-
-
-def bytes_between_hosts(found: list[Collective], devices_per_host: int) -> float:
-    """Returns the bytes that a device must send to other hosts in a step; device i is on host i // devices_per_host.
-
-    An all-to-all sends to every peer alike. A gather or reduction can stay inside the hosts but for one copy of the
-    result, which the devices of a host send in equal parts: the least that any algorithm needs.
+    Raises:
+        ValueError: a collective could not be counted.
     """
-    return float(
-        sum(
-            c.bytes
-            * c.times
-            * max(_share_between_hosts(c.kind, group, devices_per_host) for group in c.groups)
-            for c in found
-        )
+    found = find_collectives(hlo)
+    if found.unknown:
+        raise ValueError("; ".join(found.unknown))
+    return found.collectives
+
+
+def bytes_by_kind(collectives: Sequence[Collective]) -> dict[str, float]:
+    """Returns the bytes that a device sends in a step, for each kind that occurs."""
+    total: collections.Counter[str] = collections.Counter()
+    for collective in collectives:
+        total[collective.kind] += collective.bytes * collective.times
+    return {kind: float(total[kind]) for kind in KINDS if total[kind]}
+
+
+def bytes_between_hosts(collectives: Sequence[Collective], devices_per_host: int) -> float:
+    """Returns the bytes that a device must send to other hosts in a step.
+
+    An all-to-all sends the same amount to every peer. An all-gather or a reduction can stay inside
+    the hosts except for one copy of the result, which the devices of a host send in equal parts;
+    this is the least that any algorithm needs.
+
+    Args:
+        collectives: those of the step.
+        devices_per_host: device i is on host i // devices_per_host.
+    """
+    total = 0
+    for collective in collectives:
+        shares = [
+            _share_between_hosts(collective.kind, group, devices_per_host)
+            for group in collective.groups
+        ]
+        total += collective.bytes * collective.times * max(shares)
+    return float(total)
+
+
+def crosses_hosts(collective: Collective, devices_per_host: int) -> bool:
+    """Returns whether some group of a collective has devices on several hosts."""
+    return any(
+        len({device // devices_per_host for device in group}) > 1 for group in collective.groups
     )
 
 
 def _share_between_hosts(kind: str, group: Sequence[int], devices_per_host: int) -> float:
-    devices, on_host = (
-        len(group),
-        collections.Counter(device // devices_per_host for device in group),
-    )
-    if len(on_host) == 1:
+    """Returns the part of a device's bytes that goes to other hosts."""
+    num_devices = len(group)
+    devices_on_host = collections.Counter(device // devices_per_host for device in group)
+    if len(devices_on_host) == 1:
         return 0.0
     if kind == "collective-permute":
         return 1.0
     if kind in ("all-to-all", "ragged-all-to-all"):
-        return (devices - min(on_host.values())) / (devices - 1)
-    return (len(on_host) - 1) / (devices - 1)
+        return (num_devices - min(devices_on_host.values())) / (num_devices - 1)
+    return (len(devices_on_host) - 1) / (num_devices - 1)
 
 
-def _computations(hlo):
-    """{name: its lines}; the entry's name is "ENTRY". One ends where the next begins: a line of its own may be "}", in
-    what a kernel notes of itself."""
-    out, current = {}, None
-    for line in hlo.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if head and not line.startswith(" "):
-            current = "ENTRY" if head.group(1) else head.group(2)
-            out[current] = []
-        elif current is not None:
-            out[current].append(line)
-    return out
+def _parse_instructions(lines: Sequence[str]) -> list[Instruction]:
+    instructions = []
+    for line in lines:
+        match = INSTRUCTION.match(line)
+        if match:
+            type_text, kind, start, operands, _ = match.groups()
+            names = OPERAND.findall(operands)
+            instructions.append(Instruction(kind, type_text, bool(start), names, line))
+    return instructions
 
 
-def _times(bodies):
-    """{computation: how often it runs in a step}; -1 per turn of a loop whose end is data."""
-    edges = collections.defaultdict(list)  # caller -> (callee, turns)
-    for name, lines in bodies.items():
-        for line in lines:
-            loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
-            if loop:
-                turns = _turns(line, bodies[loop.group(1)])
-                edges[name] += [(loop.group(2), turns), (loop.group(1), turns)]
-            elif "-update(" in line or "-done(" in line:
-                continue  # the computation of the start
-            else:
-                for callee in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", line):
-                    edges[name].append((callee, 1))
-                for callee in re.findall(
-                    r"(?:true_computation|false_computation)=%?([\w.\-]+)", line
-                ):
-                    edges[name].append((callee, 1))
-                for group in re.findall(
-                    r"(?:branch_computations|called_computations)=\{([^}]*)\}", line
-                ):
-                    edges[name] += [(callee.strip().lstrip("%"), 1) for callee in group.split(",")]
-    times = collections.Counter({"ENTRY": 1})
-    for name in reversed(list(_postorder(edges))):
-        for callee, turns in edges[name]:
-            inside = times[name] * abs(turns)
-            times[callee] += -abs(inside) if turns < 0 or times[name] < 0 else inside
-    return times
+def _describe(instruction: Instruction, times: int | None, lines: Sequence[str]) -> Collective:
+    """Returns the collective of an instruction.
 
+    Args:
+        instruction: the parsed line.
+        times: how often it runs; None if that depends on data.
+        lines: all lines of its computation.
 
-def _postorder(edges):
-    seen, stack = set(), [("ENTRY", False)]
-    while stack:
-        name, done = stack.pop()
-        if done:
-            yield name
-        elif name not in seen:
-            seen.add(name)
-            stack += [
-                (name, True),
-                *((callee, False) for callee, _ in edges[name] if callee not in seen),
-            ]
-
-
-def _turns(line, condition):
-    known = re.search(r'known_trip_count":\s*\{"n":\s*"(\d+)"', line)
-    if known:
-        return int(known.group(1))
-    compared = next(
-        (re.findall(r"[\w.\-]+", x) for x in condition if "ROOT" in x and "direction=LT" in x), ()
+    Raises:
+        UnknownFormatError: it cannot be counted.
+    """
+    kind = instruction.kind
+    if times is None:
+        raise UnknownFormatError(
+            f"a {kind} in a loop with a data-dependent trip count cannot be counted"
+        )
+    arrays = _match_operands(instruction, hlo_text.parse_type(instruction.type))
+    result_bytes = sum(array.num_bytes for array in arrays.results)
+    if kind == "ragged-all-to-all":
+        result_bytes = min(result_bytes, _ragged_operand_bytes(instruction, arrays, lines))
+    groups = replica_groups.parse_replica_groups(instruction.text)
+    group_size = 2 if kind == "collective-permute" else len(groups[0])
+    source = OP_NAME.search(instruction.text)
+    return Collective(
+        kind=kind,
+        bytes=_sent_bytes(kind, result_bytes, group_size),
+        times=times,
+        group_size=group_size,
+        shape=" ".join(map(str, arrays.results)),
+        source=source.group(1) if source else "",
+        groups=groups,
     )
-    constants = [re.match(r"\s*%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", x) for x in condition]
-    bounds = [int(c.group(2)) for c in constants if c and c.group(1) in compared]
-    return bounds[0] if len(bounds) == 1 else -1
 
 
-def _one(line, times, lines):
-    """The collective of a line, None where it has none or none that runs. Raises _NotUnderstood."""
-    match = re.match(rf"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\((.*)", line)
-    if not match or times == 0:
-        return None
-    text, kind, start, rest = match.groups()
-    if times < 0:
-        raise _NotUnderstood(f"a {kind} in a loop whose end is data cannot be counted")
-    operands = re.findall(r"%[\w.\-]+", rest.partition(")")[0])
-    sources, results = _operands_and_results(kind, _parse_type(text), bool(start), len(operands))
-    size = sum(_bytes(array) for array in results)
-    if (
-        kind == "ragged-all-to-all"
-    ):  # of operand and result, the one that is full: the other has spare room
-        sources = sources or _definition(operands[0], lines)
-        size = min(size, *(_bytes(array) for array in sources[:1]))
-    groups = _groups(line)
-    group = 2 if kind == "collective-permute" else len(groups[0])
-    share = (group - 1) / group
-    sent = {
-        "all-gather": size * share,
-        "all-reduce": 2 * size * share,
-        "reduce-scatter": size * (group - 1),
-        "all-to-all": size * share,
-        "ragged-all-to-all": size * share,
-        "collective-permute": size,
-    }[kind]
-    source = re.search(r'op_name="([^"]*)"', line)
-    made = " ".join(f"{array.type}[{','.join(map(str, array.shape))}]" for array in results)
-    return Collective(kind, sent, times, group, made, source.group(1) if source else "", groups)
+def _sent_bytes(kind: str, result_bytes: float, group_size: int) -> float:
+    """Returns the bytes that a device sends in a ring; see the module's docstring."""
+    if kind == "collective-permute":
+        return result_bytes
+    if kind == "reduce-scatter":  # its result is one of group_size parts
+        return result_bytes * (group_size - 1)
+    share = (group_size - 1) / group_size
+    if kind == "all-reduce":
+        return 2 * result_bytes * share
+    return result_bytes * share
 
 
-class _Array(NamedTuple):
-    type: str
-    shape: tuple[int, ...]
+def _ragged_operand_bytes(instruction: Instruction, arrays: Arrays, lines: Sequence[str]) -> float:
+    """Returns the size of the rows that a ragged all-to-all sends.
+
+    One of its first operand and its result is full, and the other has room to spare; the caller
+    takes the smaller of the two.
+    """
+    if arrays.operands:
+        return arrays.operands[0].num_bytes
+    sent = hlo_text.find_array_definition(instruction.operands[0], lines)
+    return float("inf") if sent is None else sent.num_bytes
 
 
-def _bytes(array):
-    if array.type not in BYTES:
-        raise _NotUnderstood(f"the size of the type {array.type} of a collective is not known")
-    return BYTES[array.type] * math.prod(array.shape)
+def _match_operands(instruction: Instruction, type_: HloType) -> Arrays:
+    """Returns the operands and results that an instruction's type shows.
 
-
-def _parse_type(text):
-    """An _Array, or a list of such and of lists where the type is a tuple: "(f32[2,3]{1,0}, (s32[]))"."""
-    text = re.sub(r"\{[^}]*\}|/\*.*?\*/|\s", "", text)  # layouts and comments
-    root = [[]]
-    for token in re.findall(r"\w+\[[^\]]*\]|[()]", text):
-        if token == "(":
-            root.append([])
-        elif token == ")":
-            inner = root.pop()
-            root[-1].append(inner)
-        else:
-            name, _, dims = token[:-1].partition("[")
-            root[-1].append(_Array(name, tuple(int(n.lstrip("<=")) for n in dims.split(",") if n)))
-    if len(root) != 1 or len(root[0]) != 1:
-        raise _NotUnderstood("the type of a collective is written in an unknown way")
-    return root[0][0]
-
-
-def _operands_and_results(kind, parsed, start, count):
-    """(operands, results), lists of _Array, from a collective's type; operands where the type shows them.
-
-    What is not a start makes its results alone:
+    The type of a synchronous collective is that of its results:
         %r = (f32[8], s32[4]) all-reduce(%a, %b)
-    and so does the start of an all-reduce of jax 0.10:
+    as is that of the start of an all-reduce in jax 0.10:
         %r = (f32[8], s32[4]) all-reduce-start(%a, %b)
-    Other starts make operands and results, then perhaps contexts:
+    Other starts have operands and results, sometimes followed by contexts:
         %s = (f32[2,6], f32[8,6]) all-gather-start(%p)
         %c = (f32[9], f32[9], u32[], u32[]) collective-permute-start(%p)
-    with brackets around several, or around the operands alone:
+    Several of them are in tuples, and so may be the operands alone:
         %s = ((bf16[2,6], s32[2]), (bf16[8,6], s32[8])) all-gather-start(%p, %q)
         %s = ((f32[16]), f32[16]) all-reduce-start(%p)
     """
-    if isinstance(parsed, _Array):
-        return [], [parsed]
-    if isinstance(parsed[0], list) and start and len(parsed) >= 2:
-        results = parsed[1] if isinstance(parsed[1], list) else [parsed[1]]
-        if len(parsed[0]) == count and (len(results) == count or kind == "ragged-all-to-all"):
-            return parsed[0], results
-    elif all(isinstance(array, _Array) for array in parsed):
-        if len(parsed) == count and (not start or kind == "all-reduce"):
-            return [], parsed
-        if start and len(parsed) >= 2 * count:
-            return parsed[:count], parsed[count : 2 * count]
-    raise _NotUnderstood(
-        f"what the {count} operands of a collective make is written in an unknown way"
-    )
+    count = len(instruction.operands)
+    is_start = instruction.is_start
+    if isinstance(type_, Array):
+        return Arrays([], [type_])
+    first = type_[0] if type_ else None
+    arrays = [part for part in type_ if isinstance(part, Array)]
+    if isinstance(first, list) and is_start and len(type_) >= 2:
+        operands = _only_arrays(first)
+        results = _only_arrays(type_[1]) if isinstance(type_[1], list) else [type_[1]]
+        same_number = len(results) == count or instruction.kind == "ragged-all-to-all"
+        if len(operands) == count and same_number:
+            return Arrays(operands, results)
+    elif len(arrays) == len(type_):
+        if len(arrays) == count and (not is_start or instruction.kind == "all-reduce"):
+            return Arrays([], arrays)
+        if is_start and len(arrays) >= 2 * count:
+            return Arrays(arrays[:count], arrays[count : 2 * count])
+    raise UnknownFormatError(f"the type of a collective does not match its {count} operand(s)")
 
 
-def _definition(name, lines):
-    """The operand's type as a list of one array; nothing, where it is not in these lines."""
-    for line in lines:
-        match = re.match(rf"\s*(?:ROOT )?{re.escape(name)} = (\w+\[[\d,]*\])", line)
-        if match:
-            return [_parse_type(match.group(1))]
-    return []
-
-
-def _groups(line):
-    """Tuples of device numbers, from one of:
-
-    replica_groups={{0,1},{2,3}}
-    replica_groups=[2,4]<=[4,2]T(1,0)                        2 groups of 4 of the transposed numbers
-    replica_groups=mesh['a'=4,'b'=2] {'a'}                   devices that differ in `a` alone
-    replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}
-    replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}              `b` is 2 x 2, the first of them left out
-    source_target_pairs={{0,1},{1,0}}
-    """
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", line)
-    if listed:
-        return tuple(
-            tuple(map(int, group.split(",")))
-            for group in re.findall(r"\{([\d,\s]+)\}", listed.group(1))
-        )
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\](<=\[[\d,]+\](?:T\([\d,]+\))?)", line)
-    if iota:
-        return _as_groups(_iota(iota.group(3)).reshape(int(iota.group(1)), int(iota.group(2))))
-    mesh = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))?\s*\{([^}]*)\}", line
-    )
-    if mesh:
-        return _mesh_groups(*mesh.groups())
-    raise _NotUnderstood("the devices of a collective are written in an unknown way")
-
-
-def _iota(text):
-    """Device numbers from "<=[4,2]T(1,0)" or "[4,2]T(1,0)": 0, 1, ... as an array of that shape, transposed."""
-    shape, axes = re.fullmatch(r"(?:<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    numbers = np.arange(math.prod(map(int, shape.split(",")))).reshape(
-        tuple(map(int, shape.split(",")))
-    )
-    return numbers.transpose(tuple(map(int, axes.split(",")))) if axes else numbers
-
-
-def _mesh_groups(sizes, device_ids, axes):
-    """Groups along axes of a mesh, each "'name'" or, for a part of one, "'name':(devices before the part)its size"."""
-    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", sizes)}
-    parts = {}
-    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
-        parts.setdefault(name, []).append((int(before or 1), int(size or sizes.get(name, 0))))
-    try:
-        numbers = (
-            np.arange(math.prod(sizes.values()))
-            if device_ids is None
-            else _iota(device_ids)
-            if device_ids.startswith("[")
-            else np.array([int(n) for n in device_ids.split(",")])
-        )
-        shape, inside = [], []
-        for name, total in sizes.items():
-            done = 1
-            for before, size in sorted(parts.pop(name, [])):
-                shape += [before // done, size]
-                inside.append(len(shape) - 1)
-                done = before * size
-            shape.append(total // done)
-        if parts or not inside:
-            raise ValueError
-        numbers = numbers.reshape(shape)
-    except (AttributeError, ValueError, ZeroDivisionError):
-        raise _NotUnderstood("the devices of a collective are written in an unknown way") from None
-    outside = [axis for axis in range(len(shape)) if axis not in inside]
-    return _as_groups(
-        numbers.transpose(outside + inside).reshape(-1, math.prod(shape[axis] for axis in inside))
-    )
-
-
-def _as_groups(numbers):
-    return tuple(tuple(int(device) for device in group) for group in numbers)
+def _only_arrays(types: Sequence[HloType]) -> list[Array]:
+    if not all(isinstance(part, Array) for part in types):
+        raise UnknownFormatError("the type of a collective has an unknown format")
+    return [part for part in types if isinstance(part, Array)]

@@ -1,87 +1,61 @@
-"""Plans a training step for hardware that is not there: compiles the real step for a topology and counts.
+"""Plans a training step for hardware that is not attached.
 
-    python train.py --config=configs/modse_300m_x8.py --plan=v5e:4x4,gpu:h100x8 [--plan_json=FILE] [--config....]
+The real step is compiled for a topology, and its memory, FLOPs, communication and launches are
+counted.
 
-A topology is one of
+    python train.py --config=configs/modse_300m_x8.py --plan=v5e:4x4,gpu:h100x8 \
+        [--plan_json=FILE] [--config....]
 
-    v5e:4x4        a TPU slice, compiled by libtpu
-    gpu:h100x8     one host with 8 GPUs (gpu:h100 is one GPU), compiled by XLA's CUDA plugin (modse_jax.gpu_compiler)
-    gpu:h100:2x8   2 hosts with 8 GPUs each, joined by a network (chips.Chip.network_terabytes)
-    cpu:8          as many virtual CPU devices
+See topologies.py for the names of topologies, and step_plan.StepPlan for the results.
 """
 
 import json
 import os
 import pathlib
-import re
-import tempfile
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from modse_jax.config import device_mesh
 from modse_jax.config.options import Config
 from modse_jax.errors import UserError
 from modse_jax.model import accounting, kernel_selection
 from modse_jax.moe import expert_placement
-from modse_jax.planning import gpu_compiler, hlo_collectives
+from modse_jax.planning import (
+    gpu_compiler,
+    hlo_collectives,
+    roofline,
+    step_compilation,
+    step_plan,
+    topologies,
+)
+from modse_jax.planning.hlo_collectives import Collective
+from modse_jax.planning.step_plan import StepPlan
+from modse_jax.planning.topologies import Topology
 from modse_jax.runtime import chips, memory_usage, sharding
 from modse_jax.training import train_step
 
-MOST_GPUS_PER_HOST = 8  # that NVLink joins in the machines of gpu_compiler.GPU_TARGETS
+
+class StepFlops(NamedTuple):
+    """FLOPs of a step."""
+
+    per_device: float
+    max_over_mean: float  # the most loaded device over the mean
 
 
-GPUS = ", ".join(f"gpu:{gpu}" for gpu in gpu_compiler.GPU_TARGETS)
+def prepare_environment(names: Sequence[str]) -> None:
+    """Prepares this process for planning; must run before the first use of a device.
 
+    No accelerator of this machine is started, and there are as many CPU devices as a topology of
+    CPUs needs.
 
-KNOWN = (
-    "v4:2x2x1 ... v4:8x8x16, v5e:1x1 ... v5e:16x16, v5p:2x2x1 ... v5p:16x16x16, v6e:1x1 ... v6e:16x16, cpu:N, "
-    f"and {GPUS}, each alone, with xN for N devices of one host, or with :HOSTSxN (gpu:h100:2x8)"
-)
-
-
-FIELDS = (
-    "topology",
-    "devices",
-    "hosts",
-    "mesh",
-    "moe_backend",
-    "attention",
-    "parameter_bytes_per_device",
-    "optimizer_bytes_per_device",
-    "activation_bytes_per_device",
-    "peak_bytes_per_device",
-    "capacity_bytes_per_device",
-    "fits",
-    "flops_per_device",
-    "flops_max_over_mean",
-    "collective_bytes_by_kind",
-    "collective_bytes_between_hosts",
-    "unknown_collectives",
-    "kernels",
-    "graph_launches",
-    "host_waits",
-    "open_loops",
-    "roofline_step_seconds",
-    "roofline_bound_by",
-    "compile_seconds",
-    "notes",
-)
-
-
-class Topology(NamedTuple):
-    name: str
-    kind: str  # "tpu", "gpu" or "cpu"
-    chip: str  # its name in chips.CHIPS, or "cpu"
-    hosts: int  # 1 for a TPU slice, whose links join its hosts, too
-    per_host: int  # devices; 0 for a TPU slice
-
-
-def prepare_environment(topologies: Sequence[str]) -> None:
-    """Must run before the first use of a device: no accelerator is touched, CPU devices are as many as asked for."""
+    Args:
+        names: of the topologies.
+    """
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         ALLOW_MULTIPLE_LIBTPU_LOAD="true",
@@ -90,345 +64,176 @@ def prepare_environment(topologies: Sequence[str]) -> None:
         TPU_ACCELERATOR_TYPE="v5litepod-8",
         TPU_STDERR_LOG_LEVEL="3",
     )
+    parsed = [topologies.parse_topology(name) for name in names]
+    cpus = [topology.devices_per_host for topology in parsed if topology.kind == "cpu"]
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update(
-        "jax_enable_compilation_cache", False
-    )  # of a program found there XLA writes no text to count
-    parsed = [parse(name) for name in topologies]
-    jax.config.update(
-        "jax_num_cpu_devices", max([t.per_host for t in parsed if t.kind == "cpu"], default=1)
-    )
-    if any(t.kind == "gpu" for t in parsed):
-        # XLA warns of everything that it would do better if it had a GPU. What fails is raised as well as written.
+    # XLA writes no text for programs that it finds in the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_num_cpu_devices", max(cpus, default=1))
+    if any(topology.kind == "gpu" for topology in parsed):
+        # XLA warns of every optimization that needs a GPU. Errors are also raised.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         gpu_compiler.load_compiler()
 
 
-def check(topologies: Sequence[str], path: str) -> None:
-    """Raises UserError for a topology that cannot be, or a file that cannot be written, before minutes are spent."""
-    if any([parse(name).kind == "gpu" for name in topologies]):
+def check_arguments(names: Sequence[str], json_path: str) -> None:
+    """Checks --plan and --plan_json before minutes are spent on compilation.
+
+    Raises:
+        UserError: a topology does not exist or its compiler is missing, or the file cannot be
+            written.
+    """
+    parsed = [topologies.parse_topology(name) for name in names]
+    if any(topology.kind == "gpu" for topology in parsed):
         gpu_compiler.find_compiler()
-    folder = pathlib.Path(path).expanduser().absolute().parent
-    if path and not (folder.is_dir() and os.access(folder, os.W_OK)):
+    folder = pathlib.Path(json_path).expanduser().absolute().parent
+    if json_path and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(
-            f"--plan_json={path} cannot be written: {folder} is not a directory that may be written"
+            f"--plan_json={json_path} cannot be written: {folder} is not a writable directory"
         )
 
 
-def parse(name: str) -> Topology:
-    """Raises UserError for a name that the module's docstring does not have."""
-    tpu = re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+x\d+(?:x\d+)?)", name)
-    if tpu:
-        return Topology(name, "tpu", tpu.group(1), 1, 0)
-    cpu = re.fullmatch(r"cpu:([1-9]\d*)", name)
-    if cpu:
-        return Topology(name, "cpu", "cpu", 1, int(cpu.group(1)))
-    gpu = re.fullmatch(r"gpu:(\w+?)(?:x([1-9]\d*)|:([1-9]\d*)x([1-9]\d*))?", name)
-    if not gpu or gpu.group(1) not in gpu_compiler.GPU_TARGETS:
-        raise UserError(f"--plan={name!r} is not a topology; known: {KNOWN}")
-    topology = Topology(
-        name, "gpu", gpu.group(1), int(gpu.group(3) or 1), int(gpu.group(4) or gpu.group(2) or 1)
-    )
-    if topology.per_host > MOST_GPUS_PER_HOST:
-        raise UserError(
-            f"--plan={name!r} has {topology.per_host} GPUs on a host, which can have at most "
-            f"{MOST_GPUS_PER_HOST}; write gpu:{topology.chip}:HOSTSxN for several hosts"
-        )
-    return topology
+def plan_step(config: Config, name: str) -> StepPlan:
+    """Compiles the training step of a config for a topology and returns what it needs.
 
-
-def plan(config: Config, name: str) -> dict:
-    """The row of one topology: FIELDS, as README explains them. Raises UserError where the config's mesh does not fit
-    the topology."""
-    topology = parse(name)
-    mesh = device_mesh.build_mesh(config, _devices(topology))
-    with gpu_compiler.assume_cudnn():  # it will be there on the GPUs that are planned for
+    Raises:
+        UserError: the config's mesh does not fit the topology, or the step cannot be compiled.
+    """
+    topology = topologies.parse_topology(name)
+    mesh = device_mesh.build_mesh(config, topologies.list_devices(topology))
+    with gpu_compiler.assume_cudnn():  # the planned GPUs will have it
         kernels = kernel_selection.select_kernels(config, mesh)
     state = train_step.state_shapes(config, mesh)
-    row = dict.fromkeys(FIELDS)
-    row.update(
+    flops = count_flops(config, mesh)
+    plan = StepPlan(
         topology=name,
         devices=mesh.size,
-        hosts=topology.hosts,
-        mesh={a: mesh.shape[a] for a in sharding.AXES},
+        hosts=topology.num_hosts,
+        mesh={axis: mesh.shape[axis] for axis in sharding.AXES},
         moe_backend=kernels.experts,
         attention=kernels.attention,
-        parameter_bytes_per_device=_bytes(state.params),
-        optimizer_bytes_per_device=_bytes(state.opt_state),
-        capacity_bytes_per_device=chips.CHIPS[topology.chip].gigabytes * 2**30
-        if topology.chip in chips.CHIPS
-        else memory_usage.host_memory_bytes() / mesh.size,
-        **_flops(config, mesh),
-        notes=[],
+        parameter_bytes_per_device=_bytes_per_device(state.params),
+        optimizer_bytes_per_device=_bytes_per_device(state.opt_state),
+        capacity_bytes_per_device=_capacity(topology, mesh),
+        flops_per_device=flops.per_device,
+        flops_max_over_mean=flops.max_over_mean,
     )
-    if kernels.why:
-        row["notes"].append(f"moe.backend is {kernels.experts}: {kernels.why}")
+    if kernels.note:
+        plan.notes.append(f"moe.backend is {kernels.experts}: {kernels.note}")
     start = time.monotonic()
-    built = _compile(config, mesh, topology)
-    row["compile_seconds"] = round(time.monotonic() - start, 1)
-    if built.memory is None:
-        row.update(fits=False, peak_bytes_per_device=built.needed)
-        return row
-    peak = (
-        built.memory.argument_size_in_bytes
-        + built.memory.temp_size_in_bytes
-        + built.memory.output_size_in_bytes
-        - built.memory.alias_size_in_bytes
-    )
-    row.update(
-        activation_bytes_per_device=built.memory.temp_size_in_bytes,
-        peak_bytes_per_device=peak,
-        fits=bool(peak <= row["capacity_bytes_per_device"]),
-    )
-    found, row["unknown_collectives"] = hlo_collectives.read(built.hlo)
-    row["notes"] += [
-        f"collectives are counted too low, because one was not understood: {why}"
-        for why in row["unknown_collectives"]
+    step = step_compilation.compile_step(config, mesh, topology)
+    plan.compile_seconds = round(time.monotonic() - start, 1)
+    plan.peak_bytes_per_device = step.peak_bytes
+    if not step.has_enough_memory:
+        plan.fits = False
+        return plan
+    plan.activation_bytes_per_device = step.temporary_bytes
+    plan.fits = bool(step.peak_bytes <= plan.capacity_bytes_per_device)
+    collectives = add_collectives(plan, step.hlo, topology)
+    bound = roofline.estimate_roofline(config, topology.chip, plan)
+    if bound is not None:
+        plan.roofline_step_seconds = bound.seconds
+        plan.roofline_bound_by = bound.bound_by
+    if topology.kind == "gpu":
+        add_launches(plan, step.launches)
+        plan.notes += _list_gpu_notes(kernels.attention, collectives, topology)
+    return plan
+
+
+def add_collectives(plan: StepPlan, hlo: str, topology: Topology) -> list[Collective]:
+    """Writes what a compiled step sends into a plan. Returns its collectives."""
+    collectives, unknown = hlo_collectives.find_collectives(hlo)
+    plan.unknown_collectives = unknown
+    plan.notes += [
+        f"the bytes of collectives are too low, because one could not be counted: {reason}"
+        for reason in unknown
     ]
-    sent = hlo_collectives.bytes_by_kind(found)
-    outside = (
-        hlo_collectives.bytes_between_hosts(found, topology.per_host) if topology.hosts > 1 else 0.0
-    )
-    row.update(
-        collective_bytes_by_kind=sent,
-        collective_bytes_between_hosts=outside,
-        **_roofline(config, topology.chip, row, sum(sent.values()) - outside, outside),
-    )
-    if topology.kind == "gpu":
-        _add_launches(row, built.launches)
-        row["notes"] += _gpu_notes(kernels, found, topology)
-    return row
+    plan.collective_bytes_by_kind = hlo_collectives.bytes_by_kind(collectives)
+    plan.collective_bytes_between_hosts = 0.0
+    if topology.num_hosts > 1:
+        plan.collective_bytes_between_hosts = hlo_collectives.bytes_between_hosts(
+            collectives, topology.devices_per_host
+        )
+    return collectives
 
 
-def _add_launches(row, launches):
-    """What the host does in a step; None in all fields where it is not known."""
+def add_launches(plan: StepPlan, launches: gpu_compiler.Launches | None) -> None:
+    """Writes what the host launches in a step into a plan.
+
+    Args:
+        plan: its fields stay None if the launches are unknown.
+        launches: None if XLA wrote no list of them.
+    """
     if launches is None:
-        row["notes"].append("kernels are not counted: XLA wrote no list of what it launches")
+        plan.notes.append("kernels are not counted: XLA wrote no list of what it launches")
         return
-    row.update(
-        kernels=launches.kernels,
-        graph_launches=launches.graphs,
-        host_waits=launches.host_waits,
-        open_loops=launches.open_loops,
-    )
+    plan.kernels = launches.kernels
+    plan.graph_launches = launches.graphs
+    plan.host_waits = launches.host_waits
+    plan.open_loops = launches.open_loops
     if launches.open_loops:
-        row["notes"].append(
-            f"the ends of {launches.open_loops} loops outside CUDA graphs are data: kernels, graph launches and host "
-            f"waits are for {launches.iterations:g} iteration(s) of each, at every level of nesting"
+        plan.notes.append(
+            f"{launches.open_loops} loops outside CUDA graphs have data-dependent trip counts: "
+            "kernels, graph launches and host waits are for "
+            f"{launches.iterations:g} iteration(s) of each, at every level of nesting"
         )
 
 
-def _gpu_notes(kernels, found, topology):
-    if kernels.attention == "cudnn":
-        yield "the workspace of cuDNN's attention is not in the peak: only a GPU can say how large it is"
-    if any(
-        c.kind == "ragged-all-to-all"
-        and any(len({d // topology.per_host for d in group}) > 1 for group in c.groups)
-        for c in found
-    ):
-        yield (
-            "a ragged all-to-all crosses hosts, which XLA may refuse when it runs; choose a mesh.expert whose "
-            "devices share a host, or moe.exchange=gather"
-        )
+def write_json(plans: Sequence[StepPlan], path: str) -> None:
+    """Writes plans into a file, as a list of dictionaries."""
+    rows = [step_plan.to_dict(plan) for plan in plans]
+    pathlib.Path(path).expanduser().write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def table(rows: Sequence[dict]) -> str:
-    """A line per field, a column per topology; under it the notes, and what to change where it does not fit."""
+def count_flops(config: Config, mesh: Mesh) -> StepFlops:
+    """Returns the FLOPs of forward and backward pass, without rematerialization.
 
-    def gib(value):
-        return (
-            "?"
-            if value is None
-            else f"{value / 2**30:,.2f} GiB"
-            if value >= 2**30
-            else f"{value / 2**20:,.1f} MiB"
-        )
-
-    def count(value):
-        return "?" if value is None else f"{value:,.0f}"
-
-    def one(row):
-        sent = row["collective_bytes_by_kind"]
-        seconds = row["roofline_step_seconds"]
-        cells = {
-            "topology": row["topology"],
-            "devices": str(row["devices"]),
-            "mesh": " ".join(f"{a}={n}" for a, n in row["mesh"].items()),
-            "moe.backend": row["moe_backend"],
-            "attention": row["attention"],
-            "parameters per device": gib(row["parameter_bytes_per_device"]),
-            "optimizer state": gib(row["optimizer_bytes_per_device"]),
-            "activations and buffers": gib(row["activation_bytes_per_device"]),
-            "peak": gib(row["peak_bytes_per_device"]),
-            "capacity": gib(row["capacity_bytes_per_device"]),
-            "fits": "yes" if row["fits"] else "NO",
-            "model FLOPs per step": f"{row['flops_per_device']:.3e}",
-            "FLOPs, max/mean device": f"{row['flops_max_over_mean']:.3f}",
-            **{
-                f"{kind} bytes": "?" if sent is None else gib(sent.get(kind, 0))
-                for kind in hlo_collectives.KINDS
-                if any((r["collective_bytes_by_kind"] or {}).get(kind) for r in rows)
-            },
-        }
-        if any(r["hosts"] > 1 for r in rows):
-            cells["bytes between hosts"] = gib(row["collective_bytes_between_hosts"])
-        if any(r["unknown_collectives"] for r in rows):
-            cells["collectives not counted"] = (
-                "?" if sent is None else count(len(row["unknown_collectives"]))
-            )
-        if any(r["topology"].startswith("gpu:") for r in rows):
-            cells |= {
-                "kernels": count(row["kernels"]),
-                "CUDA graph launches": count(row["graph_launches"]),
-                "host waits": count(row["host_waits"]),
-            }
-        return cells | {
-            "a step takes at least": "?"
-            if seconds is None
-            else f"{seconds:.3f} s, {row['roofline_bound_by']}",
-            "compiled in": f"{row['compile_seconds']:.0f} s",
-        }
-
-    columns = [one(row) for row in rows]
-    width = max(len(value) for c in columns for value in c.values()) + 2
-    lines = [f"{name:26}" + "".join(f"{c[name]:>{width}}" for c in columns) for name in columns[0]]
-    lines += [f"{row['topology']}: {note}" for row in rows for note in row["notes"]]
-    return "\n".join(
-        lines + [f"{row['topology']}: {advice(row)}" for row in rows if not row["fits"]]
-    )
-
-
-def advice(row: dict) -> str:
-    """What to change in a config whose step does not fit."""
-    state = row["parameter_bytes_per_device"] + row["optimizer_bytes_per_device"]
-    if row["peak_bytes_per_device"] and state < row["peak_bytes_per_device"] / 2:
-        return (
-            "most of it is activations: raise training.gradient_accumulation; model.remat=full, and a smaller "
-            "training.loss_chunk and moe.saved_activations, help too where they are not set yet"
-        )
-    return (
-        "most of it is parameters and optimizer state: raise mesh.fsdp or mesh.expert, which share them, or take "
-        "more devices"
-    )
-
-
-def write_json(rows: Sequence[dict], path: str) -> None:
-    """The rows, as a list."""
-    pathlib.Path(path).expanduser().write_text(json.dumps(list(rows), indent=2) + "\n")
-
-
-def _devices(topology):
-    if topology.kind == "gpu":
-        return gpu_compiler.describe_topology(topology.chip, topology.hosts, topology.per_host)
-    return (
-        _tpu_devices(topology.name)
-        if topology.kind == "tpu"
-        else jax.devices()[: topology.per_host]
-    )
-
-
-def _tpu_devices(topology):
-    from jax.experimental import topologies
-
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # libtpu has no error of its own for this
-        text = str(error).splitlines()[0][:200]
-        hint = "pip install libtpu" if "libtpu" in text and "open" in text else f"known: {KNOWN}"
-        raise UserError(
-            f"--plan={topology}: libtpu knows no such topology ({text}); {hint}"
-        ) from None
-
-
-def _bytes(tree):
-    return sum(
-        int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize
-        for a in jax.tree.leaves(tree)
-    )
-
-
-def _flops(config, mesh):
-    """Of the model, forward and backward, without recomputation, every expert getting as many tokens as the next."""
-    tokens = config.training.batch_size * config.data.sequence_length / mesh.size
+    Every expert is assumed to receive equally many tokens. The load imbalance then comes from
+    unequal widths.
+    """
+    length = config.data.sequence_length
+    tokens = config.training.batch_size * length / mesh.size
     width = accounting.nominal_width(config)
-    every = accounting.train_flops_per_token(config, config.data.sequence_length, width) * tokens
-    experts = 6 * accounting.active_experts(config, width) * tokens
-    busiest = expert_placement.straggler_factor(
-        [1] * len(config.widths), device_mesh.place_experts_on_mesh(config, mesh)
-    )
-    return {"flops_per_device": every, "flops_max_over_mean": 1 + experts * (busiest - 1) / every}
+    per_device = accounting.train_flops_per_token(config, length, width) * tokens
+    expert_flops = 6 * accounting.active_experts(config, width) * tokens
+    placement = device_mesh.place_experts_on_mesh(config, mesh)
+    equal_counts = [1] * len(config.widths)
+    straggler = expert_placement.straggler_factor(equal_counts, placement)
+    return StepFlops(per_device, 1 + expert_flops * (straggler - 1) / per_device)
 
 
-class _Built(NamedTuple):
-    memory: object = None  # memory_analysis(); None where too little memory was found
-    hlo: str = ""
-    needed: float | None = None  # bytes, where there are too few and the compiler says how many
-    launches: gpu_compiler.Launches | None = None  # on a GPU
+def _capacity(topology: Topology, mesh: Mesh) -> float:
+    """Returns the memory of a device; CPU devices share that of this machine equally."""
+    if topology.chip in chips.CHIPS:
+        return chips.CHIPS[topology.chip].gigabytes * 2**30
+    return memory_usage.host_memory_bytes() / mesh.size
 
 
-def _compile(config, mesh, topology):
-    """The compiled step, as _Built. Raises UserError where a GPU's compiler fails."""
-    if topology.kind == "cpu":
-        compiled = train_step.compile_train_step(config, mesh)
-        return _Built(compiled.memory_analysis(), compiled.as_text())
-    with tempfile.TemporaryDirectory() as folder:
-        if topology.kind == "gpu":
-            return _compile_for_gpu(config, mesh, topology, folder)
-        return _compile_for_tpu(config, mesh, folder)
+def _bytes_per_device(tree: Any) -> int:
+    """Returns the size of one device's shards of all arrays in a tree."""
+    total = 0
+    for array in jax.tree.leaves(tree):
+        shard_shape = array.sharding.shard_shape(array.shape)
+        total += int(np.prod(shard_shape)) * array.dtype.itemsize
+    return total
 
 
-def _compile_for_gpu(config, mesh, topology, folder):
-    try:
-        with gpu_compiler.assume_cudnn():
-            compiled = train_step.compile_train_step(
-                config, mesh, gpu_compiler.compile_options(config.training.deterministic, folder)
-            )
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(
-            f"--plan={topology.name}: XLA cannot compile the step ({str(error).splitlines()[0][:300]}); "
-            "choose another moe.backend or model.attention"
-        ) from None
-    try:
-        launches = gpu_compiler.read_launches(folder)
-    except FileNotFoundError:
-        launches = None
-    return _Built(compiled.memory_analysis(), compiled.as_text(), None, launches)
-
-
-def _compile_for_tpu(config, mesh, folder):
-    try:
-        # jaxlib cannot read back all that libtpu writes, so libtpu itself prints what it made.
-        compiled = train_step.compile_train_step(
-            config, mesh, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+def _list_gpu_notes(
+    attention: str, collectives: Sequence[Collective], topology: Topology
+) -> list[str]:
+    notes = []
+    if attention == "cudnn":
+        notes.append(
+            "the peak does not include the workspace of cuDNN's attention, whose size only a GPU "
+            "can report"
         )
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        used = re.search(r"(?:Used |required[^(]*\()([\d.]+)([KMGT])", str(error))
-        units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-        return _Built(needed=float(used.group(1)) * units[used.group(2)] if used else None)
-    (file,) = pathlib.Path(folder).glob("*.jit_step.*after_optimizations.txt")
-    return _Built(compiled.memory_analysis(), file.read_text())
-
-
-def _roofline(config, chip, row, inside, outside):
-    """The longest of four times that no step can beat: matmuls at the peak rate; what is sent `inside` hosts at the
-    rate of all links together; what is sent `outside` at the rate of the network; the state read and written once,
-    and the weights read three times per micro-batch."""
-    if chip not in chips.CHIPS:
-        return {"roofline_step_seconds": None, "roofline_bound_by": None}
-    rates = chips.CHIPS[chip]
-    weights = row["parameter_bytes_per_device"] * (0.5 if config.model.dtype == "bfloat16" else 1)
-    moved = (
-        2 * (row["parameter_bytes_per_device"] + row["optimizer_bytes_per_device"])
-        + 3 * config.training.gradient_accumulation * weights
-    )
-    seconds = {
-        "products": row["flops_per_device"] * row["flops_max_over_mean"] / (rates.teraflops * 1e12),
-        "collectives": inside / (rates.link_terabytes * 1e12),
-        "memory": moved / (rates.terabytes * 1e12),
-    }
-    if outside:
-        seconds["network"] = outside / (rates.network_terabytes * 1e12)
-    bound = max(seconds, key=seconds.get)
-    return {"roofline_step_seconds": seconds[bound], "roofline_bound_by": bound}
+    if any(
+        collective.kind == "ragged-all-to-all"
+        and hlo_collectives.crosses_hosts(collective, topology.devices_per_host)
+        for collective in collectives
+    ):
+        notes.append(
+            "a ragged all-to-all crosses hosts, which XLA may refuse at run time; choose a "
+            "mesh.expert whose devices share a host, or moe.exchange=gather"
+        )
+    return notes

@@ -10,7 +10,7 @@ import pytest
 from modse_jax.config import device_mesh
 from modse_jax.config.options import MeshConfig
 from modse_jax.model import embedding
-from modse_jax.planning.hlo_collectives import bytes_by_kind, collectives
+from modse_jax.planning.hlo_collectives import bytes_by_kind, list_collectives
 from modse_jax.runtime import sharding
 from tests.helpers.configs import tiny_config
 
@@ -96,7 +96,7 @@ def test_sharded_lookups_agree_and_send_no_more(sizes, dtype):
         assert got.dtype == want.dtype
         got, want = (np.asarray(a, np.float32) for a in (got, want))
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=5e-6)
-    sent, allowed = (bytes_by_kind(collectives(c.as_text())) for c in (matmul, gather))
+    sent, allowed = (bytes_by_kind(list_collectives(c.as_text())) for c in (matmul, gather))
     assert sent and sum(allowed.values()) > 0
     for kind, count in sent.items():
         assert count <= allowed.get(kind, 0), (kind, sent, allowed)

@@ -15,7 +15,7 @@ from modse_jax.errors import UserError
 from modse_jax.model import kernel_selection, transformer
 from modse_jax.moe import expert_placement
 from modse_jax.moe.experts import select
-from modse_jax.planning.hlo_collectives import collectives
+from modse_jax.planning.hlo_collectives import list_collectives
 from modse_jax.runtime import sharding
 from modse_jax.training import state_arrays, train_step
 from modse_jax.training.checkpointing import Checkpoints
@@ -94,7 +94,7 @@ def test_weights_are_where_they_should_be(name):
 def sent(config):
     """{kind: shapes of what it makes} in the compiled step."""
     out = {}
-    for c in collectives(compiled(config)[1].as_text()):
+    for c in list_collectives(compiled(config)[1].as_text()):
         out.setdefault(c.kind, []).append(c.shape)
     return out
 
@@ -117,7 +117,7 @@ def test_a_layer_sends_tokens_twice_forward_and_twice_backward_and_nothing_else_
     D, mine = config.model.dim, 16 * 32 // 8  # tokens of a device
     tokens = [
         (c.kind, c.times, shape)
-        for c in collectives(compiled(config)[1].as_text())
+        for c in list_collectives(compiled(config)[1].as_text())
         for shape in re.findall(rf"f32\[\d+,{D}\]", c.shape)
         if int(shape[4:].split(",")[0]) >= mine
     ]

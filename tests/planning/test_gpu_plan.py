@@ -1,4 +1,4 @@
-"""A sharded training step, really compiled for eight H100s that are not there (modse_jax.gpu_compiler)."""
+"""A sharded training step, compiled for eight H100s that are not attached."""
 
 import dataclasses
 import platform
@@ -7,7 +7,7 @@ import pytest
 
 from modse_jax.config import options
 from modse_jax.errors import UserError
-from modse_jax.planning import gpu_compiler, planner
+from modse_jax.planning import gpu_compiler, plan_table, planner
 from tests.helpers.configs import tiny_config
 
 pytestmark = [
@@ -19,13 +19,15 @@ pytestmark = [
 ]
 
 
-LAYERS, DIM, VOCABULARY, LENGTH, BATCH, TOP_K = 2, 128, 256, 128, 32, 2
-
-
+LAYERS = 2
+DIM = 128
+VOCABULARY = 256
+LENGTH = 128
+BATCH = 32
+TOP_K = 2
 WIDTHS = (256, 128, 192, 192)
-
-
-DATA, EXPERT = 4, 2
+DATA = 4  # sizes of the axes of the mesh
+EXPERT = 2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,13 +66,14 @@ def config():
 
 
 def expected_bytes() -> dict[str, float]:
-    """What a device sends in a step in a ring, small arrays (router, norms, statistics) left out.
+    """Returns what a device sends in a step in a ring, without small arrays (router, norms, ...).
 
-    A layer runs forward, forward again to recompute (remat=full), and backward. Its attention
-    weights are sharded over `expert` along the model width, so they are all-gathered in bfloat16
-    twice, and their gradients reduce-scattered. So is the output embedding, once, in float32.
-    The input embedding looks up its part of the model width for all tokens, and an all-to-all
-    makes tokens of parts, and parts of gradients. Routed tokens go to their experts and back.
+    A layer runs forward, forward again for rematerialization (remat=full), and backward. Its
+    attention weights are sharded over `expert` along the model width, so they are all-gathered in
+    bfloat16 twice, and their gradients reduce-scattered. So is the output embedding, once, in
+    float32. The input embedding looks up its slice of the model width for all tokens, and an
+    all-to-all exchanges slices of activations and of gradients. Routed tokens go to their experts
+    and back.
     """
     tokens = BATCH * LENGTH // (DATA * EXPERT)
     others = (EXPERT - 1) / EXPERT
@@ -87,23 +90,36 @@ def expected_bytes() -> dict[str, float]:
     }
 
 
-def test_a_compiled_step_sends_what_a_formula_says(config):
-    row = planner.plan(config, "gpu:h100x8")
-    assert tuple(row) == planner.FIELDS and row["mesh"] == {"data": 4, "fsdp": 1, "expert": 2}
-    assert row["moe_backend"] == "pallas_gpu" and row["attention"] == "cudnn"
-    assert row["unknown_collectives"] == [] and row["collective_bytes_between_hosts"] == 0
-    assert row["collective_bytes_by_kind"] == pytest.approx(expected_bytes(), rel=0.02)
-    assert row["fits"] and row["capacity_bytes_per_device"] == 79 * 2**30
-    assert row["parameter_bytes_per_device"] < row["peak_bytes_per_device"] < 2**28
-    # Nothing in this step waits for the device, and most of it is in CUDA graphs.
-    assert row["host_waits"] == 0 and row["open_loops"] == 0
-    assert 0 < row["graph_launches"] < row["kernels"] < 2000
-    assert row["roofline_step_seconds"] > 0 and row["roofline_bound_by"] != "network"
-    assert "workspace of cuDNN's attention" in planner.table([row])
+@pytest.fixture(scope="module")
+def plan(config):
+    return planner.plan_step(config, "gpu:h100x8")
+
+
+def test_a_compiled_step_sends_the_expected_bytes(plan):
+    assert plan.mesh == {"data": 4, "fsdp": 1, "expert": 2}
+    assert plan.moe_backend == "pallas_gpu" and plan.attention == "cudnn"
+    assert plan.unknown_collectives == []
+    assert plan.collective_bytes_between_hosts == 0
+    assert plan.collective_bytes_by_kind == pytest.approx(expected_bytes(), rel=0.02)
+
+
+def test_a_compiled_step_fits(plan):
+    assert plan.fits
+    assert plan.capacity_bytes_per_device == 79 * 2**30
+    assert plan.parameter_bytes_per_device < plan.peak_bytes_per_device < 2**28
+    assert plan.roofline_step_seconds > 0
+    assert plan.roofline_bound_by != "network"
+    assert "workspace of cuDNN's attention" in plan_table.format_table([plan])
+
+
+def test_a_compiled_step_never_waits_for_the_device_and_mostly_launches_graphs(plan):
+    assert plan.host_waits == 0
+    assert plan.open_loops == 0
+    assert 0 < plan.graph_launches < plan.kernels < 2000
 
 
 def test_hosts_and_gpus_are_described():
     devices = gpu_compiler.describe_topology("a100", hosts=2, devices_per_host=4)
-    assert [d.process_index for d in devices] == [0] * 4 + [1] * 4
-    assert [d.id for d in devices] == list(range(8))
-    assert {d.device_kind for d in devices} == {"NVIDIA A100-SXM4-80GB"}
+    assert [device.process_index for device in devices] == [0] * 4 + [1] * 4
+    assert [device.id for device in devices] == list(range(8))
+    assert {device.device_kind for device in devices} == {"NVIDIA A100-SXM4-80GB"}

@@ -1,0 +1,95 @@
+"""Compiles the training step of a config for a topology, and collects what the compiler reports."""
+
+import pathlib
+import re
+import tempfile
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from modse_jax.config.options import Config
+from modse_jax.errors import UserError
+from modse_jax.planning import gpu_compiler
+from modse_jax.planning.topologies import Topology
+from modse_jax.runtime import memory_usage
+from modse_jax.training import train_step
+
+# Errors of XLA's compilers for a program that needs too much memory:
+#   RESOURCE_EXHAUSTED: ... Used 30.51G of 15.75G hbm.
+#   RESOURCE_EXHAUSTED: ... required to allocate (18.25G) ...
+NEEDED_MEMORY = re.compile(r"(?:Used |required[^(]*\()([\d.]+)([KMGT])")
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class CompiledStep(NamedTuple):
+    """Facts about a compiled training step, per device."""
+
+    peak_bytes: float | None  # None if it does not fit and the compiler does not say by how much
+    temporary_bytes: int | None = None  # None if the compiler found too little memory
+    hlo: str = ""
+    launches: gpu_compiler.Launches | None = None  # on a GPU, if XLA listed them
+
+    @property
+    def has_enough_memory(self) -> bool:
+        """Returns False if the compiler refused the program for lack of memory."""
+        return self.temporary_bytes is not None
+
+
+def compile_step(config: Config, mesh: Mesh, topology: Topology) -> CompiledStep:
+    """Compiles a step for the devices of a mesh.
+
+    Raises:
+        UserError: the compiler of a GPU fails.
+    """
+    if topology.kind == "cpu":
+        compiled = train_step.compile_train_step(config, mesh)
+        return _describe(compiled, compiled.as_text())
+    with tempfile.TemporaryDirectory() as folder:
+        if topology.kind == "gpu":
+            return _compile_for_gpu(config, mesh, topology, folder)
+        return _compile_for_tpu(config, mesh, folder)
+
+
+def _describe(
+    compiled: jax.stages.Compiled, hlo: str, launches: gpu_compiler.Launches | None = None
+) -> CompiledStep:
+    temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
+    return CompiledStep(memory_usage.peak_bytes(compiled), temporary_bytes, hlo, launches)
+
+
+def _compile_for_gpu(config: Config, mesh: Mesh, topology: Topology, folder: str) -> CompiledStep:
+    options = gpu_compiler.compile_options(config.training.deterministic, folder)
+    try:
+        with gpu_compiler.assume_cudnn():
+            compiled = train_step.compile_train_step(config, mesh, options)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0][:300]
+        raise UserError(
+            f"--plan={topology.name}: XLA cannot compile the step ({reason}); "
+            "choose another moe.backend or model.attention"
+        ) from None
+    try:
+        launches = gpu_compiler.read_launches(folder)
+    except FileNotFoundError:
+        launches = None
+    return _describe(compiled, compiled.as_text(), launches)
+
+
+def _compile_for_tpu(config: Config, mesh: Mesh, folder: str) -> CompiledStep:
+    # jaxlib cannot parse everything that libtpu returns, so libtpu writes the program to a file.
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    try:
+        compiled = train_step.compile_train_step(config, mesh, options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return CompiledStep(peak_bytes=_read_needed_memory(str(error)))
+    (file,) = pathlib.Path(folder).glob("*.jit_step.*after_optimizations.txt")
+    return _describe(compiled, file.read_text())
+
+
+def _read_needed_memory(message: str) -> float | None:
+    """Returns the bytes that the compiler says a program needs, or None."""
+    needed = NEEDED_MEMORY.search(message)
+    return float(needed.group(1)) * UNITS[needed.group(2)] if needed else None

@@ -1,0 +1,70 @@
+"""The result of planning a training step for one topology."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(kw_only=True)
+class StepPlan:
+    """One row of a plan: memory, FLOPs, communication and launches of a step.
+
+    Fields that are None are unknown: the step does not fit, or the compiler does not report them.
+
+    Attributes:
+        topology: its name, as in --plan.
+        devices: number of devices of the mesh.
+        hosts: number of hosts; 1 for a TPU slice, whose links also connect its hosts.
+        mesh: size of every mesh axis.
+        moe_backend: backend of the expert FFN; "auto" is replaced by its choice.
+        attention: kernel of attention; "auto" is replaced by its choice.
+        parameter_bytes_per_device: float32 parameters.
+        optimizer_bytes_per_device: state of the optimizer.
+        activation_bytes_per_device: temporary memory of the step.
+        peak_bytes_per_device: arguments, temporary memory and outputs together.
+        capacity_bytes_per_device: memory that a program can use.
+        fits: whether the peak is within the capacity.
+        flops_per_device: FLOPs of the model in forward and backward pass, without
+            rematerialization, if every expert receives equally many tokens.
+        flops_max_over_mean: load imbalance, FLOPs of the most loaded device over the mean.
+        collective_bytes_by_kind: bytes that a device sends in a step, by kind of collective.
+        collective_bytes_between_hosts: the part of them that must cross hosts.
+        unknown_collectives: one sentence for each collective that could not be counted.
+        kernels: kernels that a GPU launches in a step.
+        graph_launches: CUDA graphs that the host launches in a step.
+        host_waits: how often the host waits for a number from the GPU in a step.
+        open_loops: loops with data-dependent trip counts outside CUDA graphs.
+        roofline_step_seconds: time that no step can be faster than.
+        roofline_bound_by: the resource that takes this time.
+        compile_seconds: duration of the compilation.
+        notes: sentences to print below the table.
+    """
+
+    topology: str
+    devices: int
+    hosts: int
+    mesh: dict[str, int]
+    moe_backend: str
+    attention: str
+    parameter_bytes_per_device: int
+    optimizer_bytes_per_device: int
+    activation_bytes_per_device: int | None = None
+    peak_bytes_per_device: float | None = None
+    capacity_bytes_per_device: float
+    fits: bool | None = None
+    flops_per_device: float
+    flops_max_over_mean: float
+    collective_bytes_by_kind: dict[str, float] | None = None
+    collective_bytes_between_hosts: float | None = None
+    unknown_collectives: list[str] | None = None
+    kernels: float | None = None
+    graph_launches: float | None = None
+    host_waits: float | None = None
+    open_loops: int | None = None
+    roofline_step_seconds: float | None = None
+    roofline_bound_by: str | None = None
+    compile_seconds: float | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def to_dict(plan: StepPlan) -> dict:
+    """Returns the fields of a plan, in their order, as --plan_json writes them."""
+    return dataclasses.asdict(plan)
