@@ -38,7 +38,9 @@ class Report(NamedTuple):
 def report(rows: Sequence[int], widths: Sequence[int], dim: int, chip: str) -> Report:
     """Counts of the three kernels, bf16, for a routing. rows: per expert."""
     tiles = pallas_tpu.tiles_for(widths, dim, chip, "bfloat16")
-    count_E, _ = tile_lists.visits(jnp.asarray(rows), tiles, max(1, -(-sum(rows) // tiles.rows)))
+    count_E, _ = tile_lists.count_visits(
+        jnp.asarray(rows), tiles, max(1, -(-sum(rows) // tiles.rows))
+    )
     visited_E, width_E = np.asarray(count_E, np.float64), np.array(widths)
     needed, issued = (
         22 * dim * float(n_E @ width_E) for n_E in (np.array(rows), visited_E * tiles.rows)
