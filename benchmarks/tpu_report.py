@@ -46,7 +46,7 @@ def count_work(rows: Sequence[int], widths: Sequence[int], dim: int, chip: str) 
     """
     tiles = pallas_tpu.tiles_for(widths, dim, chip, "bfloat16")
     num_tiles = max(1, -(-sum(rows) // tiles.rows))
-    count_E, _ = tile_lists.visits(jnp.asarray(rows), tiles, num_tiles)
+    count_E, _ = tile_lists.count_visits(jnp.asarray(rows), tiles, num_tiles)
     visits_E = np.asarray(count_E, np.float64)
     width_E = np.array(widths)
     needed = 22 * dim * float(np.array(rows) @ width_E)

@@ -1,8 +1,8 @@
-"""The grouped expert FFN as Pallas Mosaic GPU kernels for Hopper (sm90), over tiles of routed
-tokens that are sorted by expert.
+"""The grouped expert FFN as Pallas Mosaic GPU kernels for Hopper (sm90), over tiles of routed tokens.
 
-Three kernels do all matmuls of the forward and backward passes. A *visit* is the part of one
-tile of rows that belongs to one expert; a tile that several experts share is visited by each.
+The tokens are sorted by expert. Three kernels do all matmuls of the forward and backward passes. A
+*visit* is the part of one row tile that belongs to one expert; a row tile that several experts
+share is visited by each of them.
 
     A  hidden-out: one visit x 64 hidden units of its expert      [rows, D] x [D, 64]
        forward: gate and up, followed by SwiGLU; backward: the gradient of the hidden
@@ -31,7 +31,7 @@ tile of rows that belongs to one expert; a tile that several experts share is vi
           +--+----+              +--+----+
 
 The kernels are persistent: one block per multiprocessor, which takes every n-th task of a list
-that is built on the device from the routing (expert_tasks.py), once per layer. Weights are read
+that is built on the device from the routing (tile_lists.py), once per layer. Weights are read
 through one descriptor of the flat hidden axis. Operands that a matmul needs transposed are
 transposed as they are read from shared memory, so no transposed copy is made of any array.
 
@@ -42,8 +42,8 @@ the last expert, and hidden units after those of a narrow expert, may therefore 
 The kernels are tested in interpret mode, which does not model asynchronous copies, and are
 compiled to machine code for an H100. They have not run on hardware (LOG.md).
 
-Legend: N routed tokens (rows), D model, E experts, H flat hidden axis, M widest expert; tiles:
-V visits, T tasks of kernel A, C of the flat hidden axis.
+Legend: N routed tokens (rows), D model, E experts, H flat hidden axis, M widest expert; V visits,
+T tasks of kernel A, C tiles of the flat hidden axis.
 """
 
 import functools
@@ -57,34 +57,41 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from modse_jax.moe import expert_placement
-from modse_jax.moe.experts import hidden_unit_padding, tile_lists
+from modse_jax.moe.experts import hidden_unit_padding, swiglu, tile_lists
 
-CHIPS = {"h100": 132, "h200": 132}  # multiprocessors
-
+# Multiprocessors of each chip.
+CHIPS = {"h100": 132, "h200": 132}
 
 DTYPES = ("bfloat16", "float16")
 
-
-# The depth of one pipeline step, and the hidden units of a tile of kernel A, which sums two.
+# The depth of one pipeline step, and the hidden units of a tile of kernel A, which has two sums.
 UNIT = 64
-
 
 # The model dimensions of a tile of kernels B and C.
 MODEL = 128
 
-
 MAX_TASKS = 2**24
-
 
 # With 10 visits in a group, 132 tasks of kernel A at a time read 10 tiles of rows (3.9 MB at
 # D=1536) and about 14 tiles of both weights (5.5 MB), which stay in the 50 MB L2 cache. One tile
 # of rows through all hidden units would stream 42 MB of weights per wave at 300Mx8.
 VISITS_PER_GROUP = 10
 
+# A Pallas reference to an array in global or shared memory, or to an accumulator in registers.
+# Pallas has no public type for it.
+Ref = Any
+
 
 class Tiles(NamedTuple):
-    """Tile sizes: rows; hidden units of kernel A (`hidden`) and of kernel C (`wide`); the number
-    of pipeline steps in flight; the number of multiprocessors (blocks)."""
+    """Tile sizes.
+
+    Attributes:
+      rows: rows of a row tile.
+      hidden: hidden units of a tile of kernel A.
+      wide: hidden units of a tile of kernel C.
+      stages: pipeline steps in flight.
+      blocks: blocks of a kernel, one per multiprocessor.
+    """
 
     rows: int = 128
     hidden: int = UNIT
@@ -94,25 +101,25 @@ class Tiles(NamedTuple):
 
 
 class HiddenOutTasks(NamedTuple):
-    """The tasks of kernel A. Entries from `live` on are never run."""
+    """The tasks of kernel A. Entries from `num_tasks` on never run."""
 
-    live: jax.Array  # int32 [1]
-    start_T: jax.Array  # first row of the visit within the tile of rows
+    num_tasks: jax.Array  # int32 [1]
+    start_T: jax.Array  # first row of the visit within the row tile
     end_T: jax.Array  # the row after its last one
     row_tile_T: jax.Array
-    column_T: jax.Array  # tile of the expert's own hidden units
-    flat_T: jax.Array  # the same tile on the flat hidden axis
+    column_tile_T: jax.Array  # tile of the expert's own hidden units
+    flat_tile_T: jax.Array  # the same tile on the flat hidden axis
 
 
 class HiddenInTasks(NamedTuple):
-    """The visits of kernel B, the widest expert first. Entries from `live` on are never run."""
+    """The visits of kernel B, the widest expert first. Entries from `num_visits` on never run."""
 
-    live: jax.Array  # int32 [1]
+    num_visits: jax.Array  # int32 [1]
     start_V: jax.Array
     end_V: jax.Array
     row_tile_V: jax.Array
     steps_V: jax.Array  # tiles of hidden units of the expert
-    first_V: jax.Array  # its first tile on the flat hidden axis
+    first_flat_tile_V: jax.Array  # its first tile on the flat hidden axis
 
 
 class WeightTasks(NamedTuple):
@@ -120,8 +127,8 @@ class WeightTasks(NamedTuple):
 
     start_C: jax.Array  # first row of the expert
     end_C: jax.Array  # the row after its last one
-    column_C: jax.Array  # tile of the expert's own hidden units
-    flat_C: jax.Array  # the same tile on the flat hidden axis
+    column_tile_C: jax.Array  # tile of the expert's own hidden units
+    flat_tile_C: jax.Array  # the same tile on the flat hidden axis
 
 
 class Lists(NamedTuple):
@@ -134,7 +141,7 @@ class Lists(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward pass reuses of the forward pass."""
+    """The arrays that the backward pass reuses from the forward pass."""
 
     gate_NM: jax.Array
     up_NM: jax.Array
@@ -144,13 +151,14 @@ class Kept(NamedTuple):
 def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
     """Returns the tiles for a chip.
 
-    Raises: ValueError for a chip without these kernels, a type that they do not multiply, or
-    widths that cannot be divided into tiles. The message names backends that would run.
+    Raises:
+      ValueError: the chip, the dtype or the model dimension is not supported. The message names
+        backends that would run.
     """
     if chip not in CHIPS:
         raise ValueError(
-            f"moe.backend=pallas_gpu needs one of {', '.join(CHIPS)}, this is {chip}; backends that "
-            "run anywhere: auto, blocked, reference"
+            f"moe.backend=pallas_gpu needs one of {', '.join(CHIPS)}, this is {chip}; backends "
+            "that run anywhere: auto, blocked, reference"
         )
     if dtype not in DTYPES:
         raise ValueError(
@@ -159,39 +167,47 @@ def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
         )
     if dim % MODEL:
         raise ValueError(
-            f"pallas_gpu on {chip}: model.dim={dim} is not divisible by {MODEL}; backends that take "
-            "any: blocked, reference"
+            f"pallas_gpu on {chip}: model.dim={dim} is not divisible by {MODEL}; backends that "
+            "take any: blocked, reference"
         )
-    wide = 128 if all(hidden_unit_padding.pad_width(w, UNIT) % 128 == 0 for w in widths) else UNIT
+    padded_widths = [hidden_unit_padding.pad_width(w, UNIT) for w in widths]
+    wide = 128 if all(w % 128 == 0 for w in padded_widths) else UNIT
     return Tiles(wide=wide, blocks=_count_multiprocessors(chip))
 
 
 def unit_for(widths: Sequence[int], chip: str, dtype: str) -> int:
-    """Returns the number of hidden units of which every expert's width must be a multiple (see expert_padding)."""
+    """Returns the number of hidden units of which every expert's width must be a multiple.
+
+    See hidden_unit_padding.py.
+    """
     return UNIT
 
 
 def _count_multiprocessors(chip: str) -> int:
-    """Asks this machine's GPU, which may have fewer than others of its name; without one, uses
-    the table."""
+    """Returns the number of multiprocessors of this machine's GPU, or of the chip without one.
+
+    A GPU may have fewer multiprocessors than others of its name.
+    """
     device = jax.local_devices()[0]
     return device.core_count if device.platform == "gpu" else CHIPS[chip]
 
 
 def check_rows(tiles: Tiles) -> int:
-    """Returns a number of rows for one expert that exercises every path of the kernels: whole
-    tiles, more steps than are in flight, and a remainder."""
+    """Returns a number of rows of one expert that exercises every path of the kernels.
+
+    These are whole row tiles, more steps than are in flight, and a remainder.
+    """
     return 2 * tiles.rows + (tiles.stages + 2) * UNIT + 5
 
 
 def check_tasks(num_rows: int, placement: expert_placement.Placement, tiles: Tiles) -> None:
     """Raises ValueError if the task list for so many rows would be too long."""
-    bound = tile_lists.task_bound(num_rows, placement, tiles)
-    if bound > MAX_TASKS:
+    num_tasks = tile_lists.max_num_tasks(num_rows, placement, tiles)
+    if num_tasks > MAX_TASKS:
         raise ValueError(
-            f"pallas_gpu: {num_rows} rows over widths {placement.widths} make {bound} tasks of tiles "
-            f"{tiles.rows} x {tiles.hidden}, more than {MAX_TASKS}; lower training.batch_size, or use a "
-            "backend without a list: blocked, reference"
+            f"pallas_gpu: {num_rows} rows over widths {placement.widths} make {num_tasks} tasks of "
+            f"tiles {tiles.rows} x {tiles.hidden}, more than {MAX_TASKS}; lower "
+            "training.batch_size, or use a backend without a list: blocked, reference"
         )
 
 
@@ -208,27 +224,25 @@ def forward(
     interpret: Any,
     keep: bool,
 ) -> tuple[jax.Array, Kept | None]:
-    """Computes the expert FFN of every row. See expert_kernels.py for the interface.
+    """Computes the expert FFN of every row. See chunks.py for the interface.
 
-    Every width divides by 64, D by 128, the type is bfloat16 or float16, and the number of rows
-    passes check_tasks.
+    Every width is divisible by 64 and D by 128, the dtype is bfloat16 or float16, and the number of
+    rows passes check_tasks.
     """
     w_gate, w_up, w_down = weights
     x = _pad_rows(x_ND, tiles)
     lists = build_lists(rows_E, shard, x.shape[0], placement, tiles)
-    widest = _widest(placement)
-    epilogue, num_outputs = (_swiglu_keeping, 3) if keep else (tile_lists.swiglu, 1)
     hidden_NM, *kept = run_hidden_out(
         x,
         (w_gate, w_up),
-        False,
-        epilogue,
-        num_outputs,
-        (),
-        lists.hidden_out,
-        widest,
-        tiles,
-        interpret,
+        transposed=False,
+        epilogue=_swiglu_keeping_inputs if keep else _swiglu,
+        num_outputs=3 if keep else 1,
+        kept=(),
+        tasks=lists.hidden_out,
+        widest=_widest(placement),
+        tiles=tiles,
+        interpret=interpret,
     )
     y = run_hidden_in([(hidden_NM, w_down)], False, lists.hidden_in, tiles, interpret)
     y_ND = _clear_padding(y, x_ND.shape[0], lists)
@@ -246,41 +260,52 @@ def backward(
     tiles: Tiles,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Computes the gradients of x_ND and of the three weights. See expert_kernels.py."""
+    """Computes the gradients of x_ND and of the three weights. See chunks.py."""
     w_gate, w_up, w_down = weights
-    x, dy = _pad_rows(x_ND, tiles), _pad_rows(dy_ND, tiles)
+    x = _pad_rows(x_ND, tiles)
+    dy = _pad_rows(dy_ND, tiles)
     lists = kept.lists
     hidden_NM, dgate_NM, dup_NM = run_hidden_out(
         dy,
         (w_down,),
-        True,
-        _swiglu_backward,
-        3,
-        (kept.gate_NM, kept.up_NM),
-        lists.hidden_out,
-        _widest(placement),
-        tiles,
-        interpret,
+        transposed=True,
+        epilogue=_swiglu_backward,
+        num_outputs=3,
+        kept=(kept.gate_NM, kept.up_NM),
+        tasks=lists.hidden_out,
+        widest=_widest(placement),
+        tiles=tiles,
+        interpret=interpret,
     )
     dx = run_hidden_in(
         [(dgate_NM, w_gate), (dup_NM, w_up)], True, lists.hidden_in, tiles, interpret
     )
-    flat_width = w_gate.shape[1]
-    run_c = functools.partial(
-        run_weights, flat_width=flat_width, tasks=lists.weights, tiles=tiles, interpret=interpret
+    run_weights_kernel = functools.partial(
+        run_weights,
+        num_hidden=w_gate.shape[1],
+        tasks=lists.weights,
+        tiles=tiles,
+        interpret=interpret,
     )
-    dw_gate = run_c(x, dgate_NM, hidden_first=False)
-    dw_up = run_c(x, dup_NM, hidden_first=False)
-    dw_down = run_c(dy, hidden_NM, hidden_first=True)
+    dw_gate = run_weights_kernel(x, dgate_NM, hidden_first=False)
+    dw_up = run_weights_kernel(x, dup_NM, hidden_first=False)
+    dw_down = run_weights_kernel(dy, hidden_NM, hidden_first=True)
     return _clear_padding(dx, x_ND.shape[0], lists), dw_gate, dw_up, dw_down
 
 
-def _swiglu_keeping(gate, up):
-    return *tile_lists.swiglu(gate, up), gate, up
+def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
+    """Epilogue of kernel A in the forward pass."""
+    return (swiglu.swiglu(gate, up),)
 
 
-def _swiglu_backward(dhidden, gate, up):
-    return tile_lists.swiglu_backward(gate, up, dhidden)
+def _swiglu_keeping_inputs(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
+    """Epilogue of kernel A in the forward pass of training."""
+    return swiglu.swiglu(gate, up), gate, up
+
+
+def _swiglu_backward(dhidden: jax.Array, gate: jax.Array, up: jax.Array) -> swiglu.SwigluBackward:
+    """Epilogue of kernel A in the backward pass."""
+    return swiglu.swiglu_backward(gate, up, dhidden)
 
 
 def _widest(placement: expert_placement.Placement) -> int:
@@ -288,13 +313,14 @@ def _widest(placement: expert_placement.Placement) -> int:
 
 
 def _pad_rows(x_ND: jax.Array, tiles: Tiles) -> jax.Array:
-    """Pads to at least one whole tile of rows."""
-    num_rows = max(1, -(-x_ND.shape[0] // tiles.rows)) * tiles.rows
+    """Pads to at least one whole row tile."""
+    num_row_tiles = max(1, -(-x_ND.shape[0] // tiles.rows))
+    num_rows = num_row_tiles * tiles.rows
     return jnp.pad(x_ND, ((0, num_rows - x_ND.shape[0]), (0, 0)))
 
 
 def _clear_padding(y_ND: jax.Array, num_rows: int, lists: Lists) -> jax.Array:
-    """Sets rows of no expert to 0, whatever the kernels left there."""
+    """Sets padding rows to 0. The kernels leave arbitrary values there."""
     routed_N1 = (jnp.arange(num_rows) < lists.num_rows)[:, None]
     return jnp.where(routed_N1, y_ND[:num_rows], 0)
 
@@ -310,41 +336,81 @@ def build_lists(
     tiles: Tiles,
 ) -> Lists:
     """Builds the task lists of all kernels for one routing. num_rows: whole tiles of rows."""
-    num_tiles = num_rows // tiles.rows
-    columns = tile_lists.columns_of(placement, shard, num_rows, tiles)
+    columns = tile_lists.list_column_tiles(placement, shard, num_rows, tiles)
     end_E = jnp.cumsum(rows_E).astype(jnp.int32)
     start_E = end_E - rows_E
-
-    def own_rows(expert, row_tile):
-        first = row_tile * tiles.rows
-        start = jnp.maximum(start_E[expert] - first, 0)
-        return start, jnp.minimum(end_E[expert] - first, tiles.rows)
-
-    work = tile_lists.hidden_out_groups(rows_E, columns, tiles, num_tiles, VISITS_PER_GROUP)
-    hidden_out = HiddenOutTasks(
-        work.live[None],
-        *own_rows(work.expert, work.row_tile),
-        work.row_tile,
-        work.column,
-        work.flat,
+    return Lists(
+        _list_hidden_out_tasks(rows_E, start_E, end_E, columns, tiles, num_rows),
+        _list_hidden_in_tasks(rows_E, start_E, end_E, columns, tiles, num_rows),
+        _list_weight_tasks(rows_E, start_E, end_E, columns, tiles),
+        end_E[-1],
     )
 
-    expert_V, row_tile_V, live_V = tile_lists.visit_list(rows_E, tiles, num_tiles)
-    steps_V = jnp.where(live_V, columns.count_E[expert_V], 0)
+
+def _find_own_rows(
+    start_E: jax.Array, end_E: jax.Array, expert_X: jax.Array, row_tile_X: jax.Array, tiles: Tiles
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the start and the end of an expert's rows within each row tile."""
+    first_row_X = row_tile_X * tiles.rows
+    start_X = jnp.maximum(start_E[expert_X] - first_row_X, 0)
+    end_X = jnp.minimum(end_E[expert_X] - first_row_X, tiles.rows)
+    return start_X, end_X
+
+
+def _list_hidden_out_tasks(
+    rows_E: jax.Array,
+    start_E: jax.Array,
+    end_E: jax.Array,
+    columns: tile_lists.ColumnTiles,
+    tiles: Tiles,
+    num_rows: int,
+) -> HiddenOutTasks:
+    tasks = tile_lists.list_grouped_hidden_out_tasks(
+        rows_E, columns, tiles, num_rows // tiles.rows, VISITS_PER_GROUP
+    )
+    num_tasks = tasks.num_tasks[None]
+    start_T, end_T = _find_own_rows(start_E, end_E, tasks.expert_T, tasks.row_tile_T, tiles)
+    return HiddenOutTasks(
+        num_tasks, start_T, end_T, tasks.row_tile_T, tasks.column_tile_T, tasks.flat_tile_T
+    )
+
+
+def _list_hidden_in_tasks(
+    rows_E: jax.Array,
+    start_E: jax.Array,
+    end_E: jax.Array,
+    columns: tile_lists.ColumnTiles,
+    tiles: Tiles,
+    num_rows: int,
+) -> HiddenInTasks:
+    """Lists the visits, longest sum first, because the longest must not be the last to start."""
+    visits = tile_lists.list_visits(rows_E, tiles, num_rows // tiles.rows)
+    steps_V = jnp.where(visits.is_visit_V, columns.count_E[visits.expert_V], 0)
     order_V = jnp.argsort(-steps_V, stable=True)
-    expert_V, row_tile_V, steps_V = expert_V[order_V], row_tile_V[order_V], steps_V[order_V]
-    live = jnp.sum(live_V, dtype=jnp.int32)[None]
-    hidden_in = HiddenInTasks(
-        live, *own_rows(expert_V, row_tile_V), row_tile_V, steps_V, columns.first_E[expert_V]
-    )
+    expert_V = visits.expert_V[order_V]
+    row_tile_V = visits.row_tile_V[order_V]
+    steps_V = steps_V[order_V]
+    num_visits = jnp.sum(visits.is_visit_V, dtype=jnp.int32)[None]
+    start_V, end_V = _find_own_rows(start_E, end_E, expert_V, row_tile_V, tiles)
+    first_flat_tile_V = columns.first_flat_tile_E[expert_V]
+    return HiddenInTasks(num_visits, start_V, end_V, row_tile_V, steps_V, first_flat_tile_V)
 
+
+def _list_weight_tasks(
+    rows_E: jax.Array,
+    start_E: jax.Array,
+    end_E: jax.Array,
+    columns: tile_lists.ColumnTiles,
+    tiles: Tiles,
+) -> WeightTasks:
+    # Kernel C has wider tiles than `columns`.
     scale = tiles.wide // tiles.hidden
     expert_C = columns.expert_C[::scale]
-    column_C = jnp.arange(expert_C.shape[0], dtype=jnp.int32) - columns.first_E[expert_C] // scale
-    flat_C = jnp.argsort(-rows_E[expert_C], stable=True).astype(jnp.int32)
-    expert_C = expert_C[flat_C]
-    weights = WeightTasks(start_E[expert_C], end_E[expert_C], column_C[flat_C], flat_C)
-    return Lists(hidden_out, hidden_in, weights, end_E[-1])
+    flat_tile_C = jnp.arange(expert_C.shape[0], dtype=jnp.int32)
+    column_tile_C = flat_tile_C - columns.first_flat_tile_E[expert_C] // scale
+    order_C = jnp.argsort(-rows_E[expert_C], stable=True).astype(jnp.int32)
+    expert_C = expert_C[order_C]
+    return WeightTasks(start_E[expert_C], end_E[expert_C], column_tile_C[order_C], order_C)
 
 
 # ---- kernel A ----
@@ -362,11 +428,16 @@ def run_hidden_out(
     tiles: Tiles,
     interpret: Any,
 ) -> Sequence[jax.Array]:
-    """Kernel A: multiplies rows by their expert's weights and applies an epilogue.
+    """Launches kernel A: multiplies rows by their expert's weights and applies an epilogue.
 
-    Args: weights: [D, H] each, or [H, D] if transposed. kept: [N, M] arrays of the forward pass.
-    Returns: num_outputs arrays [N, M], epilogue(the matmul with each of the weights, each of the
-    kept arrays), in float32 and rounded once.
+    Args:
+      weights: [D, H] each, or [H, D] if transposed.
+      epilogue: takes the matmul with each of the weights, and each of the `kept` arrays, all in
+        float32, and returns the outputs, which are rounded once.
+      kept: [N, M] arrays of the forward pass.
+
+    Returns:
+      num_outputs arrays [N, M].
     """
     (N, D), dtype = rows_ND.shape, rows_ND.dtype
     num_weights, num_kept = len(weights), len(kept)
@@ -374,14 +445,14 @@ def run_hidden_out(
     rows_spec = (tiles.rows, UNIT)
     weights_spec = (tiles.hidden, UNIT) if transposed else (UNIT, tiles.hidden)
 
-    def hidden_out_kernel(live, start, end, row_tile, column, flat, x_gmem, *refs):
+    def hidden_out_kernel(num_tasks, start, end, row_tile, column_tile, flat_tile, x_gmem, *refs):
         w_gmem, kept_gmem = refs[:num_weights], refs[num_weights : num_weights + num_kept]
         out_gmem = refs[num_weights + num_kept :]
 
-        @plgpu.nd_loop((live[0],), collective_axes="sm")
+        @plgpu.nd_loop((num_tasks[0],), collective_axes="sm")
         def run_task(loop):
             task = loop.index[0]
-            r, c, f = row_tile[task], column[task], flat[task]
+            r, c, f = row_tile[task], column_tile[task], flat_tile[task]
 
             def multiply(*accumulators):
                 def hidden_out_step(_, x_smem, *w_smem):
@@ -447,14 +518,14 @@ def run_hidden_in(
     D = weights.shape[0 if transposed else 1]
     weights_spec = (MODEL, UNIT) if transposed else (UNIT, MODEL)
 
-    def hidden_in_kernel(live, start, end, row_tile, steps, first, *refs):
+    def hidden_in_kernel(num_visits, start, end, row_tile, steps, first_flat_tile, *refs):
         *operands_gmem, out_gmem = refs
 
-        @plgpu.nd_loop((live[0] * (D // MODEL),), collective_axes="sm")
+        @plgpu.nd_loop((num_visits[0] * (D // MODEL),), collective_axes="sm")
         def run_task(loop):
             visit = lax.div(loop.index[0], D // MODEL)
             q = lax.rem(loop.index[0], D // MODEL)
-            r, f = row_tile[visit], first[visit]
+            r, f = row_tile[visit], first_flat_tile[visit]
 
             def multiply(accumulator):
                 def hidden_in_step(_, hidden_smem, w_smem):
@@ -502,7 +573,7 @@ def run_weights(
     rows_ND: jax.Array,
     hidden_NM: jax.Array,
     hidden_first: bool,
-    flat_width: int,
+    num_hidden: int,
     tasks: WeightTasks,
     tiles: Tiles,
     interpret: Any,
@@ -513,15 +584,15 @@ def run_weights(
     """
     D, dtype = rows_ND.shape[1], rows_ND.dtype
     block = (tiles.wide, MODEL) if hidden_first else (MODEL, tiles.wide)
-    shape = (flat_width, D) if hidden_first else (D, flat_width)
+    shape = (num_hidden, D) if hidden_first else (D, num_hidden)
     transforms = _swizzled(dtype)
 
-    def weights_kernel(start, end, column, flat, x_gmem, hidden_gmem, out_gmem):
-        @plgpu.nd_loop((flat_width // tiles.wide * (D // MODEL),), collective_axes="sm")
+    def weights_kernel(start, end, column_tile, flat_tile, x_gmem, hidden_gmem, out_gmem):
+        @plgpu.nd_loop((num_hidden // tiles.wide * (D // MODEL),), collective_axes="sm")
         def run_task(loop):
             task = lax.div(loop.index[0], D // MODEL)
             q = lax.rem(loop.index[0], D // MODEL)
-            lo, hi, c, f = start[task], end[task], column[task], flat[task]
+            lo, hi, c, f = start[task], end[task], column_tile[task], flat_tile[task]
             first_step = lax.div(lo, UNIT)
             steps = lax.div(hi + UNIT - 1, UNIT) - first_step
 

@@ -1,24 +1,56 @@
-"""The grouped feed-forward product as Pallas TPU kernels, over tiles of rows sorted by expert and of the flat hidden
-axis.
+"""The grouped expert FFN as Pallas TPU kernels, over tiles of routed tokens sorted by expert.
 
-The list of tasks (expert_tasks.py) is made on the device from the routing and read from scalar memory, its length is a
-dynamic grid bound. Three kinds of kernel, each with as many operand pairs as its use needs:
+Three kernels do all matmuls of the forward and backward passes. A *visit* is the part of one row
+tile that belongs to one expert; a row tile that several experts share is visited by each of them
+(tile_lists.py). The hatched tiles are those of one task.
 
-  A hidden-out  [rows, D] x [D, h_e] -> [rows, h_e]: gate and up with SwiGLU behind them; its backward pass
-  B hidden-in   [rows, h_e] x [h_e, D] -> [rows, D]: down; dx
-  C weights     over an expert's rows, for every tile of the flat axis: the three weight gradients
+    A  hidden-out: one visit x one tile of its expert's hidden units, summed over the model axis
+       in steps of `inner`; gate and up, followed by SwiGLU, or its gradient
 
-What is not an expert's own is never stored (A, B) or is set to 0 by a select before it is summed (C), never multiplied
-by 0: rows past the last expert's, and columns past an expert's width, may hold NaN. Checked in interpret mode and by
-compiling for v5e, v5p and v6e; never run on hardware (LOG.md).
+              D                   flat hidden axis H             widest expert M
+          +---------+       +------+--------+---------+          +--+----+
+     rows |####|    |   x   |      |  ##    |         |  ->      |##|    | rows of one expert
+          +----+----+     D | e=0  |  ##e=1 |   e=2   |          +--+----+
+          inner             +------+--------+---------+          hidden
 
-Legend: N routed rows, D model, E experts, H flat hidden axis, M widest expert; tiles: R of rows, V visits.
+    B  hidden-in: one visit x `outer` of the model axis, summed over the expert's hidden units,
+       one tile per task; down, or dx, the sum of two matmuls
+
+         widest expert M        D
+          +--+----+          +--+----+          +--+----+
+     rows |##|    |   x  e=1 |##|    |  ->      |##|    | rows of one expert
+          +--+----+          +--+----+          +--+----+
+          hidden             outer
+
+    C  weights: `outer` of the model axis x one tile of the flat hidden axis, summed over the rows
+       of the expert that owns these hidden units, one row tile per task; the weight gradients
+
+              D             widest expert M
+          +--+----+              +--+----+        +------+--+------+
+     rows |##|    |^T  x    rows |##|    |  ->  D |######|##|######|  or its transpose
+          +--+----+              +--+----+        +------+--+------+
+          outer                  hidden                   H
+
+The task lists are built on the device from the routing and are read from scalar memory. Their
+length is a dynamic bound of the grid.
+
+Kernels A and B store only the rows of the visiting expert and leave the others unchanged. Kernel C
+replaces the rows of neighboring experts by 0 with a select, before they are summed. No value is
+masked by a multiplication by 0. Padding rows, and hidden activations past an expert's width, may
+therefore hold NaN.
+
+The kernels are tested in interpret mode, and are compiled for v4, v5e, v5p and v6e. They have never
+run on hardware (LOG.md).
+
+Legend: N routed tokens (rows), D model, E experts of a shard, H flat hidden axis, M widest expert;
+B = E + 1 bounds; P TensorCores; V visits, T tasks, C flat tiles; R rows of a row tile, W hidden
+units of a tile; X any.
 """
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,26 +59,29 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from modse_jax.moe import expert_placement
-from modse_jax.moe.experts import hidden_unit_padding
-from modse_jax.moe.experts.tile_lists import (
-    Work,
-    columns_of,
-    hidden_in_work,
-    repeat,
-    swiglu,
-    swiglu_backward,
-    task_bound,
-    visit_list,
-    visits,
-)
+from modse_jax.moe.experts import hidden_unit_padding, swiglu, tile_lists
 
-# Scalar memory is 1 MiB; the longest list has five numbers a task (kernel B). Some is left for the compiler.
+# Scalar memory is 1 MiB, and the longest list has five int32 per task (kernel B). Some memory is
+# left for the compiler.
 MAX_TASKS = 1_000_000 // (5 * 4)
+
+# On v4 the limit is 16 MiB, whatever is requested; this is why its tiles are smaller.
+VMEM_LIMIT = 48 * 2**20
+
+# A Pallas reference to an array in scalar or vector memory. Pallas has no public type for it.
+Ref = Any
 
 
 class Tiles(NamedTuple):
-    """rows, hidden: tile sizes. inner, outer: of the model axis, where it is summed over (kernel A) and where it is of
-    the output (B, C). cores: TensorCores that share a kernel (2 where the chip runs as a megacore)."""
+    """Tile sizes.
+
+    Attributes:
+      rows: rows of a row tile.
+      hidden: hidden units of a flat tile; divides every expert's width.
+      inner: step along the model axis where it is summed over (kernel A).
+      outer: tile of the model axis where it is part of the output (kernels B and C).
+      cores: TensorCores that share a kernel, 2 if the chip runs as a megacore.
+    """
 
     rows: int
     hidden: int
@@ -55,369 +90,722 @@ class Tiles(NamedTuple):
     cores: int = 1
 
 
-# (rows, largest hidden tile, largest model tile, unit of the hidden tile, cores), by chip. 512 rows: with 8 experts at
-# 131,072 rows the tiles that two experts share cost 2.7%; 1,024 would cost 5.5%. A whole model axis keeps the weight
-# tile in place from one row tile to the next; kernels B and C cut it into as many parts as there are cores, since it is
-# what the cores share there (kernel A's tasks are shared out by `split`). Hidden tiles of 256 are bound by arithmetic
-# on v5e and v5p (benchmarks/tpu_report.py) and compile in half the time of 768; v6e has 256 x 256 matrix units and
-# needs 768, or rows are fetched too often.
+class Tiling(NamedTuple):
+    """The limits from which the tiles for a chip are derived.
+
+    Attributes:
+      rows: rows of a row tile.
+      hidden: largest tile of hidden units in bfloat16; half as many in float32.
+      model: largest tile of the model axis in bfloat16; half as many in float32.
+      unit: every tile of hidden units is a multiple of it.
+      cores: TensorCores that share a kernel.
+    """
+
+    rows: int
+    hidden: int
+    model: int
+    unit: int
+    cores: int
+
+
+# 512 rows: with 8 experts and 131,072 rows, the row tiles that two experts share cost 2.7% more
+# FLOPs; 1,024 rows would cost 5.5%. With the whole model axis in one tile, a tile of the weights
+# stays in place from one row tile to the next. Kernels B and C divide the model axis by the number
+# of cores, because this is the axis that the cores share there; kernel A's tasks are divided by
+# `split_tasks`. With tiles of 256 hidden units, the kernels are bound by arithmetic on v5e and v5p
+# (benchmarks/tpu_report.py) and compile in half the time of 768. The matrix units of v6e are
+# 256 x 256; it needs 768, otherwise rows are loaded too often.
 TILINGS = {
-    "v4": (512, 128, 2048, 128, 2),
-    "v5e": (512, 256, 2048, 128, 1),
-    "v5p": (512, 256, 2048, 128, 2),
-    "v6e": (512, 768, 2048, 256, 1),
+    "v4": Tiling(rows=512, hidden=128, model=2048, unit=128, cores=2),
+    "v5e": Tiling(rows=512, hidden=256, model=2048, unit=128, cores=1),
+    "v5p": Tiling(rows=512, hidden=256, model=2048, unit=128, cores=2),
+    "v6e": Tiling(rows=512, hidden=768, model=2048, unit=256, cores=1),
 }
 
 
-VMEM_LIMIT = 48 * 2**20  # v4 has 16 MiB whatever is asked for, hence its smaller tiles
+class Job(NamedTuple):
+    """The arguments that the kernels of one forward or backward pass share."""
+
+    rows_E: jax.Array  # int32: rows of every expert
+    bounds_B: jax.Array  # int32: first row of every expert, then the end of the last one's rows
+    shard: jax.Array  # int32 []: the shard of the placement
+    num_rows: int  # routed tokens and padding rows, without padding to whole row tiles
+    placement: expert_placement.Placement
+    tiles: Tiles
+    interpret: bool
+
+    @property
+    def num_row_tiles(self) -> int:
+        return max(1, -(-self.num_rows // self.tiles.rows))
+
+
+class HiddenOutMatmul(NamedTuple):
+    """One matmul of kernel A: rows [N, D] x weights."""
+
+    rows_index: int  # which of the arrays of rows is the left operand
+    weights: jax.Array  # [D, H], or [H, D] if transposed
+    transposed: bool
+
+
+class HiddenInMatmul(NamedTuple):
+    """One matmul of kernel B: hidden activations x weights."""
+
+    hidden_NM: jax.Array
+    weights: jax.Array  # [H, D], or [D, H] if transposed
+    transposed: bool
+
+
+class CoreTasks(NamedTuple):
+    """The tasks of every TensorCore: those from first to end of the list of kernel A."""
+
+    first_P: jax.Array  # int32
+    end_P: jax.Array  # int32
+
+
+class HiddenOutScalars(NamedTuple):
+    """The arrays that kernel A reads from scalar memory."""
+
+    bounds: Ref
+    first: Ref  # first task of each core
+    end: Ref  # the end of its tasks
+    expert: Ref
+    row_tile: Ref
+    column_tile: Ref
+    flat_tile: Ref
+
+
+class TaskScalars(NamedTuple):
+    """The arrays that kernels B and C read from scalar memory."""
+
+    bounds: Ref
+    expert: Ref
+    row_tile: Ref
+    column_tile: Ref
+    flat_tile: Ref
+    flags: Ref
+
+
+# ---- tiles for a chip ----
 
 
 def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
-    """The tiles for a chip and type; of float32 they are half as large. Raises ValueError, naming what would do, for a
-    chip that has none or a model width that cannot be cut into tiles."""
+    """Returns the tiles for a chip and dtype.
+
+    Raises:
+      ValueError: there are no tiles for the chip, or the model dimension cannot be divided into
+        tiles. The message names alternatives.
+    """
     if chip not in TILINGS:
         raise ValueError(
-            f"moe.backend=pallas_tpu needs one of {', '.join(TILINGS)}, this is {chip}; backends that run "
-            "anywhere: auto, blocked, reference"
+            f"moe.backend=pallas_tpu needs one of {', '.join(TILINGS)}, this is {chip}; backends "
+            "that run anywhere: auto, blocked, reference"
         )
-    rows, hidden, model, unit, cores = TILINGS[chip]
     if dim % 128:
         raise ValueError(
-            f"pallas_tpu on {chip}: model.dim={dim} is not divisible by 128; backends that take any: "
-            "blocked, reference"
+            f"pallas_tpu on {chip}: model.dim={dim} is not divisible by 128; backends that take "
+            "any: blocked, reference"
         )
-    hidden, model = (size * 2 // jnp.dtype(dtype).itemsize for size in (hidden, model))
-    outer = _divisor(dim, 128, max(128, min(model, dim // cores)))
-    common = math.gcd(*(hidden_unit_padding.pad_width(w, unit) for w in widths))
+    tiling = TILINGS[chip]
+    itemsize = jnp.dtype(dtype).itemsize
+    max_hidden = tiling.hidden * 2 // itemsize
+    max_model = tiling.model * 2 // itemsize
+    padded_widths = [hidden_unit_padding.pad_width(w, tiling.unit) for w in widths]
     return Tiles(
-        rows, _divisor(common, unit, max(unit, hidden)), _divisor(dim, 128, model), outer, cores
+        rows=tiling.rows,
+        hidden=_largest_divisor(
+            math.gcd(*padded_widths), tiling.unit, max(tiling.unit, max_hidden)
+        ),
+        inner=_largest_divisor(dim, 128, max_model),
+        outer=_largest_divisor(dim, 128, max(128, min(max_model, dim // tiling.cores))),
+        cores=tiling.cores,
     )
 
 
 def unit_for(widths: Sequence[int], chip: str, dtype: str) -> int:
-    """Returns the number of hidden units of which every expert's width must be a multiple (see expert_padding)."""
-    return TILINGS[chip][3]
+    """Returns the number of hidden units of which every expert's width must be a multiple.
+
+    See hidden_unit_padding.py.
+    """
+    return TILINGS[chip].unit
 
 
 def check_tasks(num_rows: int, placement: expert_placement.Placement, tiles: Tiles) -> None:
-    """Raises ValueError where the list of tasks for so many rows would not fit in scalar memory."""
-    bound = task_bound(num_rows, placement, tiles)
-    if bound > MAX_TASKS:
+    """Raises ValueError if the task list for so many rows does not fit in scalar memory."""
+    num_tasks = tile_lists.max_num_tasks(num_rows, placement, tiles)
+    if num_tasks > MAX_TASKS:
         raise ValueError(
-            f"pallas_tpu: {num_rows} rows over widths {placement.widths} make {bound} tasks of tiles "
-            f"{tiles.rows} x {tiles.hidden}, more than the {MAX_TASKS} that fit in scalar memory; lower "
-            "training.batch_size, or use a backend without a list: blocked, reference"
+            f"pallas_tpu: {num_rows} rows over widths {placement.widths} make {num_tasks} tasks of "
+            f"tiles {tiles.rows} x {tiles.hidden}, more than the {MAX_TASKS} that fit in scalar "
+            "memory; lower training.batch_size, or use a backend without a list: blocked, reference"
         )
 
 
 def check_rows(tiles: Tiles) -> int:
-    """Rows of an expert that use a kernel in every way: whole tiles and a rest."""
+    """Returns a number of rows of one expert that exercises every path of the kernels.
+
+    These are whole row tiles and a remainder.
+    """
     return 2 * tiles.rows + 5
 
 
-def _divisor(number, unit, largest):
-    return max(d for d in range(unit, min(number, largest) + 1, unit) if number % d == 0)
+def _largest_divisor(number: int, unit: int, largest: int) -> int:
+    """Returns the largest divisor of a number that is a multiple of `unit`, at most `largest`."""
+    candidates = range(unit, min(number, largest) + 1, unit)
+    return max(d for d in candidates if number % d == 0)
+
+
+# ---- forward and backward passes ----
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def pallas_tpu(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret=False):
-    """See expert_ffn.expert_ffn. Every width divides by tiles.hidden, D by tiles.inner and tiles.outer; the rows pass
-    check_tasks. shard: which one of the placement this is, int32 []."""
-    return _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret)[0]
+def pallas_tpu(
+    x_ND: jax.Array,
+    rows_E: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    shard: jax.Array | int,
+    placement: expert_placement.Placement,
+    tiles: Tiles,
+    interpret: bool = False,
+) -> jax.Array:
+    """Computes the expert FFN of every row.
+
+    Args:
+      x_ND: rows sorted by expert. Padding rows after those of the last expert may hold anything.
+      rows_E: int32, rows of every expert of the shard.
+      w_gate: [D, H], in the dtype of x_ND, as are the others.
+      w_up: [D, H].
+      w_down: [H, D].
+      shard: int32 scalar, the shard of the placement.
+      placement: the experts of all shards. Every width is divisible by tiles.hidden, D by
+        tiles.inner and tiles.outer, and the number of rows passes check_tasks.
+      tiles: tile sizes.
+      interpret: whether to run the kernels in Pallas's interpreter, on any device.
+
+    Returns:
+      y_ND, 0 in padding rows.
+    """
+    weights = (w_gate, w_up, w_down)
+    return _forward(x_ND, rows_E, *weights, shard, placement, tiles, interpret)[0]
 
 
-def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret):
-    run = _Run(rows_E, shard, placement, tiles, interpret)
-    x = run.pad(x_ND)
-    (hidden_NM,) = run.hidden_out([x], [(0, w_gate, False), (0, w_up, False)], swiglu, 1)
-    y_ND = run.hidden_in([(hidden_NM, w_down, False)])
-    return run.unpad(y_ND, x_ND), (x_ND, rows_E, w_gate, w_up, w_down, shard)
+def _forward(
+    x_ND: jax.Array,
+    rows_E: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    shard: jax.Array | int,
+    placement: expert_placement.Placement,
+    tiles: Tiles,
+    interpret: bool,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Returns y_ND, and the arguments that the backward pass needs again."""
+    job = _make_job(x_ND, rows_E, shard, placement, tiles, interpret)
+    x = _pad_rows(x_ND, job)
+    matmuls = [HiddenOutMatmul(0, w_gate, False), HiddenOutMatmul(0, w_up, False)]
+    (hidden_NM,) = run_hidden_out(job, [x], matmuls, _swiglu, num_outputs=1)
+    y_ND = run_hidden_in(job, [HiddenInMatmul(hidden_NM, w_down, False)])
+    return _clear_padding(y_ND, job), (x_ND, rows_E, w_gate, w_up, w_down, shard)
 
 
-def _backward(placement, tiles, interpret, saved, dy_ND):
+def _backward(
+    placement: expert_placement.Placement,
+    tiles: Tiles,
+    interpret: bool,
+    saved: tuple[Any, ...],
+    dy_ND: jax.Array,
+) -> tuple[jax.Array | None, ...]:
+    """Returns the gradients of the six array arguments of `pallas_tpu`."""
     x_ND, rows_E, w_gate, w_up, w_down, shard = saved
-    run = _Run(rows_E, shard, placement, tiles, interpret)
-    x, dy = run.pad(x_ND), run.pad(dy_ND)
-    parts = [(0, w_gate, False), (0, w_up, False), (1, w_down, True)]
-    hidden_NM, dgate_NM, dup_NM = run.hidden_out([x, dy], parts, swiglu_backward, 3)
-    dx_ND = run.hidden_in([(dgate_NM, w_gate, True), (dup_NM, w_up, True)])
-    dw_gate, dw_up = run.weights(x, [dgate_NM, dup_NM], hidden_first=False)
-    (dw_down,) = run.weights(dy, [hidden_NM], hidden_first=True)
-    return run.unpad(dx_ND, x_ND), None, dw_gate, dw_up, dw_down, None
+    job = _make_job(x_ND, rows_E, shard, placement, tiles, interpret)
+    x = _pad_rows(x_ND, job)
+    dy = _pad_rows(dy_ND, job)
+    matmuls = [
+        HiddenOutMatmul(0, w_gate, False),
+        HiddenOutMatmul(0, w_up, False),
+        HiddenOutMatmul(1, w_down, True),
+    ]
+    hidden_NM, dgate_NM, dup_NM = run_hidden_out(
+        job, [x, dy], matmuls, swiglu.swiglu_backward, num_outputs=3
+    )
+    dx_ND = run_hidden_in(
+        job, [HiddenInMatmul(dgate_NM, w_gate, True), HiddenInMatmul(dup_NM, w_up, True)]
+    )
+    dw_gate, dw_up = run_weights(job, x, [dgate_NM, dup_NM], hidden_first=False)
+    (dw_down,) = run_weights(job, dy, [hidden_NM], hidden_first=True)
+    return _clear_padding(dx_ND, job), None, dw_gate, dw_up, dw_down, None
 
 
 pallas_tpu.defvjp(_forward, _backward)
 
 
-def hidden_out_work(rows_E, columns, tiles, num_tiles) -> Work:
-    """Kernel A: by column tile, then visit, so that the visits to one output block follow one another."""
-    expert_V, row_tile_V, live_V = visit_list(rows_E, tiles, num_tiles)
-    V = expert_V.shape[0]
-    alive = live_V[None, :] & (
-        jnp.arange(columns.most)[:, None] < columns.count_E[expert_V][None, :]
-    )
-    index = jnp.nonzero(alive.reshape(-1), size=columns.bound, fill_value=0)[0]
-    column, visit = (index // V).astype(jnp.int32), (index % V).astype(jnp.int32)
-    expert = expert_V[visit]
-    live = jnp.sum(alive, dtype=jnp.int32)
-    return Work(
-        live,
-        expert,
-        row_tile_V[visit],
-        column,
-        columns.first_E[expert] + column,
-        jnp.zeros_like(column),
+def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
+    """Epilogue of kernel A in the forward pass."""
+    return (swiglu.swiglu(gate, up),)
+
+
+def _make_job(
+    x_ND: jax.Array,
+    rows_E: jax.Array,
+    shard: jax.Array | int,
+    placement: expert_placement.Placement,
+    tiles: Tiles,
+    interpret: bool,
+) -> Job:
+    end_E = jnp.cumsum(rows_E).astype(jnp.int32)
+    bounds_B = jnp.concatenate((jnp.zeros(1, jnp.int32), end_E))
+    return Job(rows_E, bounds_B, shard, x_ND.shape[0], placement, tiles, interpret)
+
+
+def _pad_rows(x_ND: jax.Array, job: Job) -> jax.Array:
+    """Pads to at least one whole row tile."""
+    missing = job.num_row_tiles * job.tiles.rows - job.num_rows
+    return jnp.pad(x_ND, ((0, missing), (0, 0)))
+
+
+def _clear_padding(y_ND: jax.Array, job: Job) -> jax.Array:
+    """Removes the rows that _pad_rows added, and sets padding rows to 0.
+
+    The kernels leave arbitrary values in padding rows.
+    """
+    y_ND = y_ND[: job.num_rows]
+    is_routed_N = jnp.arange(job.num_rows) < job.bounds_B[-1]
+    return jnp.where(is_routed_N[:, None], y_ND, 0)
+
+
+# ---- task lists ----
+
+
+def list_column_tiles(job: Job) -> tile_lists.ColumnTiles:
+    """Returns the tiles of the hidden units of the job's experts."""
+    padded_rows = job.num_row_tiles * job.tiles.rows
+    return tile_lists.list_column_tiles(job.placement, job.shard, padded_rows, job.tiles)
+
+
+def list_hidden_out_tasks(
+    rows_E: jax.Array, columns: tile_lists.ColumnTiles, tiles: Tiles, num_row_tiles: int
+) -> tile_lists.TaskList:
+    """Returns the tasks of kernel A, ordered by column tile, then visit.
+
+    In this order the visits to one output block are consecutive: the block stays in vector memory,
+    where each visit replaces its own rows.
+    """
+    visits = tile_lists.list_visits(rows_E, tiles, num_row_tiles)
+    max_num_visits = visits.expert_V.shape[0]
+    # A table of column tiles x visits. An expert's visits have as many column tiles as it has.
+    column_tile_C1 = jnp.arange(columns.max_count)[:, None]
+    count_1V = columns.count_E[visits.expert_V][None, :]
+    is_task_CV = visits.is_visit_V[None, :] & (column_tile_C1 < count_1V)
+    index_T = jnp.nonzero(is_task_CV.reshape(-1), size=columns.max_num_tasks, fill_value=0)[0]
+    column_tile_T = (index_T // max_num_visits).astype(jnp.int32)
+    visit_T = (index_T % max_num_visits).astype(jnp.int32)
+    expert_T = visits.expert_V[visit_T]
+    return tile_lists.TaskList(
+        num_tasks=jnp.sum(is_task_CV, dtype=jnp.int32),
+        expert_T=expert_T,
+        row_tile_T=visits.row_tile_V[visit_T],
+        column_tile_T=column_tile_T,
+        flat_tile_T=columns.first_flat_tile_E[expert_T] + column_tile_T,
+        flags_T=None,
     )
 
 
-def weights_work(rows_E, columns, tiles, num_tiles) -> Work:
-    """Kernel C: by tile of the flat axis, then row tile. An expert without rows has one task, which writes zeros."""
-    count_E, first_E = visits(rows_E, tiles, num_tiles, empty_too=True)
+def list_weight_tasks(
+    rows_E: jax.Array, columns: tile_lists.ColumnTiles, tiles: Tiles, num_row_tiles: int
+) -> tile_lists.TaskList:
+    """Returns the tasks of kernel C, ordered by flat tile, then row tile.
+
+    An expert without rows has one task per flat tile, which writes gradients of 0.
+    """
+    count_E, first_row_tile_E = tile_lists.count_visits(
+        rows_E, tiles, num_row_tiles, count_empty=True
+    )
     count_C = count_E[columns.expert_C]
-    flat, index = repeat(count_C, columns.bound)
-    expert = columns.expert_C[flat]
-    row_tile = jnp.clip(first_E[expert] + index, 0, num_tiles - 1)
-    last = index == count_C[flat] - 1
-    return Work(
-        jnp.sum(count_C, dtype=jnp.int32),
-        expert,
-        row_tile,
-        flat - columns.first_E[expert],
-        flat,
-        (index == 0) + 2 * last.astype(jnp.int32),
+    flat_tile_T, index_T = tile_lists.repeat_indices(count_C, columns.max_num_tasks)
+    expert_T = columns.expert_C[flat_tile_T]
+    row_tile_T = jnp.clip(first_row_tile_E[expert_T] + index_T, 0, num_row_tiles - 1)
+    is_last_T = index_T == count_C[flat_tile_T] - 1
+    return tile_lists.TaskList(
+        num_tasks=jnp.sum(count_C, dtype=jnp.int32),
+        expert_T=expert_T,
+        row_tile_T=row_tile_T,
+        column_tile_T=flat_tile_T - columns.first_flat_tile_E[expert_T],
+        flat_tile_T=flat_tile_T,
+        flags_T=(index_T == 0) + tile_lists.LAST * is_last_T.astype(jnp.int32),
     )
 
 
-def split(work: Work, cores: int):
-    """(first, end) task of every core [cores]: even shares, cut only between output blocks (kernel A)."""
-    position = jnp.arange(work.expert.shape[0])
-    block = jnp.stack((work.column, work.row_tile))
-    new = jnp.concatenate((jnp.ones(1, bool), jnp.any(block[:, 1:] != block[:, :-1], axis=0)))
-    shares = [
-        jnp.min(jnp.where(new & (position >= work.live * c // cores), position, work.live))
-        for c in range(1, cores)
-    ]
-    cuts = jnp.minimum(jnp.stack([jnp.zeros((), jnp.int32), *shares, work.live]), work.live).astype(
-        jnp.int32
+def split_tasks(tasks: tile_lists.TaskList, cores: int) -> CoreTasks:
+    """Divides the tasks of kernel A among TensorCores, in nearly equal shares.
+
+    An output block is never divided: each core begins with the first task of a block.
+    """
+    position_T = jnp.arange(tasks.expert_T.shape[0])
+    block_2T = jnp.stack((tasks.column_tile_T, tasks.row_tile_T))
+    differs_T = jnp.any(block_2T[:, 1:] != block_2T[:, :-1], axis=0)
+    starts_block_T = jnp.concatenate((jnp.ones(1, bool), differs_T))
+    num_tasks = tasks.num_tasks
+    starts = [jnp.zeros((), jnp.int32)]
+    for core in range(1, cores):
+        is_start_T = starts_block_T & (position_T >= num_tasks * core // cores)
+        starts.append(jnp.min(jnp.where(is_start_T, position_T, num_tasks)))
+    bounds = jnp.minimum(jnp.stack([*starts, num_tasks]), num_tasks).astype(jnp.int32)
+    first_P = bounds[:-1]
+    end_P = bounds[1:]
+    # A core without tasks still writes an output block at the end of its grid. To keep that write
+    # correct, it recomputes the last block.
+    starts_real_block_T = starts_block_T & (position_T < num_tasks)
+    last_block = jnp.max(jnp.where(starts_real_block_T, position_T, 0)).astype(jnp.int32)
+    is_idle_P = first_P == end_P
+    return CoreTasks(
+        jnp.where(is_idle_P, last_block, first_P), jnp.where(is_idle_P, num_tasks, end_P)
     )
-    first, end = cuts[:-1], cuts[1:]
-    # A core without tasks would still store a block, which it never computed: it does the last one too, just the same.
-    last = jnp.max(jnp.where(new & (position < work.live), position, 0)).astype(jnp.int32)
-    return jnp.where(first == end, last, first), jnp.where(first == end, work.live, end)
 
 
-class _Run:
-    """The kernels over one routing."""
+# ---- kernel A ----
 
-    def __init__(self, rows_E, shard, placement, tiles, interpret):
-        self.rows_E, self.shard, self.placement, self.tiles, self.interpret = (
-            rows_E,
-            shard,
-            placement,
-            tiles,
-            interpret,
-        )
-        self.bounds = jnp.concatenate(
-            (jnp.zeros(1, jnp.int32), jnp.cumsum(rows_E).astype(jnp.int32))
-        )
 
-    def pad(self, x_ND):
-        self.num_tiles = max(1, -(-x_ND.shape[0] // self.tiles.rows))
-        return jnp.pad(x_ND, ((0, self.num_tiles * self.tiles.rows - x_ND.shape[0]), (0, 0)))
+def run_hidden_out(
+    job: Job,
+    row_arrays: Sequence[jax.Array],
+    matmuls: Sequence[HiddenOutMatmul],
+    epilogue: Callable[..., tuple[jax.Array, ...]],
+    num_outputs: int,
+) -> Sequence[jax.Array]:
+    """Launches kernel A: multiplies rows by their expert's weights and applies an epilogue.
 
-    def unpad(self, y_ND, like_ND):
-        """Rows of nobody come back as 0, whatever the kernels left there."""
-        y_ND = y_ND[: like_ND.shape[0]]
-        return jnp.where((jnp.arange(y_ND.shape[0]) < self.bounds[-1])[:, None], y_ND, 0)
+    Args:
+      row_arrays: [N, D] each.
+      epilogue: takes the results of the matmuls in float32 and returns the outputs.
 
-    def hidden_out(self, rows, pairs, epilogue, outputs):
-        """Kernel A. rows: arrays [N, D]. pairs: (index into rows, weights, whether they are [H, D], not [D, H])."""
-        t, work = self.tiles, self._work(hidden_out_work)
-        first, end = split(work, t.cores)
-        dtype, (N, D) = rows[0].dtype, rows[0].shape
+    Returns:
+      num_outputs arrays [N, M]. Only an expert's own hidden units in its own rows are written.
+    """
+    tiles = job.tiles
+    num_padded_rows, dim = row_arrays[0].shape
+    num_steps = dim // tiles.inner
+    columns = list_column_tiles(job)
+    tasks = list_hidden_out_tasks(job.rows_E, columns, tiles, job.num_row_tiles)
+    core_tasks = split_tasks(tasks, tiles.cores)
 
-        def task(core, step, first, end):
-            return jnp.minimum(first[core] + step, jnp.maximum(end[core] - 1, 0))
+    def find_task(core: jax.Array, step: jax.Array, scalars: HiddenOutScalars) -> jax.Array:
+        """Cores with fewer tasks than others stay at their last one."""
+        task = scalars.first[core] + step
+        last_task = jnp.maximum(scalars.end[core] - 1, 0)
+        return jnp.minimum(task, last_task)
 
-        def rows_spec(core, step, q, bounds, first, end, expert, row_tile, column, flat):
-            return row_tile[task(core, step, first, end)], q
+    def index_rows(core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref) -> tuple:
+        scalars = HiddenOutScalars(*refs)
+        return scalars.row_tile[find_task(core, step, scalars)], q
 
-        def weights_spec(
-            transposed, core, step, q, bounds, first, end, expert, row_tile, column, flat
-        ):
-            here = flat[task(core, step, first, end)]
-            return (here, q) if transposed else (q, here)
+    def index_weights(
+        core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref, transposed: bool
+    ) -> tuple:
+        scalars = HiddenOutScalars(*refs)
+        flat_tile = scalars.flat_tile[find_task(core, step, scalars)]
+        return (flat_tile, q) if transposed else (q, flat_tile)
 
-        def out_spec(core, step, q, bounds, first, end, expert, row_tile, column, flat):
-            here = task(core, step, first, end)
-            return row_tile[here], column[here]
+    def index_outputs(core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref) -> tuple:
+        scalars = HiddenOutScalars(*refs)
+        task = find_task(core, step, scalars)
+        return scalars.row_tile[task], scalars.column_tile[task]
 
-        in_specs = [pl.BlockSpec((t.rows, t.inner), rows_spec)] * len(rows)
-        for _, _, transposed in pairs:
-            in_specs.append(
-                pl.BlockSpec(
-                    (t.hidden, t.inner) if transposed else (t.inner, t.hidden),
-                    functools.partial(weights_spec, transposed),
-                )
-            )
-        shape = jax.ShapeDtypeStruct((N, max(map(max, self.placement.widths))), dtype)
-        return pl.pallas_call(
-            functools.partial(
-                _hidden_out_kernel,
-                rows=len(rows),
-                pairs=[(p[0], p[2]) for p in pairs],
-                epilogue=epilogue,
-                tiles=t,
-                steps=D // t.inner,
-            ),
-            out_shape=[shape] * outputs,
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=7,
-                in_specs=in_specs,
-                out_specs=[pl.BlockSpec((t.rows, t.hidden), out_spec)] * outputs,
-                grid=(t.cores, jnp.max(end - first), D // t.inner),
-                scratch_shapes=[pltpu.VMEM((t.rows, t.hidden), jnp.float32)] * len(pairs),
-            ),
-            compiler_params=_params("parallel", "arbitrary", "arbitrary"),
-            interpret=self.interpret,
-        )(self.bounds, first, end, *work[1:5], *rows, *[weights for _, weights, _ in pairs])
-
-    def hidden_in(self, pairs):
-        """Kernel B: the sum over pairs of (hidden [N, M], weights, whether they are [D, H] rather than [H, D])."""
-        t, work = self.tiles, self._work(hidden_in_work)
-        N, D = pairs[0][0].shape[0], pairs[0][1].shape[0 if pairs[0][2] else 1]
-
-        def weights_spec(transposed, q, step, bounds, expert, row_tile, column, flat, flags):
-            return (q, flat[step]) if transposed else (flat[step], q)
-
-        in_specs = []
-        for _, _, transposed in pairs:
-            in_specs.append(
-                pl.BlockSpec((t.rows, t.hidden), lambda q, step, *s: (s[2][step], s[3][step]))
-            )
-            in_specs.append(
-                pl.BlockSpec(
-                    (t.outer, t.hidden) if transposed else (t.hidden, t.outer),
-                    functools.partial(weights_spec, transposed),
-                )
-            )
-        return pl.pallas_call(
-            functools.partial(_hidden_in_kernel, pairs=[p[2] for p in pairs], tiles=t),
-            out_shape=jax.ShapeDtypeStruct((N, D), pairs[0][0].dtype),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=6,
-                in_specs=in_specs,
-                out_specs=pl.BlockSpec((t.rows, t.outer), lambda q, step, *s: (s[2][step], q)),
-                grid=(D // t.outer, work.live),
-                scratch_shapes=[pltpu.VMEM((t.rows, t.outer), jnp.float32)],
-            ),
-            compiler_params=_params("parallel", "arbitrary"),
-            interpret=self.interpret,
-        )(self.bounds, *work[1:], *[a for hidden, weights, _ in pairs for a in (hidden, weights)])
-
-    def weights(self, rows_ND, hiddens, hidden_first):
-        """Kernel C: for every hidden [N, M], its product with the rows over N: [H, D] if hidden_first, else [D, H]."""
-        t, work = self.tiles, self._work(weights_work)
-        D, H = rows_ND.shape[1], sum(self.placement.widths[0])
-        block, shape = (
-            ((t.hidden, t.outer), (H, D)) if hidden_first else ((t.outer, t.hidden), (D, H))
-        )
-
-        def out_spec(q, step, bounds, expert, row_tile, column, flat, flags):
-            return (flat[step], q) if hidden_first else (q, flat[step])
-
-        return pl.pallas_call(
-            functools.partial(
-                _weights_kernel, hidden_first=hidden_first, tiles=t, hiddens=len(hiddens)
-            ),
-            out_shape=[jax.ShapeDtypeStruct(shape, rows_ND.dtype)] * len(hiddens),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=6,
-                in_specs=[pl.BlockSpec((t.rows, t.outer), lambda q, step, *s: (s[2][step], q))]
-                + [pl.BlockSpec((t.rows, t.hidden), lambda q, step, *s: (s[2][step], s[3][step]))]
-                * len(hiddens),
-                out_specs=[pl.BlockSpec(block, out_spec)] * len(hiddens),
-                grid=(D // t.outer, work.live),
-                scratch_shapes=[pltpu.VMEM(block, jnp.float32)] * len(hiddens),
-            ),
-            compiler_params=_params("parallel", "arbitrary"),
-            interpret=self.interpret,
-        )(self.bounds, *work[1:], rows_ND, *hiddens)
-
-    def _work(self, kind):
-        columns = columns_of(
-            self.placement, self.shard, self.num_tiles * self.tiles.rows, self.tiles
-        )
-        return kind(self.rows_E, columns, self.tiles, self.num_tiles)
+    in_specs = [pl.BlockSpec((tiles.rows, tiles.inner), index_rows)] * len(row_arrays)
+    for matmul in matmuls:
+        block = (tiles.inner, tiles.hidden)
+        if matmul.transposed:
+            block = block[::-1]
+        index_map = functools.partial(index_weights, transposed=matmul.transposed)
+        in_specs.append(pl.BlockSpec(block, index_map))
+    widest = max(map(max, job.placement.widths))
+    out_shape = jax.ShapeDtypeStruct((num_padded_rows, widest), row_arrays[0].dtype)
+    out_block = (tiles.rows, tiles.hidden)
+    max_tasks_of_core = jnp.max(core_tasks.end_P - core_tasks.first_P)
+    return pl.pallas_call(
+        functools.partial(
+            _hidden_out_kernel,
+            num_row_arrays=len(row_arrays),
+            matmuls=[(matmul.rows_index, matmul.transposed) for matmul in matmuls],
+            epilogue=epilogue,
+            tiles=tiles,
+            num_steps=num_steps,
+        ),
+        out_shape=[out_shape] * num_outputs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(HiddenOutScalars._fields),
+            in_specs=in_specs,
+            out_specs=[pl.BlockSpec(out_block, index_outputs)] * num_outputs,
+            grid=(tiles.cores, max_tasks_of_core, num_steps),
+            scratch_shapes=[pltpu.VMEM(out_block, jnp.float32)] * len(matmuls),
+        ),
+        compiler_params=_compiler_params("parallel", "arbitrary", "arbitrary"),
+        interpret=job.interpret,
+    )(
+        *HiddenOutScalars(
+            job.bounds_B,
+            core_tasks.first_P,
+            core_tasks.end_P,
+            tasks.expert_T,
+            tasks.row_tile_T,
+            tasks.column_tile_T,
+            tasks.flat_tile_T,
+        ),
+        *row_arrays,
+        *[matmul.weights for matmul in matmuls],
+    )
 
 
 def _hidden_out_kernel(
-    bounds, first, end, expert, row_tile, column, flat, *refs, rows, pairs, epilogue, tiles, steps
-):
-    weights, outputs, sums = (
-        refs[rows : rows + len(pairs)],
-        refs[rows + len(pairs) : -len(pairs)],
-        refs[-len(pairs) :],
+    *refs: Ref,
+    num_row_arrays: int,
+    matmuls: Sequence[tuple[int, bool]],
+    epilogue: Callable[..., tuple[jax.Array, ...]],
+    tiles: Tiles,
+    num_steps: int,
+) -> None:
+    """Computes one step along the model axis of one task.
+
+    Args:
+      refs: scalars, rows, weights, outputs, and one sum in scratch memory per matmul.
+      matmuls: the index of the rows, and whether the weights are transposed.
+    """
+    num_scalars = len(HiddenOutScalars._fields)
+    scalars = HiddenOutScalars(*refs[:num_scalars])
+    rows_refs, refs = _split_refs(refs[num_scalars:], num_row_arrays)
+    weights_refs, refs = _split_refs(refs, len(matmuls))
+    out_refs, sum_refs = _split_refs(refs, len(refs) - len(matmuls))
+    core = pl.program_id(0)
+    q = pl.program_id(2)
+    task = scalars.first[core] + pl.program_id(1)
+
+    @pl.when(task < scalars.end[core])
+    def run_step() -> None:
+        for matmul, weights_ref, sum_ref in zip(matmuls, weights_refs, sum_refs):
+            rows_index, transposed = matmul
+            rows = rows_refs[rows_index][...]
+            new = _dot(rows, weights_ref[...], 1, 1 if transposed else 0)
+            sum_ref[...] = jnp.where(q == 0, new, sum_ref[...] + new)
+
+        @pl.when(q == num_steps - 1)
+        def store_own_rows() -> None:
+            own_R1 = _own_rows(scalars, task, tiles)
+            outputs = epilogue(*(sum_ref[...] for sum_ref in sum_refs))
+            for out_ref, value in zip(out_refs, outputs):
+                _store_rows(out_ref, value, own_R1)
+
+
+# ---- kernel B ----
+
+
+def run_hidden_in(job: Job, matmuls: Sequence[HiddenInMatmul]) -> jax.Array:
+    """Launches kernel B: sums matmuls of hidden activations with their expert's weights.
+
+    Returns:
+      The sum [N, D]. Only the rows of experts are written.
+    """
+    tiles = job.tiles
+    first = matmuls[0]
+    num_padded_rows = first.hidden_NM.shape[0]
+    dim = first.weights.shape[0 if first.transposed else 1]
+    columns = list_column_tiles(job)
+    tasks = tile_lists.list_hidden_in_tasks(job.rows_E, columns, tiles, job.num_row_tiles)
+
+    def index_weights(q: jax.Array, task: jax.Array, *refs: Ref, transposed: bool) -> tuple:
+        flat_tile = TaskScalars(*refs).flat_tile[task]
+        return (q, flat_tile) if transposed else (flat_tile, q)
+
+    in_specs = []
+    for matmul in matmuls:
+        in_specs.append(pl.BlockSpec((tiles.rows, tiles.hidden), _index_hidden))
+        block = (tiles.hidden, tiles.outer)
+        if matmul.transposed:
+            block = block[::-1]
+        index_map = functools.partial(index_weights, transposed=matmul.transposed)
+        in_specs.append(pl.BlockSpec(block, index_map))
+    out_block = (tiles.rows, tiles.outer)
+    return pl.pallas_call(
+        functools.partial(
+            _hidden_in_kernel, transposed=[matmul.transposed for matmul in matmuls], tiles=tiles
+        ),
+        out_shape=jax.ShapeDtypeStruct((num_padded_rows, dim), first.hidden_NM.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(TaskScalars._fields),
+            in_specs=in_specs,
+            out_specs=pl.BlockSpec(out_block, _index_rows),
+            grid=(dim // tiles.outer, tasks.num_tasks),
+            scratch_shapes=[pltpu.VMEM(out_block, jnp.float32)],
+        ),
+        compiler_params=_compiler_params("parallel", "arbitrary"),
+        interpret=job.interpret,
+    )(
+        *_task_scalars(job, tasks),
+        *[operand for matmul in matmuls for operand in (matmul.hidden_NM, matmul.weights)],
     )
-    core, q = pl.program_id(0), pl.program_id(2)
-    task = first[core] + pl.program_id(1)
-
-    @pl.when(task < end[core])
-    def _():
-        for i, (row, transposed) in enumerate(pairs):
-            new = _dot(refs[row][...], weights[i][...], 1, 1 if transposed else 0)
-            sums[i][...] = jnp.where(q == 0, new, sums[i][...] + new)
-
-        @pl.when(q == steps - 1)
-        def _():
-            mine = _mine(bounds, expert[task], row_tile[task], tiles)
-            for out, new in zip(outputs, epilogue(*(s[...] for s in sums))):
-                out[...] = jnp.where(mine, new, out[...].astype(jnp.float32)).astype(out.dtype)
 
 
-def _hidden_in_kernel(bounds, expert, row_tile, column, flat, flags, *refs, pairs, tiles):
-    *operands, out, total = refs
+def _hidden_in_kernel(*refs: Ref, transposed: Sequence[bool], tiles: Tiles) -> None:
+    """Computes one task: one column tile of a visit.
+
+    Args:
+      refs: scalars, hidden activations and weights of each matmul, the output, and the sum in
+        scratch memory.
+      transposed: whether the weights of each matmul are transposed.
+    """
+    num_scalars = len(TaskScalars._fields)
+    scalars = TaskScalars(*refs[:num_scalars])
+    *operand_refs, out_ref, sum_ref = refs[num_scalars:]
     task = pl.program_id(1)
     new = sum(
-        _dot(operands[2 * i][...], operands[2 * i + 1][...], 1, 1 if transposed else 0)
-        for i, transposed in enumerate(pairs)
+        _dot(hidden_ref[...], weights_ref[...], 1, 1 if is_transposed else 0)
+        for hidden_ref, weights_ref, is_transposed in zip(
+            operand_refs[::2], operand_refs[1::2], transposed
+        )
     )
-    total[...] = jnp.where(flags[task] % 2 == 1, new, total[...] + new)
+    sum_ref[...] = jnp.where(_is_first(scalars, task), new, sum_ref[...] + new)
 
-    @pl.when(flags[task] >= 2)
-    def _():
-        mine = _mine(bounds, expert[task], row_tile[task], tiles)
-        out[...] = jnp.where(mine, total[...], out[...].astype(jnp.float32)).astype(out.dtype)
+    @pl.when(_is_last(scalars, task))
+    def store_own_rows() -> None:
+        _store_rows(out_ref, sum_ref[...], _own_rows(scalars, task, tiles))
 
 
-def _weights_kernel(
-    bounds, expert, row_tile, column, flat, flags, rows, *refs, hidden_first, tiles, hiddens
-):
-    operands, outputs, totals = refs[:hiddens], refs[hiddens : 2 * hiddens], refs[2 * hiddens :]
+# ---- kernel C ----
+
+
+def run_weights(
+    job: Job, rows_ND: jax.Array, hiddens: Sequence[jax.Array], hidden_first: bool
+) -> Sequence[jax.Array]:
+    """Launches kernel C: multiplies rows by hidden activations, summed over each expert's rows.
+
+    Args:
+      hiddens: [N, M] each.
+
+    Returns:
+      The matmul with each of `hiddens`: [H, D] if hidden_first, else [D, H].
+    """
+    tiles = job.tiles
+    dim = rows_ND.shape[1]
+    num_hidden = sum(job.placement.widths[0])
+    columns = list_column_tiles(job)
+    tasks = list_weight_tasks(job.rows_E, columns, tiles, job.num_row_tiles)
+    block = (tiles.outer, tiles.hidden)
+    shape = (dim, num_hidden)
+    if hidden_first:
+        block = block[::-1]
+        shape = shape[::-1]
+
+    def index_outputs(q: jax.Array, task: jax.Array, *refs: Ref) -> tuple:
+        flat_tile = TaskScalars(*refs).flat_tile[task]
+        return (flat_tile, q) if hidden_first else (q, flat_tile)
+
+    rows_spec = pl.BlockSpec((tiles.rows, tiles.outer), _index_rows)
+    hidden_spec = pl.BlockSpec((tiles.rows, tiles.hidden), _index_hidden)
+    num_outputs = len(hiddens)
+    return pl.pallas_call(
+        functools.partial(
+            _weights_kernel, hidden_first=hidden_first, tiles=tiles, num_outputs=num_outputs
+        ),
+        out_shape=[jax.ShapeDtypeStruct(shape, rows_ND.dtype)] * num_outputs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(TaskScalars._fields),
+            in_specs=[rows_spec] + [hidden_spec] * num_outputs,
+            out_specs=[pl.BlockSpec(block, index_outputs)] * num_outputs,
+            grid=(dim // tiles.outer, tasks.num_tasks),
+            scratch_shapes=[pltpu.VMEM(block, jnp.float32)] * num_outputs,
+        ),
+        compiler_params=_compiler_params("parallel", "arbitrary"),
+        interpret=job.interpret,
+    )(*_task_scalars(job, tasks), rows_ND, *hiddens)
+
+
+def _weights_kernel(*refs: Ref, hidden_first: bool, tiles: Tiles, num_outputs: int) -> None:
+    """Computes one task: one row tile of the sum over an expert's rows.
+
+    Args:
+      refs: scalars, rows, hidden activations, outputs, and one sum in scratch memory per output.
+    """
+    num_scalars = len(TaskScalars._fields)
+    scalars = TaskScalars(*refs[:num_scalars])
+    rows_ref, *refs = refs[num_scalars:]
+    hidden_refs, refs = _split_refs(refs, num_outputs)
+    out_refs, sum_refs = _split_refs(refs, num_outputs)
     task = pl.program_id(1)
-    mine = _mine(bounds, expert[task], row_tile[task], tiles)
-    left = _masked(rows, mine)
-    for operand, total in zip(operands, totals):
-        right = _masked(operand, mine)
-        new = _dot(right, left, 0, 0) if hidden_first else _dot(left, right, 0, 0)
-        total[...] = jnp.where(flags[task] % 2 == 1, new, total[...] + new)
+    own_R1 = _own_rows(scalars, task, tiles)
+    rows = _load_own_rows(rows_ref, own_R1)
+    for hidden_ref, sum_ref in zip(hidden_refs, sum_refs):
+        hidden = _load_own_rows(hidden_ref, own_R1)
+        new = _dot(hidden, rows, 0, 0) if hidden_first else _dot(rows, hidden, 0, 0)
+        sum_ref[...] = jnp.where(_is_first(scalars, task), new, sum_ref[...] + new)
 
-    @pl.when(flags[task] >= 2)
-    def _():
-        for out, total in zip(outputs, totals):
-            out[...] = total[...].astype(out.dtype)
-
-
-def _mine(bounds, expert, row_tile, tiles):
-    row = row_tile * tiles.rows + lax.broadcasted_iota(jnp.int32, (tiles.rows, 1), 0)
-    return (row >= bounds[expert]) & (row < bounds[expert + 1])
+    @pl.when(_is_last(scalars, task))
+    def store() -> None:
+        for out_ref, sum_ref in zip(out_refs, sum_refs):
+            out_ref[...] = sum_ref[...].astype(out_ref.dtype)
 
 
-def _masked(ref, mine):
-    return jnp.where(mine, ref[...].astype(jnp.float32), 0).astype(ref.dtype)
+# ---- shared by the kernels ----
 
 
-def _dot(a, b, axis_a, axis_b):
+def _task_scalars(job: Job, tasks: tile_lists.TaskList) -> TaskScalars:
+    return TaskScalars(
+        job.bounds_B,
+        tasks.expert_T,
+        tasks.row_tile_T,
+        tasks.column_tile_T,
+        tasks.flat_tile_T,
+        tasks.flags_T,
+    )
+
+
+def _index_rows(q: jax.Array, task: jax.Array, *refs: Ref) -> tuple:
+    """Index map of an array [N, D] in kernels B and C."""
+    return TaskScalars(*refs).row_tile[task], q
+
+
+def _index_hidden(q: jax.Array, task: jax.Array, *refs: Ref) -> tuple:
+    """Index map of hidden activations [N, M] in kernels B and C."""
+    scalars = TaskScalars(*refs)
+    return scalars.row_tile[task], scalars.column_tile[task]
+
+
+def _split_refs(refs: Sequence[Ref], count: int) -> tuple[Sequence[Ref], Sequence[Ref]]:
+    return refs[:count], refs[count:]
+
+
+def _is_first(scalars: TaskScalars, task: jax.Array) -> jax.Array:
+    """Returns whether the task is the first one of its output block."""
+    return scalars.flags[task] % tile_lists.LAST == tile_lists.FIRST
+
+
+def _is_last(scalars: TaskScalars, task: jax.Array) -> jax.Array:
+    """Returns whether the task is the last one of its output block."""
+    return scalars.flags[task] >= tile_lists.LAST
+
+
+def _own_rows(scalars: HiddenOutScalars | TaskScalars, task: jax.Array, tiles: Tiles) -> jax.Array:
+    """Returns a mask [R, 1] of the rows of the task's row tile that belong to its expert."""
+    expert = scalars.expert[task]
+    first_row = scalars.row_tile[task] * tiles.rows
+    row_R1 = first_row + lax.broadcasted_iota(jnp.int32, (tiles.rows, 1), 0)
+    return (row_R1 >= scalars.bounds[expert]) & (row_R1 < scalars.bounds[expert + 1])
+
+
+def _load_own_rows(ref: Ref, own_R1: jax.Array) -> jax.Array:
+    """Returns a row tile with 0 in the rows of other experts, which may hold NaN."""
+    tile = ref[...].astype(jnp.float32)
+    return jnp.where(own_R1, tile, 0).astype(ref.dtype)
+
+
+def _store_rows(ref: Ref, value: jax.Array, own_R1: jax.Array) -> None:
+    """Stores the rows of the task's expert, and leaves those of other experts unchanged."""
+    previous = ref[...].astype(jnp.float32)
+    ref[...] = jnp.where(own_R1, value, previous).astype(ref.dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """Contracts axis_a of a with axis_b of b, accumulated in float32."""
+    # By default, TPUs multiply float32 in bfloat16.
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(
         a,
@@ -428,5 +816,7 @@ def _dot(a, b, axis_a, axis_b):
     )
 
 
-def _params(*semantics):
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT)
+def _compiler_params(*dimension_semantics: str) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(
+        dimension_semantics=dimension_semantics, vmem_limit_bytes=VMEM_LIMIT
+    )

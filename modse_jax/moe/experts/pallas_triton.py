@@ -39,7 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from modse_jax.moe import expert_placement, expert_widths
-from modse_jax.moe.experts import tile_lists
+from modse_jax.moe.experts import swiglu
 
 DTYPES = ("bfloat16", "float16")
 
@@ -336,9 +336,14 @@ def backward(
     return dx_ND[: x_ND.shape[0]], dw_gate, dw_up, dw_down
 
 
+def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
+    """Epilogue of kernel A in the forward pass."""
+    return (swiglu.swiglu(gate, up),)
+
+
 def _swiglu_and_derivatives(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
     """Returns hidden = silu(gate) * up and its derivatives with respect to gate and up."""
-    return tile_lists.swiglu_backward(gate, up, jnp.ones_like(gate))
+    return swiglu.swiglu_backward(gate, up, jnp.ones_like(gate))
 
 
 class _Kernels:
@@ -368,7 +373,7 @@ class _Kernels:
           up. Only an expert's own hidden units in its own rows are written.
         """
         t = self.tiles
-        epilogue = _swiglu_and_derivatives if keep else tile_lists.swiglu
+        epilogue = _swiglu_and_derivatives if keep else _swiglu
         kernel = functools.partial(_gate_up_kernel, epilogue=epilogue, tiles=t)
         return self._call(
             kernel,

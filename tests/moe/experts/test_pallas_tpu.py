@@ -107,10 +107,10 @@ def test_rows_that_do_not_fill_a_tile_and_random_widths():
 def test_unused_columns_of_the_hidden_buffer_are_nan_in_these_tests():
     """Else the tests above would prove nothing about columns past an expert's width."""
     x, rows, w, _ = numbers(ROUTINGS["shared tiles"])
-    run = pallas_tpu._Run(rows, 0, PLACEMENT, pallas_tpu.Tiles(8, 4, 8, 16), True)
-    (hidden,) = run.hidden_out(
-        [run.pad(x)], [(0, w.w_gate, False), (0, w.w_up, False)], tile_lists.swiglu, 1
-    )
+    job = pallas_tpu._make_job(x, rows, 0, PLACEMENT, pallas_tpu.Tiles(8, 4, 8, 16), True)
+    matmuls = [pallas_tpu.HiddenOutMatmul(0, weights, False) for weights in (w.w_gate, w.w_up)]
+    padded = pallas_tpu._pad_rows(x, job)
+    (hidden,) = pallas_tpu.run_hidden_out(job, [padded], matmuls, pallas_tpu._swiglu, 1)
     owner = np.repeat(np.arange(5), ROUTINGS["shared tiles"])
     for n in (0, 13, 45):
         width = WIDTHS[owner[n]]
@@ -119,14 +119,19 @@ def test_unused_columns_of_the_hidden_buffer_are_nan_in_these_tests():
 
 
 @pytest.mark.parametrize(
-    "work", [pallas_tpu.hidden_out_work, tile_lists.hidden_in_work, pallas_tpu.weights_work]
+    "work",
+    [
+        pallas_tpu.list_hidden_out_tasks,
+        tile_lists.list_hidden_in_tasks,
+        pallas_tpu.list_weight_tasks,
+    ],
 )
 def test_lists_hold_every_task_once_and_stay_in_their_bound(work):
     tiles, num_tiles = pallas_tpu.Tiles(8, 4, 8, 16), N // 8
     for rows in ROUTINGS.values():
         tasks = work(
             jnp.asarray(rows, jnp.int32),
-            tile_lists.columns_of(PLACEMENT, 0, N, tiles),
+            tile_lists.list_column_tiles(PLACEMENT, 0, N, tiles),
             tiles,
             num_tiles,
         )
@@ -134,35 +139,39 @@ def test_lists_hold_every_task_once_and_stay_in_their_bound(work):
         for e, (r, width) in enumerate(zip(rows, WIDTHS)):
             touched = range((end[e] - r) // 8, -(-end[e] // 8)) if r else range(0)
             touched = list(touched) or (
-                [min((end[e] - r) // 8, num_tiles - 1)] if work is pallas_tpu.weights_work else []
+                [min((end[e] - r) // 8, num_tiles - 1)]
+                if work is pallas_tpu.list_weight_tasks
+                else []
             )
             expected |= {(e, tile, c) for tile in touched for c in range(width // 4)}
-        live = int(tasks.live)
+        live = int(tasks.num_tasks)
         got = list(
             zip(
                 *(
                     np.asarray(a)[:live].tolist()
-                    for a in (tasks.expert, tasks.row_tile, tasks.column)
+                    for a in (tasks.expert_T, tasks.row_tile_T, tasks.column_tile_T)
                 )
             )
         )
         assert len(got) == len(set(got)) and set(got) == expected
-        assert live <= tasks.expert.shape[0] == tile_lists.task_bound(N, PLACEMENT, tiles)
-        assert all(int(a.min()) >= 0 for a in tasks[1:])
+        assert live <= tasks.expert_T.shape[0] == tile_lists.max_num_tasks(N, PLACEMENT, tiles)
+        assert all(int(a.min()) >= 0 for a in tasks[1:] if a is not None)
 
 
 def test_cores_never_share_an_output_block():
     tiles = pallas_tpu.Tiles(8, 4, 8, 16)
-    work = pallas_tpu.hidden_out_work(
+    work = pallas_tpu.list_hidden_out_tasks(
         jnp.asarray(ROUTINGS["shared tiles"], jnp.int32),
-        tile_lists.columns_of(PLACEMENT, 0, N, tiles),
+        tile_lists.list_column_tiles(PLACEMENT, 0, N, tiles),
         tiles,
         N // 8,
     )
-    first, end = pallas_tpu.split(work, 2)
-    assert int(first[0]) == 0 and int(end[0]) == int(first[1]) and int(end[1]) == int(work.live)
+    first, end = pallas_tpu.split_tasks(work, 2)
+    assert (
+        int(first[0]) == 0 and int(end[0]) == int(first[1]) and int(end[1]) == int(work.num_tasks)
+    )
     blocks = [
-        {(int(work.column[i]), int(work.row_tile[i])) for i in range(int(a), int(b))}
+        {(int(work.column_tile_T[i]), int(work.row_tile_T[i])) for i in range(int(a), int(b))}
         for a, b in zip(first, end)
     ]
     assert not blocks[0] & blocks[1]
@@ -178,12 +187,15 @@ def test_a_core_without_tasks_of_its_own_repeats_the_last_block(rows):
         pallas_tpu.Tiles(8, 4, 16, 8, 2),
         expert_placement.place_experts((4,) * 5, 1, "pairs"),
     )
-    work = pallas_tpu.hidden_out_work(
-        jnp.asarray(rows, jnp.int32), tile_lists.columns_of(equal, 0, N, tiles), tiles, N // 8
+    work = pallas_tpu.list_hidden_out_tasks(
+        jnp.asarray(rows, jnp.int32),
+        tile_lists.list_column_tiles(equal, 0, N, tiles),
+        tiles,
+        N // 8,
     )
-    first, end = pallas_tpu.split(work, 2)
-    assert int(work.live) == sum(r > 0 for r in rows)  # all of them of one block
-    assert first.tolist() == [0, 0] and end.tolist() == [int(work.live)] * 2
+    first, end = pallas_tpu.split_tasks(work, 2)
+    assert int(work.num_tasks) == sum(r > 0 for r in rows)  # all of them of one block
+    assert first.tolist() == [0, 0] and end.tolist() == [int(work.num_tasks)] * 2
 
 
 def test_cores_share_the_outputs_of_every_kernel():

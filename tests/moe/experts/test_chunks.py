@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 from modse_jax.moe import expert_placement, expert_widths
-from modse_jax.moe.experts import chunks, expert_weights, pallas_gpu, reference_ffn, tile_lists
+from modse_jax.moe.experts import (
+    chunks,
+    expert_weights,
+    pallas_gpu,
+    reference_ffn,
+    swiglu,
+    tile_lists,
+)
 
 D = 8
 
@@ -51,7 +58,7 @@ class PlainKernels:
         gate_NH, up_NH, owned_NH = kept
         routed_N1 = owned_NH.any(axis=1, keepdims=True)
         x_ND, dy_ND = jnp.where(routed_N1, x_ND, 0), jnp.where(routed_N1, dy_ND, 0)
-        gradients = tile_lists.swiglu_backward(gate_NH, up_NH, dy_ND @ w_down.T)
+        gradients = swiglu.swiglu_backward(gate_NH, up_NH, dy_ND @ w_down.T)
         hidden_NH, dgate_NH, dup_NH = (jnp.where(owned_NH, a, 0) for a in gradients)
         dx_ND = dgate_NH @ w_gate.T + dup_NH @ w_up.T
         return dx_ND, x_ND.T @ dgate_NH, x_ND.T @ dup_NH, hidden_NH.T @ dy_ND
@@ -193,8 +200,8 @@ def test_chunks_divide_the_rows_of_every_expert():
 
 
 def list_tasks(work):
-    live = int(work.live)
-    columns = (work.expert, work.row_tile, work.column, work.flat)
+    live = int(work.num_tasks)
+    columns = (work.expert_T, work.row_tile_T, work.column_tile_T, work.flat_tile_T)
     return list(zip(*(np.asarray(c)[:live].tolist() for c in columns)))
 
 
@@ -212,14 +219,14 @@ def test_grouped_tasks_are_the_same_tasks(seed):
     rows_E = rng.multinomial(rng.integers(0, 3000), rng.dirichlet(np.full(5, 0.5)))
     placement, tiles = expert_placement.place_experts(widths, 1, "pairs"), pallas_gpu.Tiles()
     num_tiles = -(-3000 // tiles.rows)
-    columns = tile_lists.columns_of(placement, 0, num_tiles * tiles.rows, tiles)
+    columns = tile_lists.list_column_tiles(placement, 0, num_tiles * tiles.rows, tiles)
     arguments = (jnp.asarray(rows_E, jnp.int32), columns, tiles, num_tiles)
-    grouped = tile_lists.hidden_out_groups(*arguments, int(rng.integers(1, 12)))
+    grouped = tile_lists.list_grouped_hidden_out_tasks(*arguments, int(rng.integers(1, 12)))
     tasks = list_tasks(grouped)
-    assert sorted(tasks) == sorted(list_tasks(tile_lists.hidden_in_work(*arguments)))
+    assert sorted(tasks) == sorted(list_tasks(tile_lists.list_hidden_in_tasks(*arguments)))
     assert len(set(tasks)) == len(tasks)
-    assert int(grouped.row_tile.max()) < num_tiles and int(grouped.flat.min()) >= 0
-    assert int(grouped.flat.max()) < sum(widths) // tiles.hidden
+    assert int(grouped.row_tile_T.max()) < num_tiles and int(grouped.flat_tile_T.min()) >= 0
+    assert int(grouped.flat_tile_T.max()) < sum(widths) // tiles.hidden
 
 
 def test_grouped_tasks_read_few_weights_at_a_time():
@@ -228,12 +235,12 @@ def test_grouped_tasks_read_few_weights_at_a_time():
     widths = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, 1536)
     placement, tiles = expert_placement.place_experts(widths, 1, "pairs"), pallas_gpu.Tiles()
     num_tiles = 256
-    columns = tile_lists.columns_of(placement, 0, num_tiles * tiles.rows, tiles)
+    columns = tile_lists.list_column_tiles(placement, 0, num_tiles * tiles.rows, tiles)
     rows_E = jnp.full(8, num_tiles * tiles.rows // 8 - 3, jnp.int32)
     arguments = (rows_E, columns, tiles, num_tiles)
-    grouped = tile_lists.hidden_out_groups(*arguments, pallas_gpu.VISITS_PER_GROUP)
+    grouped = tile_lists.list_grouped_hidden_out_tasks(*arguments, pallas_gpu.VISITS_PER_GROUP)
     assert most_columns(list_tasks(grouped), 132) <= max(widths) // tiles.hidden // 5
     for task, following in itertools.pairwise(list_tasks(grouped)):  # a snake: no jump back
         assert task[0] != following[0] or abs(task[3] - following[3]) <= 1
-    by_visit = list_tasks(tile_lists.hidden_in_work(*arguments))
+    by_visit = list_tasks(tile_lists.list_hidden_in_tasks(*arguments))
     assert most_columns(by_visit, 132) >= max(widths) // tiles.hidden
