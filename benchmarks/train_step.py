@@ -23,7 +23,7 @@ from modse_jax.model import accounting
 from modse_jax.model.attention import attention_layer
 from modse_jax.moe import dispatch, expert_widths, router
 from modse_jax.moe.experts import block_sizes, expert_weights, select
-from modse_jax.runtime import sharding
+from modse_jax.runtime import peak_rate, sharding
 from modse_jax.training import losses, optimizer, train_step
 
 SHAPES = flags.DEFINE_list("shapes", ["A", "A-modse", "B"], "built-in shapes to time")
@@ -172,7 +172,7 @@ def measure(jobs: dict[str, options.Config], repeats: int, with_peers: bool) -> 
         {k: dict(compiled=f, arguments=()) for k, f in runs.items()}, repeats, warmup=1, calls=4
     )
     peak, flops, rows = (
-        accounting.peak_flops(jax.devices()[:1]),
+        peak_rate.peak_flops(jax.devices()[:1]),
         {name: _flops(o) for name, o in ours.items()},
         [],
     )
@@ -221,7 +221,7 @@ def _tokens(config):
 def _flops(ours):
     """(nominal, realised) FLOPs of a step, the latter of all steps so far: routing moves while the model learns."""
     c = ours.config
-    width = accounting.realised_width(c, np.sum(ours.counts, axis=0).sum(axis=1))
+    width = accounting.realized_width(c, np.sum(ours.counts, axis=0).sum(axis=1))
     return tuple(
         _tokens(c) * accounting.train_flops_per_token(c, c.data.sequence_length, w)
         for w in (accounting.nominal_width(c), width)

@@ -352,7 +352,7 @@ def _flops(config, mesh):
     tokens = config.training.batch_size * config.data.sequence_length / mesh.size
     width = accounting.nominal_width(config)
     every = accounting.train_flops_per_token(config, config.data.sequence_length, width) * tokens
-    experts = 6 * accounting.active_experts(config, width) * tokens
+    experts = 6 * accounting.active_expert_parameters(config, width) * tokens
     busiest = expert_placement.straggler_factor(
         [1] * len(config.widths), device_mesh.place_experts_on_mesh(config, mesh)
     )
