@@ -32,7 +32,7 @@ from modse_jax.model import accounting
 from modse_jax.model.attention import attention_layer
 from modse_jax.moe import dispatch, expert_widths, router
 from modse_jax.moe.experts import block_sizes, expert_weights, select
-from modse_jax.runtime import sharding
+from modse_jax.runtime import peak_rate, sharding
 from modse_jax.training import losses, optimizer, train_step
 
 SHAPES = flags.DEFINE_list("shapes", ["A", "A-modse", "B"], "Built-in shapes to time.")
@@ -230,7 +230,7 @@ def measure(jobs: Mapping[str, Config], repeats: int, with_peers: bool) -> list[
             steps |= {(name, who): peer for who, peer in peers.start_mixtrals(config).items()}
     cases = {key: timing.Case(step, ()) for key, step in steps.items()}
     seconds = timing.time_interleaved(cases, repeats, warmup=1, calls=4)
-    peak = accounting.peak_flops(jax.devices()[:1])
+    peak = peak_rate.peak_flops(jax.devices()[:1])
     flops = {name: _count_flops(step) for name, step in own_steps.items()}
     rows = []
     for (name, who), step_seconds in seconds.items():
@@ -299,7 +299,7 @@ def _count_flops(step: OwnStep) -> StepFlops:
     length = config.data.sequence_length
     tokens_KE = np.sum(step.counts, axis=0)
     nominal_width = accounting.nominal_width(config)
-    realised_width = accounting.realised_width(config, tokens_KE.sum(axis=1))
+    realised_width = accounting.realized_width(config, tokens_KE.sum(axis=1))
     return StepFlops(
         tokens * accounting.train_flops_per_token(config, length, nominal_width),
         tokens * accounting.train_flops_per_token(config, length, realised_width),

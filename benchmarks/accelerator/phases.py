@@ -409,7 +409,7 @@ def _step_row(c: options.Config, mesh, seconds: list[float], losses: list[float]
     tokens = c.training.batch_size * c.data.sequence_length
     length = c.data.sequence_length
     nominal = tokens * accounting.train_flops_per_token(c, length, accounting.nominal_width(c))
-    width = accounting.realised_width(c, counts)
+    width = accounting.realized_width(c, counts)
     realised = tokens * accounting.train_flops_per_token(c, length, width)
     median = float(np.median(seconds))
     chip = chips.CHIPS.get(sharding.chip_name(mesh))

@@ -210,10 +210,10 @@ class Engine:
     ) -> Iterator[tuple[Row, list[tuple[float, bool]]]]:
         """Each row with a (log p, greedy) per candidate, in no order. A candidate of None is the row without one."""
         for batch, bucket in self._batches(rows, lambda row: len(row.tokens), what, quiet):
-            tokens_BL, lengths_B = sampling.padded(
+            tokens_BL, lengths_B = sampling.pad_rows(
                 [r.tokens for r in batch.rows], bucket, self.pad_id
             )
-            last_BM, _ = sampling.padded(
+            last_BM, _ = sampling.pad_rows(
                 [[c or 0 for c in r.last] for r in batch.rows], CANDIDATES, 0
             )
             arrays = {
@@ -252,7 +252,7 @@ class Engine:
         for batch, bucket in self._batches(
             rows, lambda row: len(row.tokens) + room, what, quiet, room
         ):
-            tokens_BP, lengths_B = sampling.padded(
+            tokens_BP, lengths_B = sampling.pad_rows(
                 [r.tokens for r in batch.rows], bucket - room, self.pad_id
             )
             lengths_B[batch.real :] = 0

@@ -1,1 +1,1 @@
-"""The decoder around the MoE layer, its sampler, and the counting of its parameters and FLOPs."""
+"""The Transformer around the MoE layer, text generation, and counts of parameters and FLOPs."""

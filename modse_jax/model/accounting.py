@@ -1,109 +1,113 @@
-"""Parameters and FLOPs of a model from its config alone; tests check them against the built model.
+"""Numbers of parameters and FLOPs of a model, computed from its config alone.
 
-FLOPs count multiplications and additions of matrix products, attention scores over the whole context included (the
-convention of PaLM, appendix B, which most published MFU use). Legend: D model, E experts, K top-k, H flat hidden axis.
+Tests check the numbers of parameters against the built model. FLOPs count the multiplications and
+additions of matmuls, including attention scores over the full context. This is the convention of
+PaLM (appendix B), which most published values of model FLOPs utilization use.
+
+Legend: D model, E experts, L length.
 """
 
-import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from modse_jax.config.options import Config
-from modse_jax.runtime import chips
 
 
-class Parameters(NamedTuple):
-    """Counts over all layers. `experts` are all of them; `gates` and `norms` are what the paper's totals leave out."""
+class ParameterCounts(NamedTuple):
+    """Numbers of parameters, summed over layers."""
 
     embeddings: int
     attention: int
-    experts: int
-    gates: int
+    experts: int  # all experts, used or not
+    gates: int  # the router
     norms: int
 
     @property
     def total(self) -> int:
+        """Returns the number of all parameters."""
         return sum(self)
 
     @property
     def weights(self) -> int:
-        """Attention, experts and embeddings: what the paper's tables count."""
+        """Returns the number of parameters in attention, experts and embeddings.
+
+        The tables of the paper count these; they leave out gates and norms.
+        """
         return self.embeddings + self.attention + self.experts
 
 
-def parameters(config: Config) -> Parameters:
-    """Every parameter of the model."""
-    m, D, E = config.model, config.model.dim, config.moe.num_experts
-    kv = (m.num_kv_heads or m.num_heads) * (D // m.num_heads)
-    gates = 2 * D * E + E if config.moe.gate_term == "learned" else D * E
-    return Parameters(
-        embeddings=m.vocab_size * D * (1 if m.tie_embeddings else 2),
-        attention=m.num_layers * (2 * D * D + 2 * D * kv),
-        experts=m.num_layers * 3 * D * sum(config.widths),
-        gates=m.num_layers * gates,
-        norms=(2 * m.num_layers + 1) * D,
+def count_parameters(config: Config) -> ParameterCounts:
+    """Returns the number of parameters of every part of the model."""
+    model = config.model
+    D = model.dim
+    E = config.moe.num_experts
+    key_value_dim = (model.num_kv_heads or model.num_heads) * (D // model.num_heads)
+    router_gate = D * E
+    router_noise = D * E + E if config.moe.gate_term == "learned" else 0
+    num_embeddings = 1 if model.tie_embeddings else 2
+    return ParameterCounts(
+        embeddings=num_embeddings * model.vocab_size * D,
+        attention=model.num_layers * (2 * D * D + 2 * D * key_value_dim),
+        experts=model.num_layers * 3 * D * sum(config.widths),
+        gates=model.num_layers * (router_gate + router_noise),
+        norms=(2 * model.num_layers + 1) * D,
     )
 
 
-def active_experts(config: Config, mean_width: float) -> int:
-    """Expert parameters that K experts of the given mean width use, over all layers."""
+def active_expert_parameters(config: Config, mean_width: float) -> int:
+    """Returns the expert parameters that a token uses, summed over layers.
+
+    Args:
+        mean_width: mean width of the K experts of a token.
+    """
     return round(config.model.num_layers * 3 * config.model.dim * config.moe.top_k * mean_width)
 
 
 def active_parameters(config: Config, mean_width: float | None = None) -> int:
-    """Parameters a token meets, gates and norms left out as in the paper.
+    """Returns the parameters that a token uses, without gates and norms, as in the paper.
 
-    Args: mean_width: of the chosen experts; by default the mean over experts, right when all get equal counts.
+    Args:
+        mean_width: mean width of the K experts of a token; None for the mean over all experts,
+            which is right if all experts get equal numbers of tokens.
     """
+    counts = count_parameters(config)
     width = nominal_width(config) if mean_width is None else mean_width
-    return parameters(config).weights - parameters(config).experts + active_experts(config, width)
+    return counts.weights - counts.experts + active_expert_parameters(config, width)
 
 
 def nominal_width(config: Config) -> float:
-    """Mean expert width: the mean of the chosen experts when all get equal counts."""
+    """Returns the mean width of all experts.
+
+    It is the mean width of the chosen experts if all experts get equal numbers of tokens.
+    """
     return sum(config.widths) / len(config.widths)
 
 
-def realised_width(config: Config, tokens_E: np.ndarray) -> float:
-    """Mean width of the chosen experts, weighted by tokens per expert ([..., E], any leading axes)."""
-    tokens_E = np.asarray(tokens_E, np.float64).reshape(-1, len(config.widths)).sum(axis=0)
+def realized_width(config: Config, tokens_E: np.ndarray) -> float:
+    """Returns the mean width of the chosen experts, weighted by their numbers of tokens.
+
+    Args:
+        tokens_E: number of tokens routed to every expert, with any leading axes, which are summed.
+    """
+    num_experts = len(config.widths)
+    tokens_E = np.asarray(tokens_E, np.float64).reshape(-1, num_experts).sum(axis=0)
     return float(tokens_E @ np.array(config.widths) / max(tokens_E.sum(), 1))
 
 
 def train_flops_per_token(config: Config, sequence_length: int, mean_width: float) -> float:
-    """Forward and backward: 3 x forward; 6 per active weight met in a product, and 12 * layers * D * L for scores."""
-    m = config.model
-    p = parameters(config)
-    head = m.vocab_size * m.dim
-    weights = head + p.attention + m.num_layers * m.dim * config.moe.num_experts
-    return (
-        6 * (weights + active_experts(config, mean_width))
-        + 12 * m.num_layers * m.dim * sequence_length
-    )
+    """Returns the FLOPs of the forward and backward pass per token.
 
+    The backward pass counts twice the forward pass. So every active weight in a matmul counts 6
+    FLOPs, and the attention scores and their sum over values count 12 * num_layers * D * L.
 
-def peak_flops(devices: Sequence[jax.Device]) -> float | None:
-    """FLOP/s of devices of one kind together: from the table, on CPU measured by a float32 matrix product (the devices
-    of a process share its cores); None where unknown."""
-    chip = chips.chip_name(devices[0])
-    if chip == "cpu":
-        return _measure_cpu() * len({device.process_index for device in devices})
-    return chips.CHIPS[chip].teraflops * 1e12 * len(devices) if chip in chips.CHIPS else None
-
-
-@functools.cache
-def _measure_cpu(size: int = 1536, repeats: int = 5) -> float:
-    """Best of a few products of square matrices: what this machine reaches, not what its maker prints."""
-    import time
-
-    a = jax.random.normal(jax.random.key(0), (size, size))
-    product = jax.jit(lambda a: a @ a).lower(a).compile()
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        product(a).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:])
+    Args:
+        mean_width: mean width of the K experts of a token.
+    """
+    model = config.model
+    head = model.vocab_size * model.dim
+    attention = count_parameters(config).attention
+    router = model.num_layers * model.dim * config.moe.num_experts
+    weights = head + attention + router + active_expert_parameters(config, mean_width)
+    scores = model.num_layers * model.dim * sequence_length
+    return 6 * weights + 12 * scores

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The kernels of a run: resolves "auto" for experts and attention, and tests them on the device."""
 
 import dataclasses
 from typing import NamedTuple
@@ -14,74 +14,86 @@ from modse_jax.runtime import sharding
 
 
 class SelectedKernels(NamedTuple):
-    """What multiplies in training, "auto" decided. note: why "auto" does not take the chip's kernels for experts, or
-    how much they pad."""
+    """The implementations that a run uses, with "auto" resolved."""
 
     experts: str
     attention: str
+    # Why "auto" does not use the chip's kernels for experts, or how much they pad; else empty.
     note: str
 
     def line(self) -> str:
         """Returns the line that a run prints."""
-        return (
-            f"experts: {self.experts}{self.note and f' ({self.note})'}; attention: {self.attention}"
-        )
+        note = f" ({self.note})" if self.note else ""
+        return f"experts: {self.experts}{note}; attention: {self.attention}"
 
 
 def select_kernels(config: Config, mesh: Mesh) -> SelectedKernels:
-    """Raises UserError where what is asked for does not run on the mesh."""
-    m, chip, placement = (
-        config.model,
-        sharding.chip_name(mesh),
-        device_mesh.place_experts_on_mesh(config, mesh),
-    )
-    job = config.moe.backend, placement, (max_rows_per_device(config, mesh), m.dim), chip, m.dtype
+    """Returns the implementations of experts and attention for training on a mesh.
+
+    Raises:
+        UserError: a requested implementation cannot run on the mesh.
+    """
+    model = config.model
+    chip = sharding.chip_name(mesh)
+    placement = device_mesh.place_experts_on_mesh(config, mesh)
+    shape_ND = (max_rows_per_device(config, mesh), model.dim)
     try:
-        select.check_backend(*job)
+        select.check_backend(config.moe.backend, placement, shape_ND, chip, model.dtype)
     except ValueError as error:
         raise UserError(str(error)) from None
-    experts, note = select.select_backend(*job)
-    shape = 1, config.data.sequence_length, m.num_heads, m.dim // m.num_heads
-    return SelectedKernels(
-        experts, selection.select_attention(m.attention, shape, chip, m.dtype), note
+    experts, note = select.select_backend(
+        config.moe.backend, placement, shape_ND, chip, model.dtype
     )
+    head_size = model.dim // model.num_heads
+    query_shape = (1, config.data.sequence_length, model.num_heads, head_size)
+    attention = selection.select_attention(model.attention, query_shape, chip, model.dtype)
+    return SelectedKernels(experts, attention, note)
 
 
 def check_kernels(config: Config, mesh: Mesh) -> SelectedKernels:
-    """Returns `kernels(config, mesh)` after those that have never run on hardware were checked on this device."""
-    m, found = config.model, select_kernels(config, mesh)
-    if found.experts in select.KERNELS:
+    """Returns `select_kernels(config, mesh)` after a test of the kernels on this device.
+
+    Expert kernels and cuDNN's attention are run once and compared with their references, because
+    a new device or a new version of a library may compute wrong results.
+
+    Raises:
+        UserError: the kernels cannot run, or their results are wrong.
+    """
+    model = config.model
+    kernels = select_kernels(config, mesh)
+    if kernels.experts in select.KERNELS:
+        placement = device_mesh.place_experts_on_mesh(config, mesh)
+        chip = sharding.chip_name(mesh)
         try:
-            select.self_test_kernels(
-                found.experts,
-                device_mesh.place_experts_on_mesh(config, mesh),
-                m.dim,
-                sharding.chip_name(mesh),
-                m.dtype,
-            )
-        except RuntimeError as error:  # they do not run, or their results are wrong
+            select.self_test_kernels(kernels.experts, placement, model.dim, chip, model.dtype)
+        except RuntimeError as error:
             raise UserError(str(error)) from None
-    if found.attention == "cudnn":
-        cudnn_attention.check_cudnn(
-            (m.num_heads, m.num_kv_heads or m.num_heads, m.dim // m.num_heads),
-            config.data.sequence_length,
-        )
-    return found
+    if kernels.attention == "cudnn":
+        num_groups = model.num_kv_heads or model.num_heads
+        shape = (model.num_heads, num_groups, model.dim // model.num_heads)
+        cudnn_attention.check_cudnn(shape, config.data.sequence_length)
+    return kernels
 
 
 def for_evaluation(config: Config) -> Config:
-    """The same model, dropless (with a capacity a token's score would depend on its batch mates), on any device."""
+    """Returns the config of the same model for evaluation, dropless and on any device.
+
+    With a capacity, the score of a token would depend on the other tokens of its batch.
+    """
+    attention = "blocks" if config.model.attention == "blocks" else "auto"
     backend = config.moe.backend if config.moe.backend in ANYWHERE else "auto"
-    kind = "blocks" if config.model.attention == "blocks" else "auto"
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, attention=kind),
+        model=dataclasses.replace(config.model, attention=attention),
         moe=dataclasses.replace(config.moe, capacity_factor=0.0, backend=backend),
     )
 
 
 def max_rows_per_device(config: Config, mesh: Mesh) -> int:
-    """The most rows that one device's experts are given at once in training, those that belong to nobody included."""
-    t = config.training
-    tokens = t.batch_size // t.gradient_accumulation * config.data.sequence_length // mesh.size
-    return mesh.shape[sharding.EXPERT] * tokens * config.moe.top_k
+    """Returns the number of rows of the largest expert FFN call of a device, with padding rows.
+
+    All tokens of an expert group may be routed to one of its devices.
+    """
+    micro_batch = config.training.batch_size // config.training.gradient_accumulation
+    tokens_per_device = micro_batch * config.data.sequence_length // mesh.size
+    return mesh.shape[sharding.EXPERT] * tokens_per_device * config.moe.top_k

@@ -19,7 +19,7 @@ def checkpoint_policy(remat: str, mesh: Mesh | None) -> Callable | None:
     Args:
         remat: the option model.remat:
             "none": saves all activations. With fully sharded data parallelism, the weights that a
-                block all-gathers are recomputed; otherwise the weights of all layers would be saved.
+                block all-gathers are recomputed; else the weights of all layers would be saved.
             "full": recomputes each block, saving only its routing decisions.
             "save_routing_and_dots": also saves the results of matmuls without batch dimensions.
     """

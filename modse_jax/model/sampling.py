@@ -1,6 +1,9 @@
-"""Text from a model: prefill, then decoding through a key/value cache, for prompts of different lengths.
+"""Text generation: prefill, then decoding through a key/value cache.
 
-Legend: B batch, P padded prompt length, V vocabulary.
+The prompts of a batch may have different lengths.
+
+Legend: B batch, P padded prompt length, N new tokens, D model, V vocabulary,
+S cache length, G key/value heads, C head size.
 """
 
 import functools
@@ -12,29 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from modse_jax.model.attention.attention_layer import Cache
 from modse_jax.runtime import gpu_options
 
 
 class Settings(NamedTuple):
-    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+    """How the next token is drawn."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float = 1.0  # 0 is greedy decoding
+    top_k: int = 0  # 0 allows all tokens
+    top_p: float = 1.0  # 1 allows all tokens
 
 
-class Decoding(NamedTuple):
-    """What the next token is drawn from, for B texts."""
+class DecodingState(NamedTuple):
+    """The state of the texts of a batch between two decoding steps."""
 
-    cache: tuple[jax.Array, jax.Array]  # keys, values [layers, B, S, G, C]
-    logits_BV: jax.Array
+    cache: Cache  # keys and values, [layers, B, S, G, C]
+    logits_BV: jax.Array  # of the next token
     positions_B: jax.Array  # of the next token
-    done_B: jax.Array  # whether a text has ended: it goes on as padding, and costs no expert
+    done_B: jax.Array  # True after the end token: padding follows, which is routed to no expert
 
 
 def stream(
-    graph,
-    params,
+    graph: nnx.GraphDef,
+    params: dict,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     settings: Settings,
@@ -43,36 +47,48 @@ def stream(
     eos_id: int,
     chunk: int,
 ) -> Iterator[list[list[int]]]:
-    """New tokens after each prompt, without the end token, in pieces of `chunk` as they come; the same for any chunk.
+    """Yields the new tokens of every prompt, `chunk` tokens at a time, without the end token.
 
-    Args: graph, params: as from transformer.build_abstract. prompts: token ids, any lengths above 0, with
-      prompt + max_new_tokens within the context. Prompts are padded on the right to a power of two, so that few shapes
-      compile.
-    Raises: ValueError for an empty prompt.
+    The tokens do not depend on `chunk`. Prompts are padded on the right to a power of two, so that
+    programs for few shapes are compiled.
+
+    Args:
+        graph, params: see transformer.build_abstract_model.
+        prompts: token ids. Every prompt needs at least one token, and its length plus
+            max_new_tokens must be within the context.
+
+    Raises:
+        ValueError: a prompt is empty.
     """
-    if not all(len(p) for p in prompts):
+    if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt needs at least one token")
-    tokens_BP, lengths_B = padded(prompts, 1 << (max(map(len, prompts)) - 1).bit_length(), pad_id)
-    prefill_here, decode_here = _programs(jax.tree.leaves(params)[0].devices().pop())
-    state = prefill_here(graph, params, tokens_BP, lengths_B, max_new_tokens)
+    longest = max(len(prompt) for prompt in prompts)
+    tokens_BP, lengths_B = pad_rows(prompts, 1 << (longest - 1).bit_length(), pad_id)
+    device = jax.tree.leaves(params)[0].devices().pop()
+    prefill_on_device, decode_on_device = programs_for(device)
+    state = prefill_on_device(graph, params, tokens_BP, lengths_B, max_new_tokens)
     keys = jax.random.split(key, max_new_tokens)
     for first in range(0, max_new_tokens, chunk):
-        ended = np.asarray(state.done_B)
-        state, tokens_BN = decode_here(
-            graph, params, state, keys[first : first + chunk], settings, pad_id, eos_id
+        was_done_B = np.asarray(state.done_B)
+        chunk_keys = keys[first : first + chunk]
+        state, tokens_BN = decode_on_device(
+            graph, params, state, chunk_keys, settings, pad_id, eos_id
         )
+        rows = np.asarray(tokens_BN).tolist()
         yield [
-            [] if over else _until(row, eos_id)
-            for over, row in zip(ended, np.asarray(tokens_BN).tolist())
+            [] if was_done else _truncate_at(row, eos_id) for was_done, row in zip(was_done_B, rows)
         ]
         if np.asarray(state.done_B).all():
             return
 
 
 @functools.cache
-def _programs(device: jax.Device) -> tuple[Callable, Callable]:
-    """Returns `prefill` and `decode` for a device, compiled with its options where it has any. Options are of the
-    outermost jit: the functions themselves may be part of another program."""
+def programs_for(device: jax.Device) -> tuple[Callable, Callable]:
+    """Returns `prefill` and `decode`, compiled with the options of the device if it has any.
+
+    Compiler options belong to the outermost jit, and other programs call `prefill` and `decode`
+    inside their own. So the options cannot be set on the functions themselves.
+    """
     options = gpu_options.compiler_options(device)
     if not options:
         return prefill, decode
@@ -82,10 +98,10 @@ def _programs(device: jax.Device) -> tuple[Callable, Callable]:
     )
 
 
-def padded(
+def pad_rows(
     rows: Sequence[Sequence[int]], length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [B, length], lengths [B]), int32, padding on the right."""
+    """Returns (tokens [B, length], lengths [B]), int32, with padding on the right."""
     tokens_BP = np.full((len(rows), length), pad_id, np.int32)
     for i, row in enumerate(rows):
         tokens_BP[i, : len(row)] = row
@@ -93,58 +109,97 @@ def padded(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def prefill(graph, params, tokens_BP, lengths_B, max_new_tokens: int) -> Decoding:
-    """The state after prompts of given lengths, with room for so many tokens. A row of length 0 is none, and done."""
+def prefill(
+    graph: nnx.GraphDef,
+    params: dict,
+    tokens_BP: jax.Array,
+    lengths_B: jax.Array,
+    max_new_tokens: int,
+) -> DecodingState:
+    """Runs the prompts, and returns the state before the first new token.
+
+    The cache has room for max_new_tokens more. A row of length 0 is padding of the batch, and done.
+    """
     model = nnx.merge(graph, params)
     B, P = tokens_BP.shape
     positions_BP = jnp.broadcast_to(jnp.arange(P)[None, :], (B, P))
     cache = model.empty_cache(B, P + max_new_tokens)
-    x_BPD, out = model.hidden_with_cache(
-        tokens_BP, positions_BP, positions_BP < lengths_B[:, None], cache
+    valid_BP = positions_BP < lengths_B[:, None]
+    x_BPD, output = model.hidden_with_cache(tokens_BP, positions_BP, valid_BP, cache)
+    last_B11 = jnp.maximum(lengths_B[:, None, None] - 1, 0)
+    x_B1D = jnp.take_along_axis(x_BPD, last_B11, axis=1)
+    return DecodingState(
+        cache=output.cache,
+        logits_BV=model.logits(x_B1D)[:, 0],
+        positions_B=lengths_B,
+        done_B=lengths_B == 0,
     )
-    last_B1D = jnp.take_along_axis(x_BPD, jnp.maximum(lengths_B[:, None, None] - 1, 0), axis=1)
-    return Decoding(out.cache, model.logits(last_B1D)[:, 0], lengths_B, lengths_B == 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def decode(graph, params, state: Decoding, keys, settings: Settings, pad_id: int, eos_id: int):
-    """(state, tokens [B, N]) of N more steps, one per key; after a text's end token, padding."""
+def decode(
+    graph: nnx.GraphDef,
+    params: dict,
+    state: DecodingState,
+    keys: jax.Array,
+    settings: Settings,
+    pad_id: int,
+    eos_id: int,
+) -> tuple[DecodingState, jax.Array]:
+    """Draws N new tokens of every text, one for each of N keys.
+
+    Returns (state, tokens [B, N]). After the end token of a text, its tokens are padding.
+    """
     model = nnx.merge(graph, params)
 
-    def step(state, key):
+    def decode_token(state: DecodingState, key: jax.Array) -> tuple[DecodingState, jax.Array]:
         tokens_B = jnp.where(state.done_B, pad_id, pick(state.logits_BV, settings, key))
         done_B = state.done_B | (tokens_B == eos_id)
-        x_B1D, out = model.hidden_with_cache(
+        x_B1D, output = model.hidden_with_cache(
             tokens_B[:, None], state.positions_B[:, None], ~done_B[:, None], state.cache
         )
-        return Decoding(
-            out.cache, model.logits(x_B1D)[:, 0], state.positions_B + 1, done_B
-        ), tokens_B
+        logits_BV = model.logits(x_B1D)[:, 0]
+        state = DecodingState(output.cache, logits_BV, state.positions_B + 1, done_B)
+        return state, tokens_B
 
-    state, tokens_NB = jax.lax.scan(step, state, keys)
+    state, tokens_NB = jax.lax.scan(decode_token, state, keys)
     return state, tokens_NB.T
 
 
 def pick(logits_BV: jax.Array, settings: Settings, key: jax.Array) -> jax.Array:
-    """Token ids [B]: the likeliest at temperature 0, else a draw after top-k, then top-p (Holtzman et al. 2020)."""
+    """Returns the next token ids [B].
+
+    At temperature 0 it is the token with the largest logit. Otherwise a token is drawn from those
+    that top-k and then top-p (nucleus) sampling keep (Holtzman et al. 2020).
+    """
     if settings.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1)
     logits_BV = logits_BV / settings.temperature
     if settings.top_k:
-        kth_B1 = jax.lax.top_k(logits_BV, min(settings.top_k, logits_BV.shape[1]))[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+        logits_BV = _mask_top_k(logits_BV, settings.top_k)
     if settings.top_p < 1:
-        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
-        p_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = (
-            jnp.cumsum(p_BV, axis=-1) - p_BV
-        )  # probability ahead of a token: below top_p for those kept
-        least_B1 = jnp.min(
-            jnp.where(before_BV < settings.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True
-        )
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+        logits_BV = _mask_top_p(logits_BV, settings.top_p)
     return jax.random.categorical(key, logits_BV, axis=-1)
 
 
-def _until(tokens, end):
+def _mask_top_k(logits_BV: jax.Array, top_k: int) -> jax.Array:
+    """Sets all but the top_k largest logits to -inf."""
+    largest, _ = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[1]))
+    smallest_allowed_B1 = largest[:, -1:]
+    return jnp.where(logits_BV < smallest_allowed_B1, -jnp.inf, logits_BV)
+
+
+def _mask_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
+    """Sets to -inf all but the fewest largest logits whose probabilities sum to top_p."""
+    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    # A token is allowed if all tokens before it have less than top_p together.
+    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    allowed_BV = jnp.where(before_BV < top_p, sorted_BV, jnp.inf)
+    smallest_allowed_B1 = jnp.min(allowed_BV, axis=-1, keepdims=True)
+    return jnp.where(logits_BV < smallest_allowed_B1, -jnp.inf, logits_BV)
+
+
+def _truncate_at(tokens: list[int], end: int) -> list[int]:
+    """Returns the tokens before the first `end`."""
     return tokens[: tokens.index(end)] if end in tokens else tokens

@@ -31,7 +31,7 @@ from modse_jax.data import batching, data_card, tokenizers, training_data
 from modse_jax.errors import ExitCode, RunError, UserError
 from modse_jax.model import accounting, kernel_selection
 from modse_jax.moe import expert_placement
-from modse_jax.runtime import files, memory_usage, processes, sharding, watchdog
+from modse_jax.runtime import files, memory_usage, peak_rate, processes, sharding, watchdog
 from modse_jax.runtime.lock import Lock
 from modse_jax.runtime.signals import Stopped, StopRequest
 from modse_jax.training import metrics, run_logs, train_step, validation
@@ -122,7 +122,7 @@ def _train(config, workdir, stop, locks):
         seconds = time.monotonic() - compile_start
         processes.on_all_processes(lambda: _check_memory(compiled_step, mesh))
     score = train_step.jitted_score_step(config, mesh)
-    peak = accounting.peak_flops(mesh.devices.flat)
+    peak = peak_rate.peak_flops(mesh.devices.flat)
 
     # ---- workdir: from here on the run writes ------------------------------------------------------------------------
     for line in checkpoints.start_writing(damaged, rewind_to):
@@ -432,7 +432,7 @@ def _silent(text, file=None):
 
 
 def parameter_table(config: Config) -> str:
-    p = accounting.parameters(config)
+    p = accounting.count_parameters(config)
     lines = [f"  {name:12} {count:>15,}" for name, count in p._asdict().items()]
     return "\n".join(
         [

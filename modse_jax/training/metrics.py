@@ -119,7 +119,7 @@ def train_row(
         "learning_rate": float(metrics.learning_rate),
         "tokens_per_second": tokens / step_seconds,
         "mfu_nominal": mfu(accounting.nominal_width(config)),
-        "mfu_realised": mfu(accounting.realised_width(config, counts_E) * share),
+        "mfu_realised": mfu(accounting.realized_width(config, counts_E) * share),
         "step_seconds": step_seconds,
         "skipped_steps": int(metrics.skipped),
     }

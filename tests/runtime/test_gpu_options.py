@@ -79,15 +79,15 @@ def test_the_step_and_the_score_step_are_compiled_with_them(monkeypatch):
 def test_text_is_generated_by_programs_compiled_with_them(monkeypatch):
     """A device without options uses `prefill` and `decode` themselves, another its own jits."""
     device = jax.devices()[0]
-    sampling._programs.cache_clear()
-    assert sampling._programs(device) == (sampling.prefill, sampling.decode)
-    sampling._programs.cache_clear()
+    sampling.programs_for.cache_clear()
+    assert sampling.programs_for(device) == (sampling.prefill, sampling.decode)
+    sampling.programs_for.cache_clear()
     monkeypatch.setattr(
         gpu_options, "compiler_options", lambda device: {"xla_no_such_option": True}
     )
     graph, params = transformer.build_abstract_model(tiny_config())
-    prefill, _ = sampling._programs(device)
-    sampling._programs.cache_clear()
+    prefill, _ = sampling.programs_for(device)
+    sampling.programs_for.cache_clear()
     tokens, lengths = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((2, 4), (2,)))
     with pytest.raises(
         jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"

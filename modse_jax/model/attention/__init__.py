@@ -1,1 +1,1 @@
-"""Causal self-attention: the layer, its plain reference, and the implementations for each platform."""
+"""Causal self-attention: the layer, a plain reference, and implementations for each platform."""

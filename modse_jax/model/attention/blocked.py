@@ -124,7 +124,7 @@ def _attend_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     dtype = saved.query_BLAC.dtype
     num_groups = saved.key_BLGC.shape[2]
-    # The division by the denominators of the softmax is done once here, instead of for every weight.
+    # The output gradient is divided by the denominators of the softmax, instead of every weight.
     dout_BLAC = (dout_BLAC / saved.sum_BLA1).astype(dtype)
     inner_BLAC = dout_BLAC.astype(jnp.float32) * saved.out_BLAC.astype(jnp.float32)
     inner_BLA1 = jnp.sum(inner_BLAC, axis=3, keepdims=True)
@@ -150,7 +150,7 @@ def _attend_backward(
             _block_gradients(
                 weights_BGSQ,
                 _bgcrl_to_bgcq(dout_BGCRL[..., first:stop]),
-                _bgcrl_to_bgcq(inner_BG1RL[..., first:stop]),
+                inner_BG1RL[..., first:stop],
                 query_BGRLC[:, :, :, first:stop],
                 dout_BGRLC[:, :, :, first:stop],
                 key_BGCS[..., :stop],
@@ -170,7 +170,7 @@ attend_packed.defvjp(_attend_forward, _attend_backward)
 def _block_gradients(
     weights_BGSQ: jax.Array,
     dout_BGCQ: jax.Array,
-    inner_BG1Q: jax.Array,
+    inner_BG1RL: jax.Array,
     query_BGRLC: jax.Array,
     dout_BGRLC: jax.Array,
     key_BGCS: jax.Array,
@@ -181,10 +181,11 @@ def _block_gradients(
     Args:
         weights_BGSQ: softmax weights before the division by their sum.
         dout_BGCQ, dout_BGRLC: the output gradient divided by that sum, in two layouts.
-        inner_BG1Q: the inner products of the divided output gradient and the output.
+        inner_BG1RL: the inner products of the divided output gradient and the output.
     """
     dweights_BGSQ = _matmul("bgsc,bgcq->bgsq", value_BGSC, dout_BGCQ)
-    dscores_BGSQ = (weights_BGSQ * (dweights_BGSQ - inner_BG1Q)).astype(query_BGRLC.dtype)
+    dscores_BGSQ = weights_BGSQ * (dweights_BGSQ - _bgcrl_to_bgcq(inner_BG1RL))
+    dscores_BGSQ = dscores_BGSQ.astype(query_BGRLC.dtype)
     dquery_BGCQ = _matmul("bgcs,bgsq->bgcq", key_BGCS, dscores_BGSQ)
     return BlockGradients(
         dquery_BGCRL=_bgcq_to_bgcrl(dquery_BGCQ, shared=query_BGRLC.shape[2]),

@@ -1,0 +1,35 @@
+"""The peak rate of devices, from the table of chips or measured."""
+
+import types
+
+import jax
+import pytest
+
+from modse_jax.runtime import chips, peak_rate
+
+
+def test_measured_cpu_peak_is_plausible_and_counts_the_cores_once():
+    """A smoke test of the measurement. Virtual devices of one process share its cores."""
+    peak = peak_rate.peak_flops(jax.devices()[:1])
+    assert 1e8 < peak < 1e14
+    assert peak_rate.peak_flops(jax.devices()) == peak
+
+
+@pytest.mark.parametrize(
+    "kind, platform, name, teraflops",
+    [
+        ("TPU v5 lite", "tpu", "v5e", 197),
+        ("TPU v5p", "tpu", "v5p", 459),
+        ("TPU v5", "tpu", "v5p", 459),
+        ("NVIDIA H200", "gpu", "h200", 989),
+        ("NVIDIA GH200 480GB", "gpu", "h100", 989),
+        ("NVIDIA A100-SXM4-80GB", "gpu", "a100", 312),
+        ("TPU v9", "tpu", "TPU v9", None),
+        ("Some GPU", "gpu", "gpu", None),
+    ],
+)
+def test_chips_are_recognized_by_their_device_kind(kind, platform, name, teraflops):
+    device = types.SimpleNamespace(device_kind=kind, platform=platform)
+    expected = None if teraflops is None else 2 * teraflops * 1e12
+    assert chips.chip_name(device) == name
+    assert peak_rate.peak_flops([device] * 2) == expected
