@@ -68,7 +68,7 @@ TASKS_DIR = flags.DEFINE_string(
 
 
 def main() -> int:
-    from modse_jax.evaluation import scoring
+    from modse_jax.evaluation import model_loading, scoring
     from modse_jax.report import analysis, pages
     from modse_jax.runtime import processes
 
@@ -83,7 +83,7 @@ def main() -> int:
     if WORKDIRS.value or not WORKDIR.value:
         raise UserError("give --workdir=DIR; --workdirs is for the suites tasks and compare")
     if SUITE.value == ["verify"]:
-        text, sound = scoring.verify(WORKDIR.value)
+        text, sound = model_loading.verify_checkpoints(WORKDIR.value)
         print(text)
         return 0 if sound else 1
     if SUITE.value == ["analysis"]:
@@ -111,14 +111,14 @@ def main() -> int:
 
 
 def _tasks():
-    from modse_jax.evaluation import tasks
+    from modse_jax.evaluation.benchmarks import run_comparison, task_runner
     from modse_jax.runtime import processes
 
     workdirs = tuple(WORKDIRS.value or filter(None, [WORKDIR.value]))
     if not workdirs or (WORKDIRS.value and WORKDIR.value):
         raise UserError("give --workdir=DIR or --workdirs=DIR,DIR")
     if SUITE.value == ["tasks"]:
-        tasks.run(
+        task_runner.run_tasks(
             workdirs,
             STEP.value,
             tuple(TASKS.value),
@@ -130,7 +130,10 @@ def _tasks():
     elif len(workdirs) < 2:
         raise UserError("suite compare needs --workdirs=DIR,DIR")
     if len(workdirs) > 1 and processes.is_main_process():
-        print("\n" + tasks.compare(workdirs, STEP.value, tuple(TASKS.value), LIMIT.value))
+        print(
+            "\n"
+            + run_comparison.compare_runs(workdirs, STEP.value, tuple(TASKS.value), LIMIT.value)
+        )
     return 0
 
 

@@ -10,7 +10,7 @@ import time
 from modse_jax.data import loader
 from modse_jax.data.prepare import OneLineParser
 from modse_jax.errors import UserError
-from modse_jax.evaluation import scoring
+from modse_jax.evaluation import model_loading
 from modse_jax.training import metrics
 
 
@@ -22,7 +22,7 @@ def summary(workdir: pathlib.Path, since: float) -> dict:
         raise UserError(
             f"{workdir} holds no evaluation of the loss; run eval.py --workdir={workdir} first"
         )
-    (data,) = loader.load(scoring.read_config(workdir), workdir).datasets
+    (data,) = loader.load(model_loading.read_config(workdir), workdir).datasets
     text = b"".join(loader.documents(data, "validation"))
     if len(text) != data.card["splits"]["validation"]["bytes"]:
         raise RuntimeError(

@@ -20,7 +20,7 @@ from modse_jax.config import device_mesh
 from modse_jax.config.options import DataConfig, MeshConfig
 from modse_jax.data import loader, prepare
 from modse_jax.errors import RunError, UserError
-from modse_jax.evaluation import scoring
+from modse_jax.evaluation import model_loading
 from modse_jax.runtime import integrity
 from modse_jax.runtime.lock import Lock
 from modse_jax.training import checkpointing, loop, metrics, train_step, validation
@@ -463,10 +463,10 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused(corpus, tmp_path
 
 
 def test_verify_says_which_steps_are_good(copy):
-    text, sound = scoring.verify(str(copy.parent))
+    text, sound = model_loading.verify_checkpoints(str(copy.parent))
     assert sound and text.count("good") == 3
     faults.flip(copy / "00000002" / "meta" / "metadata", random.Random(0))
-    text, sound = scoring.verify(str(copy.parent))
+    text, sound = model_loading.verify_checkpoints(str(copy.parent))
     assert not sound and text.count("good") == 2 and "step        2  damaged: " in text
 
 
