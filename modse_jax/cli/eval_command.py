@@ -122,9 +122,9 @@ def _score() -> int:
 
 
 def _verify() -> int:
-    from modse_jax.evaluation import scoring
+    from modse_jax.evaluation import model_loading
 
-    text, all_sound = scoring.verify(FLAGS.workdir)
+    text, all_sound = model_loading.verify_checkpoints(FLAGS.workdir)
     print(text)
     return ExitCode.FINISHED if all_sound else ExitCode.FAILED
 
@@ -146,10 +146,10 @@ def _analyze() -> int:
 
 
 def _run_tasks() -> int:
-    from modse_jax.evaluation import tasks
+    from modse_jax.evaluation.benchmarks import task_runner
 
     workdirs = _workdirs()
-    tasks.run(
+    task_runner.run_tasks(
         workdirs,
         FLAGS.step,
         tuple(FLAGS.tasks),
@@ -172,11 +172,12 @@ def _compare_tasks() -> int:
 
 
 def _print_comparison(workdirs: tuple[str, ...]) -> None:
-    from modse_jax.evaluation import tasks
+    from modse_jax.evaluation.benchmarks import run_comparison
     from modse_jax.runtime import processes
 
     if processes.is_main_process():
-        print("\n" + tasks.compare(workdirs, FLAGS.step, tuple(FLAGS.tasks), FLAGS.limit))
+        tasks = tuple(FLAGS.tasks)
+        print("\n" + run_comparison.compare_runs(workdirs, FLAGS.step, tasks, FLAGS.limit))
 
 
 def _workdirs() -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: loss, routing, samples, pictures."""
+"""Evaluation of trained models: validation loss, routing, samples and benchmarks."""

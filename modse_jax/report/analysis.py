@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from modse_jax.data import batching
 from modse_jax.errors import UserError
-from modse_jax.evaluation import scoring
+from modse_jax.evaluation import model_loading
 from modse_jax.moe import expert_placement
 from modse_jax.report import pages, routing_statistics
 from modse_jax.runtime import sharding
@@ -30,7 +30,7 @@ UNITS = {
 }  # what a difficult token may be
 
 
-def trace(run: scoring.LoadedModel, limit: int, batch_size: int) -> routing_statistics.Trace:
+def trace(run: model_loading.LoadedModel, limit: int, batch_size: int) -> routing_statistics.Trace:
     """Of every held-out token that is predicted, in order. limit: records, 0 for all."""
     score = train_step.jitted_score_step(run.config, run.mesh, trace=True)
     parts = []
@@ -72,13 +72,15 @@ def write(
     Raises UserError where a baseline was trained on other data.
     """
     workdir = pathlib.Path(workdir).expanduser().absolute()
-    config = scoring.read_config(workdir)
+    config = model_loading.read_config(workdir)
     size = batch_size or config.evaluation.batch_size
-    run = scoring.open_run(workdir, step, size)
-    before = earlier or scoring.open_checkpoints(workdir).steps()[0]
+    run = model_loading.load_model(workdir, step, size)
+    before = earlier or model_loading.open_checkpoints(workdir).steps()[0]
     late = trace(run, limit, size)
     early = (
-        trace(scoring.open_run(workdir, before, size), limit, size) if before != run.step else None
+        trace(model_loading.load_model(workdir, before, size), limit, size)
+        if before != run.step
+        else None
     )
     others = [
         _baseline(run, pathlib.Path(name).expanduser().absolute(), limit, size)
@@ -106,7 +108,7 @@ def write(
 
 
 def _baseline(run, workdir, limit, size):
-    other = scoring.open_run(workdir, 0, size)
+    other = model_loading.load_model(workdir, 0, size)
     if other.data.fingerprint != run.data.fingerprint:
         raise UserError(
             f"the baseline {workdir} was trained on other data ({other.data.fingerprint}) than this run "
@@ -341,7 +343,7 @@ def _specialists(path, late, run):
                 out.writerow([layer, run.config.widths[expert], repr(text), f"{share:.3f}", count])
 
 
-def coloured(run: scoring.LoadedModel, late: routing_statistics.Trace) -> str:
+def coloured(run: model_loading.LoadedModel, late: routing_statistics.Trace) -> str:
     """The first held-out tokens, each on the colour of the mean width of its first choices over the layers, with its
     loss and its experts in a tooltip."""
     chosen = routing_statistics.width_of_first_choice(late, run.config.widths)

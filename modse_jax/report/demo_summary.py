@@ -9,7 +9,7 @@ import time
 
 from modse_jax.data import decoding, training_data
 from modse_jax.errors import UserError
-from modse_jax.evaluation import scoring
+from modse_jax.evaluation import model_loading
 from modse_jax.runtime.one_line_parser import OneLineParser
 from modse_jax.training import run_logs
 
@@ -22,7 +22,7 @@ def summary(workdir: pathlib.Path, since: float) -> dict:
         raise UserError(
             f"{workdir} holds no evaluation of the loss; run eval.py --workdir={workdir} first"
         )
-    (data,) = training_data.load(scoring.read_config(workdir), workdir).datasets
+    (data,) = training_data.load(model_loading.read_config(workdir), workdir).datasets
     text = b"".join(decoding.decode_documents(data, "validation"))
     if len(text) != data.card["splits"]["validation"]["bytes"]:
         raise RuntimeError(

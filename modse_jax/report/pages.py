@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 
-from modse_jax.evaluation import scoring
+from modse_jax.evaluation import model_loading, scoring
 from modse_jax.training import run_logs
 
 matplotlib.use("Agg")
@@ -25,7 +25,7 @@ def write(workdir: str) -> None:
         return
     out = workdir / "report"
     out.mkdir(exist_ok=True)
-    config = scoring.read_config(workdir)
+    config = model_loading.read_config(workdir)
     split = "validation" if any(layer["split"] == "validation" for layer in layers) else "train"
     newest = max(layer["step"] for layer in layers if layer["split"] == split)
     last = sorted(

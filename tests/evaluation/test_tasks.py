@@ -22,7 +22,14 @@ from lm_eval.api.instance import Instance
 
 from modse_jax.data import tokenizers
 from modse_jax.errors import ExitCode, RunError, UserError
-from modse_jax.evaluation import harness, scoring, tasks
+from modse_jax.evaluation import model_loading, result_files
+from modse_jax.evaluation.benchmarks import (
+    batch_engine,
+    harness_adapter,
+    run_comparison,
+    task_files,
+    task_runner,
+)
 from modse_jax.model import kernel_selection, transformer
 from modse_jax.runtime import processes, sharding
 from modse_jax.training import loop, train_step
@@ -50,7 +57,7 @@ def run_of(config, devices=1, params=None):
     params = params or jax.jit(lambda: train_step.init_state(config))().params
     params = jax.device_put(params, sharding.replicated(mesh))
     data = types.SimpleNamespace(tokenizer=tokenizers.Bytes())
-    return scoring.LoadedModel(config, data, mesh, 0, params)
+    return model_loading.LoadedModel(config, data, mesh, 0, params)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +73,7 @@ def requests(kind, arguments):
 
 
 def scores(run, texts=TEXTS, batch_size=0):
-    adapter = harness.Adapter(run, batch_size)
+    adapter = harness_adapter.Adapter(run, batch_size)
     return adapter.loglikelihood(requests("loglikelihood", texts), disable_tqdm=True), adapter
 
 
@@ -74,7 +81,7 @@ def test_a_uniform_model_has_log2_of_the_vocabulary_bits_per_token(model):
     config, params = model
     run = run_of(config, params={**params, "head": jnp.zeros_like(params["head"])})
     text = "What is nine times seven? " * 9  # 234 tokens, over several windows of 64
-    adapter = harness.Adapter(run)
+    adapter = harness_adapter.Adapter(run)
     (total,) = adapter.loglikelihood_rolling(
         requests("loglikelihood_rolling", [(text,)]), disable_tqdm=True
     )
@@ -134,7 +141,7 @@ def transformer_logits(config, params, ids):
 def test_the_likeliest_continuation_is_greedy(model):
     """With ids of the byte tokenizer that spell no text, so by ids."""
     config, params = model
-    adapter = harness.Adapter(run_of(config, params=params))
+    adapter = harness_adapter.Adapter(run_of(config, params=params))
     context = [1, 70, 71]
     best = []
     for _ in range(3):
@@ -160,13 +167,15 @@ def test_a_score_depends_on_nothing_but_its_request(model, devices, batch_size, 
 def test_requests_that_share_a_context_share_a_row(model, monkeypatch):
     rows = []
     monkeypatch.setattr(
-        harness.Engine,
+        batch_engine.Engine,
         "score",
-        lambda self, r, *_: [(row, [(0.0, True)] * len(row.last)) for row in rows.append(r) or r],
+        lambda self, r, *_: [
+            (row, [(0.0, True)] * len(row.candidates)) for row in rows.append(r) or r
+        ],
     )
     config, params = model
     scores(run_of(config, params=params), [("question", f" {letter}") for letter in "ABCDEFGHIJA"])
-    assert [len(row.last) for row in rows[0]] == [8, 2]
+    assert [len(row.candidates) for row in rows[0]] == [8, 2]
 
 
 def test_text_beyond_the_context_is_cut_from_the_left_and_counted(model):
@@ -190,7 +199,7 @@ def test_generation_equals_full_recomputation(model, devices):
     config, params = model
     prompts = ["a", "some longer text", "b" * 20, "c" * 60]
     room = 12
-    adapter = harness.Adapter(run_of(config, devices, params))
+    adapter = harness_adapter.Adapter(run_of(config, devices, params))
     got = adapter.generate_until(
         requests(
             "generate_until", [(p, {"until": ["\x00"], "max_gen_toks": room}) for p in prompts]
@@ -216,11 +225,11 @@ def test_generation_equals_full_recomputation(model, devices):
 def test_generation_ends_at_a_stop_string(model, monkeypatch):
     """In chunks of 8 tokens: text goes on over their borders, and no chunk is computed after a stop string."""
     config, params = model
-    monkeypatch.setattr(harness, "CHUNK", 8)
-    adapter, calls = harness.Adapter(run_of(config, params=params)), []
-    run = adapter.model._run
+    monkeypatch.setattr(batch_engine, "CHUNK", 8)
+    adapter, calls = harness_adapter.Adapter(run_of(config, params=params)), []
+    run = adapter.engine.programs.run
     monkeypatch.setattr(
-        adapter.model, "_run", lambda kind, *rest: calls.append(kind) or run(kind, *rest)
+        adapter.engine.programs, "run", lambda kind, *rest: calls.append(kind) or run(kind, *rest)
     )
 
     def text(until):
@@ -232,8 +241,8 @@ def test_generation_ends_at_a_stop_string(model, monkeypatch):
     assert calls == ["prefill"] + 3 * ["decode"]
     stop = long[9:11]
     assert len(long) > 11 and text([stop, ""]) == long.split(stop)[0] and len(calls) <= 3
-    monkeypatch.setattr(harness, "CHUNK", 20)
-    assert harness.Adapter(run_of(config, params=params)).generate_until(
+    monkeypatch.setattr(batch_engine, "CHUNK", 20)
+    assert harness_adapter.Adapter(run_of(config, params=params)).generate_until(
         requests("generate_until", [("Once", {"until": None, "max_gen_toks": 20})]), True
     ) == [long]
 
@@ -241,7 +250,7 @@ def test_generation_ends_at_a_stop_string(model, monkeypatch):
 def test_whole_texts_are_scored_in_windows(model):
     config, params = model
     text = "What is nine times seven, and why?  " * 4
-    adapter = harness.Adapter(run_of(config, params=params))
+    adapter = harness_adapter.Adapter(run_of(config, params=params))
     (got,) = adapter.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]), True)
     ids, want = [1, *tokenizers.Bytes().encode(text.encode()).tolist()], 0.0
     graph, _ = transformer.build_abstract_model(kernel_selection.for_evaluation(config))
@@ -262,7 +271,7 @@ def test_other_processes_compute_what_the_first_asks(model, monkeypatch):
     config, params = model
     want, _ = scores(run_of(config, params=params))
     box, leader = queue.Queue(), threading.current_thread()
-    first, second = (harness.Adapter(run_of(config, params=params)) for _ in range(2))
+    first, second = (harness_adapter.Adapter(run_of(config, params=params)) for _ in range(2))
 
     def gather(text):
         return box.put(text) if threading.current_thread() is leader else [box.get(timeout=60)]
@@ -273,17 +282,21 @@ def test_other_processes_compute_what_the_first_asks(model, monkeypatch):
         box.put({name: a.copy() for name, a in arrays.items()})
         return arrays
 
-    for name, function in (("several", lambda: True), ("gather", gather), ("broadcast", broadcast)):
+    for name, function in (
+        ("is_multi_process", lambda: True),
+        ("gather", gather),
+        ("broadcast", broadcast),
+    ):
         monkeypatch.setattr(processes, name, function)
-    ran, run = [], second.model._run
+    ran, run = [], second.engine.programs.run
     monkeypatch.setattr(
-        second.model, "_run", lambda kind, *rest: ran.append(kind) or run(kind, *rest)
+        second.engine.programs, "run", lambda kind, *rest: ran.append(kind) or run(kind, *rest)
     )
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        follower = pool.submit(second.model.follow)
+        follower = pool.submit(second.engine.programs.follow)
         got = first.loglikelihood(requests("loglikelihood", TEXTS), True)
         first.generate_until(requests("generate_until", [("a", {"max_gen_toks": 4})]), True)
-        first.model.release("some trouble")
+        first.engine.programs.release("some trouble")
         assert follower.result(timeout=60) == "some trouble"
     assert [g for _, g in got] == [g for _, g in want]
     np.testing.assert_allclose([s for s, _ in got], [s for s, _ in want], rtol=1e-6)
@@ -292,15 +305,15 @@ def test_other_processes_compute_what_the_first_asks(model, monkeypatch):
 
 def test_batches_shrink_to_what_memory_holds(model, monkeypatch):
     config, params = model
-    monkeypatch.setattr(harness, "_free_memory", lambda device: 2 << 20)
-    engine = harness.Engine(run_of(config, params=params), 0)
-    small = engine._rows(64, 0)
-    monkeypatch.setattr(harness, "_free_memory", lambda device: 1 << 40)
-    assert 1 <= small < engine._rows(64, 0) == harness.TOKENS["cpu"] // 64
-    engine.budget = 32
+    monkeypatch.setattr(batch_engine, "free_memory", lambda device: 2 << 20)
+    engine = batch_engine.Engine(run_of(config, params=params), 0)
+    small = engine.max_batch_size(64, 0)
+    monkeypatch.setattr(batch_engine, "free_memory", lambda device: 1 << 40)
+    assert 1 <= small < engine.max_batch_size(64, 0) == batch_engine.TOKEN_BUDGET["cpu"] // 64
+    engine.token_budget = 32
     assert (
-        engine._rows(64, 0) == 1
-        and harness.Engine(run_of(config, 8, params), 0)._rows(2048, 0) == 8
+        engine.max_batch_size(64, 0) == 1
+        and batch_engine.Engine(run_of(config, 8, params), 0).max_batch_size(2048, 0) == 8
     )
 
 
@@ -450,7 +463,7 @@ OTHERS = ("piqa_generated", "siqa_generated", "intent")
 
 def test_every_family_runs_on_local_files_and_two_runs_compare(trained, data):
     shown = []
-    results = tasks.run(
+    results = task_runner.run_tasks(
         tuple(trained.values()), 0, (*FAMILIES, *OTHERS), str(data), 2, 0, shown.append
     )
     for workdir, result in zip(trained.values(), results):
@@ -483,7 +496,7 @@ def test_every_family_runs_on_local_files_and_two_runs_compare(trained, data):
             assert record["seconds"] > 0 and record["requests"] >= record["documents"]
             rows = [
                 json.loads(line)
-                for line in tasks.samples_path(pathlib.Path(workdir), 2, 2, name)
+                for line in result_files.samples_path(pathlib.Path(workdir), 2, 2, name)
                 .read_text()
                 .splitlines()
             ]
@@ -498,22 +511,24 @@ def test_every_family_runs_on_local_files_and_two_runs_compare(trained, data):
             )
     text = "".join(shown)
     assert all(name in text for name in FAMILIES) and "modse, step 2" in text
-    table = tasks.compare(tuple(trained.values()), 0, (), 2)
+    table = run_comparison.compare_runs(tuple(trained.values()), 0, (), 2)
     assert (
         "piqa_generated" in table
         and "seconds of computing" in table
         and "steps modse: 2, equal: 2" in table
     )
     assert "log p" in table and "perplexity" not in table
-    again = tasks.run((trained["modse"],), 2, ("piqa",), str(data), 2, 4)  # other results stay
+    again = task_runner.run_tasks(
+        (trained["modse"],), 2, ("piqa",), str(data), 2, 4
+    )  # other results stay
     assert set(again[0]["tasks"]) == {*FAMILIES, *OTHERS}
 
 
 def prompts(name, data, limit=3):
-    manager, (task,) = tasks.load((name,), str(data))
+    manager, (task,) = task_files.load((name,), str(data))
     seen = []
 
-    class Spy(harness.TemplateLM):
+    class Spy(harness_adapter.TemplateLM):
         eot_token_id, tok_encode, _loglikelihood_tokens = 0, None, None
 
         def loglikelihood(self, rows, disable_tqdm=False):
@@ -597,19 +612,19 @@ def test_a_task_of_ones_own(trained, data, tmp_path):
     assert [choice for _, choice in seen[:3]] == [" 0", " 1", " 2"] and seen[0][0].count(
         "Label:"
     ) == 3
-    (result,) = tasks.run((trained["equal"],), 0, ("mine",), str(tmp_path), 0, 0)
+    (result,) = task_runner.run_tasks((trained["equal"],), 0, ("mine",), str(tmp_path), 0, 0)
     assert result["tasks"]["mine"]["documents"] == 9
 
 
 def test_without_local_data_tasks_name_the_hub():
     """Nothing of a "# local" line is left, and the stock data set is asked for."""
     with tempfile.TemporaryDirectory() as folder:
-        (ours,), broken = tasks._resolved(
+        (ours,), broken = task_files.copy_task_folders(
             pathlib.Path(folder), pathlib.Path(lm_eval.tasks.__file__).parent, ""
         )
         assert not broken
         for path in ours.glob("*.yaml"):
-            assert path.stem == "intent" or "columns" not in path.read_text()
+            assert path.stem == "intent" or "published_files" not in path.read_text()
         manager = lm_eval.tasks.TaskManager(include_path=ours, include_defaults=False)
         assert manager.task_index["gsm8k"].cfg["dataset_path"] == "openai/gsm8k"
         assert manager.task_index["gsm8k"].cfg["num_fewshot"] == 8
@@ -617,15 +632,15 @@ def test_without_local_data_tasks_name_the_hub():
 
 def test_paired_significance():
     first, other = np.array([0, 0, 0, 0, 1, 1, 1, 1]), np.array([1, 1, 1, 1, 1, 1, 1, 0])
-    difference, stderr, p = tasks.paired(first, other)
+    difference, stderr, p = run_comparison.paired_test(first, other)
     assert difference == pytest.approx(3 / 8) and p == pytest.approx(
         2 * (1 + 5) / 2**5
     )  # 4 of 5 that differ
     assert stderr == pytest.approx(np.std(other - first, ddof=1) / 8**0.5)
-    assert tasks.paired(first, first)[2] == 1.0
+    assert run_comparison.paired_test(first, first)[2] == 1.0
     rng = np.random.default_rng(0)
     a = rng.normal(size=50)
-    d, s, p = tasks.paired(a, a + 0.1 + 0.01 * rng.normal(size=50))
+    d, s, p = run_comparison.paired_test(a, a + 0.1 + 0.01 * rng.normal(size=50))
     assert d == pytest.approx(0.1, abs=0.01) and p < 1e-6
 
 
@@ -634,7 +649,7 @@ def test_bad_input_is_told_before_anything_runs(trained, data, tmp_path):
 
     def message(*names, tasks_dir=data, workdirs=(run,)):
         with pytest.raises(UserError) as error:
-            tasks.run(workdirs, 0, names, str(tasks_dir), 0, 0)
+            task_runner.run_tasks(workdirs, 0, names, str(tasks_dir), 0, 0)
         return str(error.value)
 
     before = sorted(pathlib.Path(run, "eval").rglob("*"))
@@ -667,7 +682,7 @@ def test_bad_input_is_told_before_anything_runs(trained, data, tmp_path):
     assert "holds no run" in message("piqa", workdirs=(str(tmp_path),))
     assert sorted(pathlib.Path(run, "eval").rglob("*")) == before
     with pytest.raises(UserError, match="has no results of tasks with --limit=7"):
-        tasks.compare(tuple(trained.values()), 0, (), 7)
+        run_comparison.compare_runs(tuple(trained.values()), 0, (), 7)
 
 
 def test_a_task_that_fails_leaves_those_before_it(trained, data, monkeypatch):
@@ -680,28 +695,28 @@ def test_a_task_that_fails_leaves_those_before_it(trained, data, monkeypatch):
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", fail)
     with pytest.raises(RunError, match="task siqa failed: ZeroDivisionError: a task's own code"):
-        tasks.run((trained["equal"],), 0, ("piqa", "siqa"), str(data), 3, 0)
+        task_runner.run_tasks((trained["equal"],), 0, ("piqa", "siqa"), str(data), 3, 0)
     assert set(
         json.loads((pathlib.Path(trained["equal"]) / "eval" / "2.first3.json").read_text())["tasks"]
     ) == {"piqa"}
     with pytest.raises(
         UserError, match="has results of piqa at step 2 with --limit=3, not of siqa"
     ):
-        tasks.compare((trained["equal"], trained["equal"]), 0, ("siqa",), 3)
+        run_comparison.compare_runs((trained["equal"], trained["equal"]), 0, ("siqa",), 3)
 
 
 def test_a_stock_task_without_internet_says_how_to_go_without(trained, tmp_path):
     with pytest.raises(
         UserError, match=r"task boolq cannot be read: .*include: \$harness/PATH.yaml"
     ):
-        tasks.run((trained["modse"],), 0, ("boolq",), str(tmp_path), 0, 0)
+        task_runner.run_tasks((trained["modse"],), 0, ("boolq",), str(tmp_path), 0, 0)
 
 
 def test_runs_of_other_documents_do_not_compare(trained, data, tmp_path):
-    tasks.run((trained["modse"],), 0, ("lambada",), str(data), 1, 0)
-    tasks.run((trained["equal"],), 0, ("lambada",), str(data), 1, 0)
-    path = tasks.samples_path(pathlib.Path(trained["equal"]), 2, 1, "lambada")
+    task_runner.run_tasks((trained["modse"],), 0, ("lambada",), str(data), 1, 0)
+    task_runner.run_tasks((trained["equal"],), 0, ("lambada",), str(data), 1, 0)
+    path = result_files.samples_path(pathlib.Path(trained["equal"]), 2, 1, "lambada")
     row = json.loads(path.read_text().splitlines()[0])
     path.write_text(json.dumps({**row, "hash": "another"}) + "\n")
     with pytest.raises(UserError, match="equal was given other documents or shots of lambada"):
-        tasks.compare(tuple(trained.values()), 0, ("lambada",), 1)
+        run_comparison.compare_runs(tuple(trained.values()), 0, ("lambada",), 1)

@@ -21,7 +21,7 @@ from modse_jax.config.options import DataConfig, MeshConfig
 from modse_jax.data import batching, prepared_data, training_data
 from modse_jax.data.prepare import pipeline
 from modse_jax.errors import ExitCode, RunError, UserError
-from modse_jax.evaluation import scoring
+from modse_jax.evaluation import model_loading
 from modse_jax.runtime import files, integrity, signals
 from modse_jax.runtime.lock import Lock
 from modse_jax.runtime.signals import StopRequest
@@ -460,10 +460,10 @@ def test_step_that_needs_too_much_memory_is_refused(corpus, tmp_path, monkeypatc
 
 
 def test_verify_reports_damaged_steps(copy):
-    text, sound = scoring.verify(str(copy.parent))
+    text, sound = model_loading.verify_checkpoints(str(copy.parent))
     assert sound and text.count("good") == 3
     faults.flip(copy / "00000002" / "meta" / "metadata", random.Random(0))
-    text, sound = scoring.verify(str(copy.parent))
+    text, sound = model_loading.verify_checkpoints(str(copy.parent))
     assert not sound and text.count("good") == 2 and "step        2  damaged: " in text
 
 

@@ -19,7 +19,7 @@ from modse_jax.config import device_mesh
 from modse_jax.config.options import CheckpointConfig, Config, MeshConfig, fields
 from modse_jax.data import batching, data_card, training_data
 from modse_jax.errors import ExitCode, UserError
-from modse_jax.evaluation import scoring
+from modse_jax.evaluation import model_loading, scoring
 from modse_jax.report import analysis, demo_summary, pages, routing_statistics
 from modse_jax.runtime import malloc
 from modse_jax.training import loop, metrics, run_logs, train_step
@@ -427,7 +427,7 @@ def test_bad_calls_end_in_one_line(args, message, tmp_path):
 def test_traces_count_what_the_layers_count(finished):
     """A second way to the same numbers: every token's experts, summed, are the statistics of the forward pass."""
     _, workdir = finished
-    run = scoring.open_run(workdir, 0, 8)
+    run = model_loading.load_model(workdir, 0, 8)
     trace = analysis.trace(run, 0, 8)
     result = scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, 8, ())
     counts = routing_statistics.counts_of(trace, run.config.widths)

@@ -17,7 +17,7 @@ import pytest
 
 from modse_jax.config import device_mesh
 from modse_jax.errors import UserError
-from modse_jax.evaluation import scoring
+from modse_jax.evaluation import model_loading
 from modse_jax.model import kernel_selection
 from modse_jax.moe import expert_placement, expert_widths
 from modse_jax.moe.experts import (
@@ -307,7 +307,9 @@ def a_device_of_small_tiles(monkeypatch):
 def test_wrong_kernels_are_found(a_device_of_small_tiles, monkeypatch, capsys):
     config = a_device_of_small_tiles
     mesh = device_mesh.build_mesh(config, jax.devices()[:1])
-    assert scoring._avoid_wrong_kernels(config, mesh) is config and not capsys.readouterr().err
+    assert (
+        model_loading.replace_wrong_kernels(config, mesh) is config and not capsys.readouterr().err
+    )
     right = pallas_triton.forward
 
     def double_a_few_rows(*arguments):
@@ -315,7 +317,7 @@ def test_wrong_kernels_are_found(a_device_of_small_tiles, monkeypatch, capsys):
         return y_ND.at[8:16].multiply(2), kept
 
     monkeypatch.setattr(pallas_triton, "forward", double_a_few_rows)
-    assert scoring._avoid_wrong_kernels(config, mesh).moe.backend == "blocked"
+    assert model_loading.replace_wrong_kernels(config, mesh).moe.backend == "blocked"
     message = "kernels of pallas_triton are wrong on this device: y differs .* set moe.backend=blo"
     assert re.search(
         message + ".* this evaluation uses moe.backend=blocked", capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Benchmarks such as MMLU and GSM8K, run through EleutherAI's lm-evaluation-harness."""

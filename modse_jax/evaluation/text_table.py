@@ -1,0 +1,32 @@
+"""Aligned text tables for the console and for the report."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+
+class Column(NamedTuple):
+    """The layout of one column of a text table.
+
+    Attributes:
+        width: Minimum number of characters. A longer cell is not truncated.
+        align: The side on which cells are aligned.
+        gap: Number of spaces before the column.
+    """
+
+    width: int
+    align: Literal["left", "right"] = "right"
+    gap: int = 1
+
+
+def format_row(columns: Sequence[Column], cells: Sequence[str]) -> str:
+    """Returns one line of a table. A row may have fewer cells than there are columns."""
+    parts = []
+    for column, cell in zip(columns, cells):
+        padded = cell.ljust(column.width) if column.align == "left" else cell.rjust(column.width)
+        parts.append(" " * column.gap + padded)
+    return "".join(parts)
+
+
+def text_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
+    """Returns the lines of a table, joined by newlines. The first row is usually the header."""
+    return "\n".join(format_row(columns, row) for row in rows)
