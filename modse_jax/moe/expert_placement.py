@@ -30,7 +30,7 @@ class SizeClass(NamedTuple):
     there, in order. Shards that have fewer are filled up with the place `Placement.slots`, which has no rows."""
 
     width: int
-    places: tuple[tuple[int, ...], ...]
+    slots: tuple[tuple[int, ...], ...]
     offsets: tuple[tuple[int, ...], ...]
 
 

@@ -61,7 +61,7 @@ def test_offsets_and_size_classes_cover_the_flat_axis_once():
     assert [k.width for k in classes] == [7, 5, 2]
     covered = sorted(c for k in classes for o in k.offsets[0] for c in range(o, o + k.width))
     assert covered == list(range(sum(widths)))
-    assert {e: k.width for k in classes for e in k.places[0]} == dict(enumerate(widths))
+    assert {e: k.width for k in classes for e in k.slots[0]} == dict(enumerate(widths))
 
 
 DATA = pathlib.Path(__file__).parents[1] / "fixtures"

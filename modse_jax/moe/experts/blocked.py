@@ -1,19 +1,34 @@
-"""The grouped feed-forward product in plain XLA, for any device: loops over blocks of an expert's rows.
+"""The expert FFN in plain XLA, for every device: loops over blocks of the tokens routed to an expert.
 
-One loop per size class (experts of one width), so that 1,024 experts compile like 8; inside it a loop over the class's
-experts that have rows. An expert with about its even share of the rows, where that is no more than a block may have,
-is one block, of the smallest of a few static sizes that holds them: its gradient is written once, where it belongs.
-Others are a loop over blocks, with a dynamic trip count, and a gradient accumulator that is read and written once per
-block. What a block has beyond its expert's rows is a neighbour's: where it is read it is masked, where it would be
-written it is left as it was. The backward pass recomputes the hidden activations, but for those that fit in a buffer of
-given size.
+    rows of x_ND, sorted by expert     | expert 0    |0| expert 2                  | padding |
+    expert 0: one block of exact fit   |[ single   ] |
+    expert 2: several blocks                         [full     ][full     ][tail     ]
+                                                                              ^^^ masked rows
 
-Legend: N routed rows, D model, E experts, H flat hidden axis, W width of one expert, B rows of one block, S saved
-activations of all experts, one after another.
+There is one loop per size class (experts of one width), so that 1,024 experts compile like 8. Inside
+it is a loop over those experts of the class that have routed tokens.
+
+*   An expert with about an even share of the rows is a single block, of the smallest of a few static
+    sizes that holds its rows. Its weight gradients are written once, in place.
+*   Any other expert is a sequence of blocks, with a dynamic trip count: as many full blocks of each
+    size as fit, then one block that may be partly filled (the tail). Its weight gradients are summed
+    in a float32 accumulator, which is read and written once per block.
+
+A block may extend past its expert's rows into the next expert's. Those rows are masked on input and
+left unchanged on output. The backward pass recomputes the gate and up activations, except for those
+that fit in a buffer of a given size.
+
+Two constructs recur because XLA updates the carry of a loop in place, but copies the operands of a
+conditional: a `fori_loop` of at most one iteration stands for a `cond`, and weights are sliced inside
+the loops.
+
+Legend: N routed tokens (rows), D model dimension, E experts, W width of one expert, B rows of one
+block, S elements of the buffer of saved activations, X any dimension.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,353 +36,612 @@ import numpy as np
 from jax import lax
 
 from modse_jax.moe import expert_placement
+from modse_jax.moe.experts.block_sizes import Blocks
+from modse_jax.moe.experts.swiglu import swiglu_backward
 from modse_jax.runtime import chips
 
-# Sizes of an expert's only block, in sixteenths of its even share: 3% of the rows are wasted where the experts' rows
-# vary by 5%, 6% where they vary by 20%. Every size is compiled for every width.
+# Sizes of a single block, in sixteenths of an even share. With these, 3% of the rows of a block are
+# masked if the experts' row counts vary by 5%, and 6% if they vary by 20%. Every size is compiled
+# for every width.
 SIXTEENTHS = (8, 12, 14, 15, 16, 17, 18, 20, 24)
 
+# The hidden dimension of w_gate [D, H], w_up [D, H] and w_down [H, D].
+HIDDEN_AXES = (1, 1, 0)
 
-class _Sizes(NamedTuple):
-    """Rows of a block: of an expert's only one, in rising order, or none; and of several, in falling order."""
+MAX_INT32 = 2**31 - 1
 
-    only: tuple[int, ...]
-    several: tuple[int, ...]
+Arrays = tuple[jax.Array, ...]
 
 
-class _Expert(NamedTuple):
-    first: jax.Array  # its first row, how many it has, and its first column
-    rows: jax.Array
-    offset: jax.Array
+class BlockSizes(NamedTuple):
+    """Static block sizes, in rows.
+
+    Attributes:
+        single_block: sizes for experts that are one block, in rising order; may be empty.
+        multi_block: sizes for experts that are several blocks, in falling order.
+    """
+
+    single_block: tuple[int, ...]
+    multi_block: tuple[int, ...]
+
+
+class Static(NamedTuple):
+    """What is known when the program is traced."""
+
+    num_rows: int
+    placement: expert_placement.Placement
+    sizes: BlockSizes
+    chip: str
+
+
+class Expert(NamedTuple):
+    """The expert that one iteration works on."""
+
+    first_row: jax.Array
+    num_rows: jax.Array
+    first_hidden: jax.Array  # its first hidden unit among those of the shard
     width: int
 
 
-class _Rows:
-    """The rows of one block. At the end of all rows it moves back, over rows that are not its own."""
+class SavedRange(NamedTuple):
+    """The part of the buffer of saved activations that an expert uses."""
 
-    def __init__(self, num_rows, start, count, whole, e):
-        self.at, self.count, self.whole = jnp.minimum(start, num_rows - count), count, whole
-        row_B1 = (self.at + jnp.arange(count))[:, None]
-        self.mine_B1 = (row_B1 >= start) & (row_B1 < e.first + e.rows)
+    is_saved: jax.Array  # False if the expert's activations do not fit, and are recomputed
+    offset: jax.Array  # the first element; the scratch space at the end if nothing is saved
+    next_offset: jax.Array  # the first element of the next expert
 
-    def of(self, a_ND):
-        return lax.dynamic_slice_in_dim(a_ND, self.at, self.count)
 
-    def mine(self, a_BX):
-        return a_BX if self.whole else jnp.where(self.mine_B1, a_BX, 0)
+class ForwardCarry(NamedTuple):
+    """The carry of the forward pass's loops over blocks."""
 
-    def store(self, out_ND, new_BD):
-        """out with the block's own rows replaced, the rest of the block left as it was."""
+    y_ND: jax.Array
+    saved_S: jax.Array
+
+
+class BackwardCarry(NamedTuple):
+    """The carry of the backward pass's loops over blocks."""
+
+    dx_ND: jax.Array
+    dweights: Arrays  # of all experts, or float32 sums of the present one
+    saved_S: jax.Array
+
+
+class ExpertCarry(NamedTuple):
+    """The carry of the loops over experts."""
+
+    arrays: Any  # a ForwardCarry or a BackwardCarry
+    offset: jax.Array  # the first free element of the buffer of saved activations
+
+
+class BlockRows:
+    """The rows of one block: reads, masks and writes them.
+
+    A block that would end past the last of all rows begins earlier, over rows that are masked.
+    """
+
+    def __init__(
+        self, num_rows: int, start: jax.Array, size: int, is_full: bool, expert: Expert
+    ) -> None:
+        self.first_row = jnp.minimum(start, num_rows - size)
+        self.size = size
+        self.is_full = is_full
+        row_B1 = (self.first_row + jnp.arange(size))[:, None]
+        end = expert.first_row + expert.num_rows
+        self.is_own_B1 = (row_B1 >= start) & (row_B1 < end)
+
+    def read(self, a_ND: jax.Array) -> jax.Array:
+        """Returns all rows of the block, other experts' rows included."""
+        return lax.dynamic_slice_in_dim(a_ND, self.first_row, self.size)
+
+    def masked(self, a_BX: jax.Array) -> jax.Array:
+        """Sets the rows of other experts to 0."""
+        return a_BX if self.is_full else jnp.where(self.is_own_B1, a_BX, 0)
+
+    def write(self, out_ND: jax.Array, new_BD: jax.Array) -> jax.Array:
+        """Replaces the expert's own rows of out_ND, and leaves the other rows unchanged."""
         new_BD = new_BD.astype(out_ND.dtype)
-        if not self.whole:
-            new_BD = jnp.where(self.mine_B1, new_BD, self.of(out_ND))
-        return lax.dynamic_update_slice_in_dim(out_ND, new_BD, self.at, 0)
+        if not self.is_full:
+            new_BD = jnp.where(self.is_own_B1, new_BD, self.read(out_ND))
+        return lax.dynamic_update_slice_in_dim(out_ND, new_BD, self.first_row, 0)
+
+
+# RunBlock(carry, first row, rows, is_full) -> carry: one block of an expert.
+RunBlock = Callable[[Any, jax.Array, int, bool], Any]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def blocked(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks, chip):
-    """See expert_ffn.expert_ffn. shard: which one of the placement this is, int32 []."""
-    weights = w_gate, w_up, w_down
-    return _forward_pass(x_ND, rows_E, weights, shard, placement, blocks._replace(saved=0), chip)[0]
+def blocked(
+    x_ND: jax.Array,
+    rows_E: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    shard: jax.Array,
+    placement: expert_placement.Placement,
+    blocks: Blocks,
+    chip: str,
+) -> jax.Array:
+    """Returns y_ND, every row through its own expert. See select.expert_ffn.
+
+    Args:
+        shard: int32 scalar, the shard of the placement that rows_E and the weights belong to.
+    """
+    weights = (w_gate, w_up, w_down)
+    blocks = blocks._replace(saved=0)
+    return _run_forward(x_ND, rows_E, weights, shard, placement, blocks, chip).y_ND
 
 
-def _forward_pass(x_ND, rows_E, weights, shard, placement, blocks, chip):
-    """(y_ND, saved gate and up activations [S]); S is 0 where none are to be kept."""
-    sizes = _sizes(blocks, x_ND.shape[0], placement.num_experts, chip)
-    saved_S = _unwritten(
-        (_saved_size(blocks, x_ND.shape[0], placement, sizes),), x_ND.dtype, rows_E, chip
-    )
-
-    def expert(carry, e):
-        y_ND, saved_S, base = carry
-        w_gate, w_up, w_down = _slice_weights(weights, e)
-        fits, here, base = _saved_place(saved_S.size, placement, sizes, e, base)
-
-        def block(carry, start, count, whole):
-            y_ND, saved_S = carry
-            rows = _Rows(x_ND.shape[0], start, count, whole, e)
-            x_BD = rows.of(x_ND)
-            gate_BW, up_BW = _gate_and_up(x_BD, w_gate, w_up)
-            at = here + jnp.where(fits, 2 * e.width * (start - e.first), 0)
-            saved_S = _save(saved_S, (gate_BW, up_BW), at)
-            hidden_BW = (jax.nn.silu(gate_BW) * up_BW).astype(x_BD.dtype)
-            return rows.store(y_ND, _dot(hidden_BW, w_down, 1, 0)), saved_S
-
-        carry = _only_block(
-            lambda c, start, size: block(c, start, size, False), (y_ND, saved_S), e, sizes
-        )
-        y_ND, saved_S = _if_several(lambda c: _over_blocks(block, c, e, sizes), carry, e, sizes)
-        return y_ND, saved_S, base
-
-    carry = (_zeros(x_ND.shape, x_ND.dtype, rows_E), saved_S, jnp.zeros((), jnp.int32))
-    return _over_experts(expert, carry, rows_E, shard, placement)[:2]
+def _forward(
+    x_ND: jax.Array,
+    rows_E: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    shard: jax.Array,
+    placement: expert_placement.Placement,
+    blocks: Blocks,
+    chip: str,
+) -> tuple[jax.Array, tuple]:
+    weights = (w_gate, w_up, w_down)
+    y_ND, saved_S = _run_forward(x_ND, rows_E, weights, shard, placement, blocks, chip)
+    # jaxlib 0.11.2 crashes if an empty array leaves a shard_map.
+    saved_S = saved_S if saved_S.size else None
+    return y_ND, (x_ND, rows_E, weights, shard, saved_S)
 
 
-def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, blocks, chip):
-    y_ND, saved_S = _forward_pass(
-        x_ND, rows_E, (w_gate, w_up, w_down), shard, placement, blocks, chip
-    )
-    # jaxlib 0.11.2 dies of an empty array that leaves a shard_map.
-    return y_ND, (x_ND, rows_E, w_gate, w_up, w_down, shard, saved_S if saved_S.size else None)
-
-
-def _backward(placement, blocks, chip, saved, dy_ND):
-    x_ND, rows_E, *weights, shard, saved_S = saved
-    saved_S = jnp.zeros((0,), x_ND.dtype) if saved_S is None else saved_S
-    sizes = _sizes(blocks, x_ND.shape[0], placement.num_experts, chip)
-
-    def expert(carry, e):
-        dx_ND, flat, saved_S, base = carry
-        w_gate, w_up, w_down = _slice_weights(weights, e)
-        fits, here, base = _saved_place(saved_S.size, placement, sizes, e, base)
-
-        def block(dx_ND, saved_S, start, count, whole):
-            """(dx with the block's rows, saved activations, the block's part of the weights' gradients)."""
-            rows = _Rows(x_ND.shape[0], start, count, whole, e)
-            x_BD, dy_BD = rows.mine(rows.of(x_ND)), rows.mine(rows.of(dy_ND))
-
-            if saved_S.size:  # what did not fit as well: a conditional would copy what it returns
-
-                def again(turn, saved_S):
-                    x_BD = _Rows(x_ND.shape[0], start + turn * count, count, whole, e).of(x_ND)
-                    return _save(saved_S, _gate_and_up(x_BD, w_gate, w_up), at)
-
-                at = here + jnp.where(fits, 2 * e.width * (start - e.first), 0)
-                saved_S = lax.fori_loop(0, (~fits).astype(jnp.int32), again, saved_S)
-                # A neighbour's were computed from rows that may hold anything.
-                gate_BW, up_BW = map(rows.mine, _load(saved_S, count, e.width, at))
-            else:
-                gate_BW, up_BW = _gate_and_up(x_BD, w_gate, w_up)
-            hidden_BW, dgate_BW, dup_BW = (
-                a.astype(x_BD.dtype)
-                for a in _swiglu_backward(gate_BW, up_BW, _dot(dy_BD, w_down, 1, 1))
-            )
-            dx_BD = _dot(dgate_BW, w_gate, 1, 1) + _dot(dup_BW, w_up, 1, 1)
-            # XLA for CPU is slower at products over both leading axes; others need no transposed copy.
-            x_DB = lax.optimization_barrier(x_BD.T) if chip == "cpu" else x_BD.T
-            new = (
-                _dot(x_DB, dgate_BW, 1, 0),
-                _dot(x_DB, dup_BW, 1, 0),
-                _dot(hidden_BW, dy_BD, 0, 0),
-            )
-            return rows.store(dx_ND, dx_BD), saved_S, new
-
-        def write(flat, new):
-            return tuple(
-                lax.dynamic_update_slice_in_dim(f, d.astype(f.dtype), e.offset, axis)
-                for f, d, axis in zip(flat, new, (1, 1, 0))
-            )
-
-        def only(carry, start, size):
-            dx_ND, saved_S, new = block(carry[0], carry[2], start, size, False)
-            return dx_ND, write(carry[1], new), saved_S
-
-        def several(carry):
-            def add(carry, start, count, whole):
-                dx_ND, saved_S, new = block(carry[0], carry[2], start, count, whole)
-                return dx_ND, jax.tree.map(jnp.add, carry[1], new), saved_S
-
-            zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in (w_gate, w_up, w_down))
-            dx_ND, sums, saved_S = _over_blocks(add, (carry[0], zeros, carry[2]), e, sizes)
-            return dx_ND, write(carry[1], sums), saved_S
-
-        return *_if_several(
-            several, _only_block(only, (dx_ND, flat, saved_S), e, sizes), e, sizes
-        ), base
-
-    dx_ND, *dw = (_zeros(a.shape, a.dtype, rows_E) for a in (x_ND, *weights))
-    carry = (dx_ND, tuple(dw), saved_S, jnp.zeros((), jnp.int32))
-    dx_ND, dw, *_ = _over_experts(expert, carry, rows_E, shard, placement)
-    return (dx_ND, None, *dw, None)
+def _backward(
+    placement: expert_placement.Placement,
+    blocks: Blocks,
+    chip: str,
+    residuals: tuple,
+    dy_ND: jax.Array,
+) -> tuple[jax.Array | None, ...]:
+    x_ND, rows_E, weights, shard, saved_S = residuals
+    if saved_S is None:
+        saved_S = jnp.zeros((0,), x_ND.dtype)
+    num_rows = x_ND.shape[0]
+    sizes = choose_block_sizes(blocks, num_rows, placement.num_experts, chip)
+    static = Static(num_rows, placement, sizes, chip)
+    dx_ND = _zeros(x_ND.shape, x_ND.dtype, rows_E)
+    dweights = tuple(_zeros(w.shape, w.dtype, rows_E) for w in weights)
+    carry = ExpertCarry(BackwardCarry(dx_ND, dweights, saved_S), jnp.zeros((), jnp.int32))
+    run_expert = functools.partial(_backward_expert, x_ND, dy_ND, weights, static)
+    dx_ND, dweights, _ = _loop_over_experts(run_expert, carry, rows_E, shard, placement).arrays
+    return dx_ND, None, *dweights, None
 
 
 blocked.defvjp(_forward, _backward)
 
 
-def _zeros(shape, dtype, rows_E):
-    """Zeros of this layer. XLA would make those of several layers once, and then copy them: twice the bytes."""
+def _run_forward(
+    x_ND: jax.Array,
+    rows_E: jax.Array,
+    weights: Arrays,
+    shard: jax.Array,
+    placement: expert_placement.Placement,
+    blocks: Blocks,
+    chip: str,
+) -> ForwardCarry:
+    """Returns y_ND and the saved gate and up activations; S is 0 if none are to be saved."""
+    num_rows = x_ND.shape[0]
+    sizes = choose_block_sizes(blocks, num_rows, placement.num_experts, chip)
+    static = Static(num_rows, placement, sizes, chip)
+    num_saved = saved_buffer_size(blocks, num_rows, placement, sizes)
+    saved_S = _unwritten((num_saved,), x_ND.dtype, rows_E, chip)
+    y_ND = _zeros(x_ND.shape, x_ND.dtype, rows_E)
+    carry = ExpertCarry(ForwardCarry(y_ND, saved_S), jnp.zeros((), jnp.int32))
+    run_expert = functools.partial(_forward_expert, x_ND, weights, static)
+    return _loop_over_experts(run_expert, carry, rows_E, shard, placement).arrays
+
+
+def _forward_expert(
+    x_ND: jax.Array, weights: Arrays, static: Static, carry: ExpertCarry, expert: Expert
+) -> ExpertCarry:
+    """Computes the output of one expert, in one block or several."""
+    expert_weights = _slice_weights(weights, expert)
+    saved_range = find_saved_range(
+        carry.arrays.saved_S.size, static.placement, static.sizes, expert, carry.offset
+    )
+    run_block = functools.partial(_forward_block, x_ND, expert_weights, static, expert, saved_range)
+    arrays = _run_single_block(run_block, carry.arrays, expert, static.sizes)
+    run_blocks = functools.partial(_loop_over_blocks, run_block, expert, static.sizes)
+    arrays = _if_multi_block(run_blocks, arrays, expert, static.sizes)
+    return ExpertCarry(arrays, saved_range.next_offset)
+
+
+def _forward_block(
+    x_ND: jax.Array,
+    expert_weights: Arrays,
+    static: Static,
+    expert: Expert,
+    saved_range: SavedRange,
+    carry: ForwardCarry,
+    start: jax.Array,
+    size: int,
+    is_full: bool,
+) -> ForwardCarry:
+    """Computes the output of one block, and saves its gate and up activations."""
+    w_gate, w_up, w_down = expert_weights
+    rows = BlockRows(static.num_rows, start, size, is_full, expert)
+    x_BD = rows.read(x_ND)
+    gate_BW, up_BW = _gate_and_up(x_BD, w_gate, w_up)
+    offset = _block_offset(saved_range, expert, start)
+    saved_S = _save(carry.saved_S, (gate_BW, up_BW), offset)
+    hidden_BW = (jax.nn.silu(gate_BW) * up_BW).astype(x_BD.dtype)
+    y_BD = _dot(hidden_BW, w_down, 1, 0)
+    return ForwardCarry(rows.write(carry.y_ND, y_BD), saved_S)
+
+
+def _backward_expert(
+    x_ND: jax.Array,
+    dy_ND: jax.Array,
+    weights: Arrays,
+    static: Static,
+    carry: ExpertCarry,
+    expert: Expert,
+) -> ExpertCarry:
+    """Computes the gradients of one expert's input and weights, in one block or several."""
+    expert_weights = _slice_weights(weights, expert)
+    saved_range = find_saved_range(
+        carry.arrays.saved_S.size, static.placement, static.sizes, expert, carry.offset
+    )
+    run_block = functools.partial(
+        _backward_block, x_ND, dy_ND, expert_weights, static, expert, saved_range
+    )
+    run_single = functools.partial(_backward_single_block, run_block, expert)
+    arrays = _run_single_block(run_single, carry.arrays, expert, static.sizes)
+    run_multi = functools.partial(
+        _backward_multi_block, run_block, expert_weights, expert, static.sizes
+    )
+    arrays = _if_multi_block(run_multi, arrays, expert, static.sizes)
+    return ExpertCarry(arrays, saved_range.next_offset)
+
+
+def _backward_single_block(
+    run_block: RunBlock,
+    expert: Expert,
+    carry: BackwardCarry,
+    start: jax.Array,
+    size: int,
+    is_full: bool,
+) -> BackwardCarry:
+    """Runs an expert's single block, and writes its weight gradients in place."""
+    block = run_block(carry, start, size, is_full)
+    return block._replace(dweights=_write_weights(carry.dweights, block.dweights, expert))
+
+
+def _backward_multi_block(
+    run_block: RunBlock,
+    expert_weights: Arrays,
+    expert: Expert,
+    sizes: BlockSizes,
+    carry: BackwardCarry,
+) -> BackwardCarry:
+    """Runs an expert's blocks, sums their weight gradients in float32, and writes the sums."""
+
+    def add_block(sums: BackwardCarry, start: jax.Array, size: int, is_full: bool) -> BackwardCarry:
+        block = run_block(sums, start, size, is_full)
+        return block._replace(dweights=jax.tree.map(jnp.add, sums.dweights, block.dweights))
+
+    zeros = tuple(jnp.zeros(w.shape, jnp.float32) for w in expert_weights)
+    sums = _loop_over_blocks(add_block, expert, sizes, carry._replace(dweights=zeros))
+    return sums._replace(dweights=_write_weights(carry.dweights, sums.dweights, expert))
+
+
+def _backward_block(
+    x_ND: jax.Array,
+    dy_ND: jax.Array,
+    expert_weights: Arrays,
+    static: Static,
+    expert: Expert,
+    saved_range: SavedRange,
+    carry: BackwardCarry,
+    start: jax.Array,
+    size: int,
+    is_full: bool,
+) -> BackwardCarry:
+    """Returns the carry with the block's rows of dx, and the block's own weight gradients."""
+    w_gate, w_up, w_down = expert_weights
+    rows = BlockRows(static.num_rows, start, size, is_full, expert)
+    x_BD = rows.masked(rows.read(x_ND))
+    dy_BD = rows.masked(rows.read(dy_ND))
+    saved_S = carry.saved_S
+    if saved_S.size:
+        offset = _block_offset(saved_range, expert, start)
+        saved_S = _recompute_missing(
+            saved_S, x_ND, expert_weights, expert, saved_range, offset, start, size, is_full
+        )
+        gate_BW, up_BW = _load(saved_S, size, expert.width, offset)
+        # Other experts' rows were computed from rows that may hold anything.
+        gate_BW, up_BW = rows.masked(gate_BW), rows.masked(up_BW)
+    else:
+        gate_BW, up_BW = _gate_and_up(x_BD, w_gate, w_up)
+    gradients = swiglu_backward(gate_BW, up_BW, _dot(dy_BD, w_down, 1, 1))
+    hidden_BW, dgate_BW, dup_BW = (a.astype(x_BD.dtype) for a in gradients)
+    dx_BD = _dot(dgate_BW, w_gate, 1, 1) + _dot(dup_BW, w_up, 1, 1)
+    # A matmul that contracts the leading axis of both operands is slower on CPU than an explicit
+    # transpose and a plain matmul. The barrier keeps XLA from fusing the two. Other devices need no
+    # transposed copy.
+    x_DB = lax.optimization_barrier(x_BD.T) if static.chip == "cpu" else x_BD.T
+    dw_gate = _dot(x_DB, dgate_BW, 1, 0)
+    dw_up = _dot(x_DB, dup_BW, 1, 0)
+    dw_down = _dot(hidden_BW, dy_BD, 0, 0)
+    dx_ND = rows.write(carry.dx_ND, dx_BD)
+    return BackwardCarry(dx_ND, (dw_gate, dw_up, dw_down), saved_S)
+
+
+def _recompute_missing(
+    saved_S: jax.Array,
+    x_ND: jax.Array,
+    expert_weights: Arrays,
+    expert: Expert,
+    saved_range: SavedRange,
+    offset: jax.Array,
+    start: jax.Array,
+    size: int,
+    is_full: bool,
+) -> jax.Array:
+    """Recomputes the activations of a block into the scratch space, unless they were saved.
+
+    It is a loop of at most one iteration: `lax.cond` would copy the whole buffer. The first row
+    depends on the loop index, so that XLA does not hoist the matmuls out of the loop.
+    """
+    w_gate, w_up, _ = expert_weights
+
+    def recompute(iteration: jax.Array, saved_S: jax.Array) -> jax.Array:
+        rows = BlockRows(x_ND.shape[0], start + iteration * size, size, is_full, expert)
+        return _save(saved_S, _gate_and_up(rows.read(x_ND), w_gate, w_up), offset)
+
+    iterations = (~saved_range.is_saved).astype(jnp.int32)
+    return lax.fori_loop(0, iterations, recompute, saved_S)
+
+
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, rows_E: jax.Array) -> jax.Array:
+    """Returns zeros that depend on data of this layer.
+
+    XLA would create constant zeros once for several layers and copy them in each, which doubles the
+    memory traffic.
+    """
     return jnp.broadcast_to(jnp.minimum(rows_E[0], 0).astype(dtype), shape)
 
 
-def _unwritten(shape, dtype, rows_E, chip):
-    """Returns an array whose elements are written before they are read, so that they may hold anything at first.
+def _unwritten(shape: tuple[int, ...], dtype: jnp.dtype, rows_E: jax.Array, chip: str) -> jax.Array:
+    """Returns an array whose elements are written before they are read.
 
-    On GPU it is not initialized: zeros for the saved activations of 300Mx8 are 2.6 GB of writes per layer and pass. On
-    CPU, XLA writes zeros for jax.lax.empty as well, and TPUs have not been measured.
+    They may hold anything at first, and on GPU the array is not initialized: zeros for the saved
+    activations of 300Mx8 are 2.6 GB of writes per layer and pass. On CPU, XLA writes zeros for
+    jax.lax.empty as well, and TPUs have not been measured.
     """
     if not chips.is_gpu(chip):
         return _zeros(shape, dtype, rows_E)
-    # JAX would create the array once, outside the loop over layers, since it depends on nothing there, and XLA would
-    # copy it in every layer. The condition depends on the layer; it is always true, and XLA removes it.
+    # JAX would create the array once, outside the loop over layers, since it depends on nothing
+    # there, and XLA would copy it in every layer. The condition depends on the layer. It is always
+    # true, and XLA removes it.
     return lax.cond(
         rows_E[0] == rows_E[0], lambda: lax.empty(shape, dtype), lambda: lax.empty(shape, dtype)
     )
 
 
-def _over_experts(expert, carry, rows_E, shard, placement):
-    """carry through expert(carry, _Expert) for every expert of the shard that has rows. What differs from shard to
-    shard is data: all of them run one program."""
-    rows_E = jnp.append(rows_E, 0)  # the place of experts that a shard has fewer of
-    first_E = jnp.cumsum(rows_E) - rows_E
-    groups = expert_placement.size_classes(placement)
-    ids = jnp.asarray(np.concatenate([g.places for g in groups], axis=1, dtype=np.int32))[shard]
-    columns = jnp.asarray(np.concatenate([g.offsets for g in groups], axis=1, dtype=np.int32))[
-        shard
-    ]
-    kinds = np.repeat(np.arange(len(groups)), [len(g.places[0]) for g in groups])
-    busy = rows_E[ids] > 0
-    order = jnp.argsort(2 * kinds + ~busy, stable=True)  # class by class, those with rows first
-    ids, columns = ids[order], columns[order]
-    for kind, group in enumerate(groups):
-        start, stop = np.searchsorted(kinds, (kind, kind + 1))
+def _loop_over_experts(
+    run_expert: Callable[[ExpertCarry, Expert], ExpertCarry],
+    carry: ExpertCarry,
+    rows_E: jax.Array,
+    shard: jax.Array,
+    placement: expert_placement.Placement,
+) -> ExpertCarry:
+    """Calls run_expert(carry, expert) for every expert of the shard that has routed tokens.
 
-        # Out of the lists of all: in one of a single expert every turn would find the same, and XLA would slice its
-        # weights before the loop, rows or none.
-        def one(i, carry, width=group.width):
-            return expert(carry, _Expert(first_E[ids[i]], rows_E[ids[i]], columns[i], width))
+    The differences between shards are data, so that all shards run one program.
+    """
+    rows_E = jnp.append(rows_E, 0)  # entry `slots` fills up the lists of shards with fewer experts
+    first_row_E = jnp.cumsum(rows_E) - rows_E
+    classes = expert_placement.size_classes(placement)
+    slots = np.concatenate([c.slots for c in classes], axis=1, dtype=np.int32)
+    offsets = np.concatenate([c.offsets for c in classes], axis=1, dtype=np.int32)
+    slots_E = jnp.asarray(slots)[shard]
+    first_hidden_E = jnp.asarray(offsets)[shard]
+    class_E = np.repeat(np.arange(len(classes)), [len(c.slots[0]) for c in classes])
+    is_busy_E = rows_E[slots_E] > 0
+    # Class by class, and within a class the experts with rows first.
+    order_E = jnp.argsort(2 * class_E + ~is_busy_E, stable=True)
+    slots_E = slots_E[order_E]
+    first_hidden_E = first_hidden_E[order_E]
+    for index, size_class in enumerate(classes):
+        start, stop = np.searchsorted(class_E, (index, index + 1))
 
-        carry = lax.fori_loop(
-            int(start), start + jnp.sum(busy[start:stop], dtype=jnp.int32), one, carry
-        )
+        # The expert is looked up in the list of all experts, not in that of this size class. With a
+        # list of one expert the index would be loop-invariant, and XLA would hoist the slices of
+        # the weights out of the loop even if the expert has no rows.
+        def run(i: jax.Array, carry: ExpertCarry, width: int = size_class.width) -> ExpertCarry:
+            slot = slots_E[i]
+            expert = Expert(first_row_E[slot], rows_E[slot], first_hidden_E[i], width)
+            return run_expert(carry, expert)
+
+        num_busy = jnp.sum(is_busy_E[start:stop], dtype=jnp.int32)
+        carry = lax.fori_loop(int(start), start + num_busy, run, carry)
     return carry
 
 
-def _is_one_block(rows, sizes):
-    return (rows > sizes.only[0] // 2) & (rows <= sizes.only[-1])
+def _is_single_block(num_rows: jax.Array, sizes: BlockSizes) -> jax.Array:
+    return (num_rows > sizes.single_block[0] // 2) & (num_rows <= sizes.single_block[-1])
 
 
-def _only_block(block, carry, e, sizes):
-    """carry through block(carry, start row, static size) where the expert's rows make one block. Loops of at most one
-    turn: XLA works in place inside a loop, where a conditional copies. The start row depends on the turn, or XLA would
-    take all the products of all sizes for invariant, and compute them before any loop."""
-    below = sizes.only[0] // 2 if sizes.only else 0
-    for size in sizes.only:
-        here = ((below < e.rows) & (e.rows <= size)).astype(jnp.int32)
-        carry = lax.fori_loop(
-            0, here, lambda i, c, size=size: block(c, e.first + i * size, size), carry
-        )
+def _run_single_block(
+    run_block: RunBlock, carry: NamedTuple, expert: Expert, sizes: BlockSizes
+) -> NamedTuple:
+    """Runs the expert as one block of the smallest size that holds it, if there is one.
+
+    Each size is a `fori_loop` of at most one iteration instead of a `cond`, because XLA updates
+    loop carries in place but copies the operands of a conditional. The start row depends on the
+    loop index; otherwise XLA hoists the matmuls of every size out of the loops.
+    """
+    below = sizes.single_block[0] // 2 if sizes.single_block else 0
+    for size in sizes.single_block:
+        has_this_size = (below < expert.num_rows) & (expert.num_rows <= size)
+
+        def run(i: jax.Array, carry: NamedTuple, size: int = size) -> NamedTuple:
+            return run_block(carry, expert.first_row + i * size, size, False)
+
+        carry = lax.fori_loop(0, has_this_size.astype(jnp.int32), run, carry)
         below = size
     return carry
 
 
-def _if_several(function, carry, e, sizes):
-    """function(carry) where the expert's rows do not make one block."""
-    if not sizes.only:
+def _if_multi_block(
+    function: Callable[[NamedTuple], NamedTuple],
+    carry: NamedTuple,
+    expert: Expert,
+    sizes: BlockSizes,
+) -> NamedTuple:
+    """Returns function(carry) if the expert is not a single block, else the carry."""
+    if not sizes.single_block:
         return function(carry)
-    return lax.fori_loop(
-        0, (~_is_one_block(e.rows, sizes)).astype(jnp.int32), lambda _, c: function(c), carry
-    )
+    iterations = (~_is_single_block(expert.num_rows, sizes)).astype(jnp.int32)
+    return lax.fori_loop(0, iterations, lambda _, carry: function(carry), carry)
 
 
-def _over_blocks(block, carry, e, sizes):
-    """carry through block(carry, start row, static row count, whole) until the expert's rows are used up: as many whole
-    blocks of each size as there are, then one that is not."""
-    rest, start = e.rows, e.first
+def _loop_over_blocks(
+    run_block: RunBlock, expert: Expert, sizes: BlockSizes, carry: NamedTuple
+) -> NamedTuple:
+    """Runs as many full blocks of each size as the expert's rows fill, then one for the rest."""
 
-    def run(carry, count, size, whole):
-        return lax.fori_loop(
-            0, count, lambda i, c, s=start: block(c, s + i * size, size, whole), carry
-        )
+    def run(
+        carry: NamedTuple, start: jax.Array, count: jax.Array, size: int, is_full: bool
+    ) -> NamedTuple:
+        def run_one(i: jax.Array, carry: NamedTuple) -> NamedTuple:
+            return run_block(carry, start + i * size, size, is_full)
 
-    for size in sizes.several[:-1]:
-        count = rest // size
-        carry = run(carry, count, size, True)
-        rest, start = rest - count * size, start + count * size
-    size = sizes.several[-1]
-    return run(carry, -(-rest // size), size, False)
+        return lax.fori_loop(0, count, run_one, carry)
 
-
-def _sizes(blocks, num_rows, num_experts, chip):
-    """The blocks for rows spread over experts; none that the rows cannot fill, none smaller than the tail but the
-    largest. No sizes for only blocks where an even share is too much for one: they would be compiled for nothing; nor
-    off CPU, where each is one more loop whose turns are decided outside the chip."""
-    share = max(8, -(-num_rows // num_experts))
-    body = min(blocks.body, -(-share // 16) * 16, num_rows)
-    only = (
-        {body * n // 16 for n in SIXTEENTHS}
-        if chip == "cpu" and body >= 64 and share <= 1.5 * body
-        else ()
-    )
-    several = [body] + [s for s in (body // 2, body // 8) if s >= blocks.tail]
-    return _Sizes(tuple(sorted(s for s in only if blocks.tail <= s <= num_rows)), tuple(several))
+    start = expert.first_row
+    remaining = expert.num_rows
+    *full_sizes, tail_size = sizes.multi_block
+    for size in full_sizes:
+        count = remaining // size
+        carry = run(carry, start, count, size, True)
+        remaining = remaining - count * size
+        start = start + count * size
+    return run(carry, start, -(-remaining // tail_size), tail_size, False)
 
 
-def _saved_size(blocks, num_rows, placement, sizes):
-    """Elements of the buffer of saved activations: its budget, and room to write what does not fit."""
+def choose_block_sizes(blocks: Blocks, num_rows: int, num_experts: int, chip: str) -> BlockSizes:
+    """Returns the block sizes for a number of rows over all experts.
+
+    No block is larger than the rows can fill, and none but the largest is smaller than the tail.
+    There are no sizes for single blocks if an even share is too large for one block, since they
+    would be compiled for nothing. There are none off CPU either, where each size is one more loop
+    whose trip count is read back by the host.
+    """
+    even_share = max(8, -(-num_rows // num_experts))
+    body = min(blocks.body, -(-even_share // 16) * 16, num_rows)
+    single_block: set[int] = set()
+    if chip == "cpu" and body >= 64 and even_share <= 1.5 * body:
+        single_block = {body * n // 16 for n in SIXTEENTHS}
+    single_block = {s for s in single_block if blocks.tail <= s <= num_rows}
+    smaller = [s for s in (body // 2, body // 8) if s >= blocks.tail]
+    return BlockSizes(tuple(sorted(single_block)), (body, *smaller))
+
+
+def saved_buffer_size(
+    blocks: Blocks, num_rows: int, placement: expert_placement.Placement, sizes: BlockSizes
+) -> int:
+    """Returns the elements of the buffer of saved activations, at most what int32 can index.
+
+    They are the budget, and scratch space for the activations of a block that do not fit.
+    """
     if not blocks.saved:
         return 0
-    columns = max(map(sum, placement.widths))
-    budget = int(blocks.saved * num_rows * 2 * columns / placement.num_experts)
-    return min(budget + _room(placement, sizes), 2**31 - 1)  # as many as 32 bits can index
+    num_hidden = max(map(sum, placement.widths))
+    budget = int(blocks.saved * num_rows * 2 * num_hidden / placement.num_experts)
+    return min(budget + _scratch_size(placement, sizes), MAX_INT32)
 
 
-def _rows_of_blocks(rows, sizes):
-    """Rows of all blocks of an expert, those beyond its own included."""
-    out, rest = 0, rows
-    for size in sizes.several[:-1]:
-        out, rest = out + rest // size * size, rest % size
-    out = out + -(-rest // sizes.several[-1]) * sizes.several[-1]
-    if not sizes.only:
-        return out
-    one = jnp.asarray(sizes.only)[
-        jnp.minimum(jnp.searchsorted(jnp.asarray(sizes.only), rows), len(sizes.only) - 1)
-    ]
-    return jnp.where(_is_one_block(rows, sizes), one, out)
+def _scratch_size(placement: expert_placement.Placement, sizes: BlockSizes) -> int:
+    """Returns the gate and up activations of the largest block of the widest expert."""
+    largest = max(sizes.single_block + sizes.multi_block)
+    return 2 * largest * max(map(max, placement.widths))
 
 
-def _room(placement, sizes):
-    """Where the activations of a block that are not kept are written."""
-    return 2 * max(sizes.only + sizes.several) * max(map(max, placement.widths))
+def _rows_of_blocks(num_rows: jax.Array, sizes: BlockSizes) -> jax.Array:
+    """Returns the rows of all blocks of an expert, masked rows included."""
+    total = 0
+    remaining = num_rows
+    *full_sizes, tail_size = sizes.multi_block
+    for size in full_sizes:
+        total = total + remaining // size * size
+        remaining = remaining % size
+    total = total + -(-remaining // tail_size) * tail_size
+    if not sizes.single_block:
+        return total
+    index = jnp.searchsorted(jnp.asarray(sizes.single_block), num_rows)
+    index = jnp.minimum(index, len(sizes.single_block) - 1)
+    single = jnp.asarray(sizes.single_block)[index]
+    return jnp.where(_is_single_block(num_rows, sizes), single, total)
 
 
-def _saved_place(size, placement, sizes, e, base):
-    """(whether the expert's activations are kept, where they begin, where the next expert's do)."""
-    spare = size - _room(placement, sizes)
-    rows = _rows_of_blocks(e.rows, sizes)
-    fits = rows <= (spare - base) // (
-        2 * e.width
-    )  # as a quotient: the product may not fit in 32 bits
-    return fits, jnp.where(fits, base, spare), jnp.where(fits, base + 2 * e.width * rows, base)
+def find_saved_range(
+    buffer_size: int,
+    placement: expert_placement.Placement,
+    sizes: BlockSizes,
+    expert: Expert,
+    offset: jax.Array,
+) -> SavedRange:
+    """Returns the range of the buffer for an expert's activations, given the first free element."""
+    scratch = buffer_size - _scratch_size(placement, sizes)
+    num_rows = _rows_of_blocks(expert.num_rows, sizes)
+    # Compared as a quotient: rows times width may not fit in 32 bits.
+    is_saved = num_rows <= (scratch - offset) // (2 * expert.width)
+    next_offset = jnp.where(is_saved, offset + 2 * expert.width * num_rows, offset)
+    return SavedRange(is_saved, jnp.where(is_saved, offset, scratch), next_offset)
 
 
-def _save(saved_S, parts, at):
+def _block_offset(saved_range: SavedRange, expert: Expert, start: jax.Array) -> jax.Array:
+    """Returns the first element of the saved activations of the block that begins at a row."""
+    within = 2 * expert.width * (start - expert.first_row)
+    return saved_range.offset + jnp.where(saved_range.is_saved, within, 0)
+
+
+def _save(saved_S: jax.Array, parts: Arrays, offset: jax.Array) -> jax.Array:
+    """Writes the parts into the buffer, one after another; does nothing if it is empty."""
     if not saved_S.size:
         return saved_S
     for part_BW in parts:
-        saved_S = lax.dynamic_update_slice_in_dim(
-            saved_S, part_BW.astype(saved_S.dtype).reshape(-1), at, 0
-        )
-        at = at + part_BW.size
+        part_S = part_BW.astype(saved_S.dtype).reshape(-1)
+        saved_S = lax.dynamic_update_slice_in_dim(saved_S, part_S, offset, 0)
+        offset = offset + part_BW.size
     return saved_S
 
 
-def _load(saved_S, count, width, at):
-    flat = (
-        lax.dynamic_slice_in_dim(saved_S, at + i * count * width, count * width) for i in range(2)
-    )
-    return (f.reshape(count, width).astype(jnp.float32) for f in flat)
+def _load(saved_S: jax.Array, size: int, width: int, offset: jax.Array) -> Arrays:
+    """Returns the gate and up activations of a block, float32."""
+    parts = []
+    for i in range(2):
+        part_S = lax.dynamic_slice_in_dim(saved_S, offset + i * size * width, size * width)
+        parts.append(part_S.reshape(size, width).astype(jnp.float32))
+    return tuple(parts)
 
 
-def _gate_and_up(x_BD, w_gate, w_up):
+def _gate_and_up(x_BD: jax.Array, w_gate: jax.Array, w_up: jax.Array) -> Arrays:
     return _dot(x_BD, w_gate, 1, 0), _dot(x_BD, w_up, 1, 0)
 
 
-def _swiglu_backward(gate_BW, up_BW, dhidden_BW):
-    """(hidden, dgate, dup), float32."""
-    sigmoid_BW = jax.nn.sigmoid(gate_BW)
-    silu_BW = gate_BW * sigmoid_BW
-    dgate_BW = dhidden_BW * up_BW * (sigmoid_BW + silu_BW * (1 - sigmoid_BW))
-    return silu_BW * up_BW, dgate_BW, dhidden_BW * silu_BW
-
-
-def _slice_weights(weights, e):
-    """(gate [D, W], up [D, W], down [W, D]) of one expert."""
+def _slice_weights(weights: Arrays, expert: Expert) -> Arrays:
+    """Returns w_gate [D, W], w_up [D, W] and w_down [W, D] of one expert."""
     return tuple(
-        lax.dynamic_slice_in_dim(w, e.offset, e.width, axis) for w, axis in zip(weights, (1, 1, 0))
+        lax.dynamic_slice_in_dim(w, expert.first_hidden, expert.width, axis)
+        for w, axis in zip(weights, HIDDEN_AXES)
     )
 
 
-def _dot(a, b, axis_a, axis_b):
-    return lax.dot_general(
-        a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32
+def _write_weights(weights: Arrays, new: Arrays, expert: Expert) -> Arrays:
+    """Returns weights of all experts (or their gradients) with those of one expert replaced."""
+    return tuple(
+        lax.dynamic_update_slice_in_dim(w, n.astype(w.dtype), expert.first_hidden, axis)
+        for w, n, axis in zip(weights, new, HIDDEN_AXES)
     )
+
+
+def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """Multiplies two matrices, contracting one axis of each, and accumulates in float32."""
+    dimensions = (((axis_a,), (axis_b,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

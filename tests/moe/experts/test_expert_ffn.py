@@ -246,15 +246,18 @@ def test_many_experts_and_all_of_them(experts, width, top, backend):
 
 def test_saved_activations_fit_however_many_rows_there_are():
     """One expert of 2^20 rows and width 2^12: its 2^33 numbers do not fit, though 32 bits would wrap them to 0."""
-    expert = blocked._Expert(jnp.int32(0), jnp.int32(2**20), jnp.int32(0), 2**12)
+    expert = blocked.Expert(jnp.int32(0), jnp.int32(2**20), jnp.int32(0), 2**12)
     size, placement = 2**28, expert_placement.place_experts((2**12,), 1, "pairs")
-    sizes = blocked._Sizes((), (8, 4))
-    fits, here, after = blocked._saved_place(size, placement, sizes, expert, jnp.int32(100))
+    sizes = blocked.BlockSizes((), (8, 4))
+    fits, here, after = blocked.find_saved_range(size, placement, sizes, expert, jnp.int32(100))
     assert not fits and int(here) == size - 2 * 8 * 2**12 and int(after) == 100
-    few = expert._replace(rows=jnp.int32(5))
-    fits, here, after = blocked._saved_place(size, placement, sizes, few, jnp.int32(100))
+    few = expert._replace(num_rows=jnp.int32(5))
+    fits, here, after = blocked.find_saved_range(size, placement, sizes, few, jnp.int32(100))
     assert fits and int(here) == 100 and int(after) == 100 + 2 * 2**12 * (4 + 4)
-    assert blocked._saved_size(block_sizes.Blocks(8, 4, 1.0), 2**20, placement, sizes) == 2**31 - 1
+    assert (
+        blocked.saved_buffer_size(block_sizes.Blocks(8, 4, 1.0), 2**20, placement, sizes)
+        == 2**31 - 1
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -282,8 +285,8 @@ def test_only_blocks_and_several(body, tail, saved, total, experts):
     """Around every size of an expert's only block: one row less, as many, one more; few rows, all rows, none. What is
     kept of one expert must not reach into the next one's."""
     widths = (5, 3, 5)[:experts]
-    sizes = blocked._sizes(block_sizes.Blocks(body, tail, saved), total, experts, "cpu")
-    assert sizes.only or body == 100
+    sizes = blocked.choose_block_sizes(block_sizes.Blocks(body, tail, saved), total, experts, "cpu")
+    assert sizes.single_block or body == 100
     rng = np.random.default_rng(0)
     w = {
         k: jnp.asarray(rng.normal(size=s), jnp.float32)
@@ -291,7 +294,12 @@ def test_only_blocks_and_several(body, tail, saved, total, experts):
             w_gate=(D, sum(widths)), w_up=(D, sum(widths)), w_down=(sum(widths), D)
         ).items()
     }
-    interesting = {0, 1, total, *(s + d for s in (*sizes.only, *sizes.several) for d in (-1, 0, 1))}
+    interesting = {
+        0,
+        1,
+        total,
+        *(s + d for s in (*sizes.single_block, *sizes.multi_block) for d in (-1, 0, 1)),
+    }
     for first in sorted(r for r in interesting if 0 <= r <= total):
         left = total - first
         rows = (
@@ -310,13 +318,23 @@ def test_only_blocks_and_several(body, tail, saved, total, experts):
 
 
 def test_blocks_are_for_even_shares_that_a_block_can_hold():
-    few, many = (blocked._sizes(block_sizes.Blocks(1024, 64), n, 8, "cpu") for n in (8192, 131072))
-    assert few.only[0] == 512 and few.only[-1] == 1536 and few.several == (1024, 512, 128)
-    assert many.only == () and many.several == (1024, 512, 128)
-    assert blocked._sizes(block_sizes.Blocks(1024, 64), 2, 8, "cpu") == ((), (2,))  # decoding
-    assert blocked._sizes(block_sizes.Blocks(1024, 64), 8192, 8, "h100") == (
+    few, many = (
+        blocked.choose_block_sizes(block_sizes.Blocks(1024, 64), n, 8, "cpu")
+        for n in (8192, 131072)
+    )
+    assert (
+        few.single_block[0] == 512
+        and few.single_block[-1] == 1536
+        and few.multi_block == (1024, 512, 128)
+    )
+    assert many.single_block == () and many.multi_block == (1024, 512, 128)
+    assert blocked.choose_block_sizes(block_sizes.Blocks(1024, 64), 2, 8, "cpu") == (
         (),
-        few.several,
+        (2,),
+    )  # decoding
+    assert blocked.choose_block_sizes(block_sizes.Blocks(1024, 64), 8192, 8, "h100") == (
+        (),
+        few.multi_block,
     )  # a loop costs more
 
 
