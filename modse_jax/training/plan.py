@@ -103,8 +103,8 @@ def plan(config: Config, name: str) -> dict:
                parameter_bytes_per_device=_bytes(state.params), optimizer_bytes_per_device=_bytes(state.opt_state),
                capacity_bytes_per_device=chips.CHIPS[topology.chip].gigabytes * 2**30 if topology.chip in chips.CHIPS
                else _host_memory() / mesh.size, **_flops(config, mesh), notes=[])
-    if kernels.why:
-        row["notes"].append(f"moe.backend is {kernels.experts}: {kernels.why}")
+    if kernels.note:
+        row["notes"].append(f"moe.backend is {kernels.experts}: {kernels.note}")
     start = time.monotonic()
     built = _compile(config, mesh, topology)
     row["compile_seconds"] = round(time.monotonic() - start, 1)
