@@ -214,22 +214,42 @@ def test_ranges_are_short():
     assert reference.list_ranges(range(0, 40, 2)).endswith("14, and 12 more")
 
 
+class FakeKernels:
+    """A kernel module that runs the reference, and multiplies some rows of y by `factor`."""
+
+    factor = 1.0
+
+    def tiles_for(self, *_):
+        return types.SimpleNamespace(rows=8)
+
+    def unit_for(self, *_):
+        return 1
+
+    def run(self, x_ND, rows_E, weights, placement):
+        y_ND = expert_ffn.reference(x_ND, rows_E, expert_ffn.ExpertWeights(*weights), placement.widths[0])
+        return y_ND.at[8:16].multiply(self.factor)
+
+    def forward(self, x_ND, rows_E, weights, shard, placement, tiles, interpret, keep):
+        return self.run(x_ND, rows_E, weights, placement), None
+
+    def backward(self, x_ND, rows_E, weights, shard, kept, dy_ND, placement, tiles, interpret):
+        def run(x_ND, weights):
+            return self.run(x_ND, rows_E, weights, placement)
+
+        _, pull = jax.vjp(run, x_ND, weights)
+        dx_ND, dw = pull(dy_ND)
+        return dx_ND, *dw
+
+
 def test_a_backend_with_wrong_kernels_is_reported(monkeypatch):
-    """A registered backend needs tiles_for and a function of its name, and nothing else."""
-
-    def run(x_ND, rows_E, w_gate, w_up, w_down, shard, placement, tiles, interpret):
-        weights = expert_ffn.ExpertWeights(w_gate, w_up, w_down)
-        y_ND = expert_ffn.reference(x_ND, rows_E, weights, placement.widths[0])
-        return y_ND.at[8:16].multiply(tiles)
-
-    tiles = [1.0]
-    module = types.SimpleNamespace(tiles_for=lambda *_: tiles[0], fake=run)
-    monkeypatch.setitem(expert_ffn.KERNELS, "fake", module)
+    """A registered backend has the interface of kernel modules, and nothing else."""
+    kernels = FakeKernels()
+    monkeypatch.setitem(expert_ffn.KERNELS, "fake", kernels)
     monkeypatch.setitem(phases.INTERPRETED, "fake", "h100")
     small = phases.Layer(16, WIDTHS, ROWS)
     faults, errors, same_bits = phases.compare_with_reference("fake", small)
     assert not faults and max(errors.values()) < 0.01 and same_bits
-    tiles[0] = -1.0
+    kernels.factor = -1.0
     faults, errors, _ = phases.compare_with_reference("fake", small)
     wrong = {(f["array"], f["expert"]): f["rows"] for f in faults}
     assert wrong["y", 2] == wrong["dx", 2] == "3-10" and ("y", 0) not in wrong and errors["y"] > 0.3
