@@ -82,7 +82,7 @@ def test_what_is_recomputed(remat, recomputed):
 
     plain = program(tiny_config(moe=dict(num_experts=2, widths=(), pairs=False)))
     text = program(config)
-    assert text.count("bitcast_convert_type[") == 1    # of router.top_k_ids
+    assert text.count("bitcast_convert_type[") == 1
     assert text.count("dot_general[") - plain.count("dot_general[") == recomputed
 
 

@@ -300,7 +300,8 @@ def test_a_missing_or_other_compiler_is_one_line(tmp_path, monkeypatch):
         gpu_compiler.find_compiler()
     install(folder, jax.__version__, gpu_compiler.PACKAGES[1:])
     monkeypatch.setattr(gpu_compiler, "TOOLS", ("bin/no-such-tool",))
-    with pytest.raises(UserError, match="there is no bin/no-such-tool in .*gpu-compiler/nvidia/cu13, .*" + line.replace("install it", "install them")):
+    tools_line = line.replace("install it", "install them")
+    with pytest.raises(UserError, match="there is no bin/no-such-tool in .*gpu-compiler/nvidia/cu13, .*" + tools_line):
         gpu_compiler.find_compiler()
     tool = folder / "nvidia" / "cu13" / "bin" / "no-such-tool"
     tool.parent.mkdir(parents=True)
