@@ -141,14 +141,14 @@ def test_shards_of_every_experts_columns():
             PAPER,
             8,
             "pairs",
-            r"no way was found .* on 8 shards with equally many columns; numbers .* be: 1, 2, 4; or moe",
+            r"no way was found .* on 8 shards with equally many hidden units; numbers .* be: 1, 2, 4; or set moe",
         ),
         (PAPER, 3, "pairs", "numbers of shards that can be: 1, 2, 4"),
         (
             (6, 4, 2),
             4,
             "columns",
-            r"widths \[2, 6\] do not divide over 4 shards; numbers that do: 1, 2",
+            r"widths \[2, 6\] are not divisible by 4 shards; numbers .* be: 1, 2",
         ),
     ],
 )
