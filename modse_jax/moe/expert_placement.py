@@ -1,33 +1,48 @@
-"""Widths of the experts of a layer, in plain integers: ratios, pairs, lists, offsets on the flat axis, size classes."""
+"""The placement of experts on the shards of an expert axis (expert parallelism).
 
-import functools
+A placement gives every shard the same number of hidden units: either complete experts ("pairs"), or
+an equal slice of every expert ("columns"). Its order is also the order in which weights are stored.
+"""
+
 import math
-import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from modse_jax.moe.expert_widths import check_widths, offsets
+from modse_jax.moe import expert_widths
+from modse_jax.moe.expert_partition import partition_experts
 
 
 class Placement(NamedTuple):
-    """Which columns of the flat hidden axis every shard of an expert axis holds: equally many."""
+    """The experts of every shard, and the hidden units that the shard has of each.
 
-    experts: tuple[tuple[int, ...], ...]  # shard -> its experts, in the order of their columns
-    widths: tuple[tuple[int, ...], ...]  # shard -> how many columns it has of each
+    Attributes:
+        experts: for every shard, its experts in the order of their hidden units.
+        widths: for every shard, the number of hidden units of each of those experts.
+    """
+
+    experts: tuple[tuple[int, ...], ...]
+    widths: tuple[tuple[int, ...], ...]
 
     @property
     def num_experts(self) -> int:
-        return len({e for shard in self.experts for e in shard})
+        """The number of different experts over all shards."""
+        return len({expert for shard in self.experts for expert in shard})
 
     @property
     def slots(self) -> int:
-        """Most experts of a shard."""
+        """The largest number of experts on a shard."""
         return max(len(shard) for shard in self.experts)
 
 
 class SizeClass(NamedTuple):
-    """Experts with equally many columns on a shard: by shard, their places among the shard's experts and first columns
-    there, in order. Shards that have fewer are filled up with the place `Placement.slots`, which has no rows."""
+    """Experts that have equally many hidden units on their shards.
+
+    Attributes:
+        width: the number of hidden units.
+        slots: for every shard, the positions of these experts among the shard's experts, in order.
+            Lists of shards that have fewer are filled up with Placement.slots, which has no rows.
+        offsets: for every shard, the first hidden units of these experts; 0 for filled entries.
+    """
 
     width: int
     slots: tuple[tuple[int, ...], ...]
@@ -35,139 +50,131 @@ class SizeClass(NamedTuple):
 
 
 def size_classes(placement: Placement) -> tuple[SizeClass, ...]:
-    """Experts grouped by width, widest first: a program needs one loop per class, not per expert."""
-    classes = []
-    for width in sorted({w for shard in placement.widths for w in shard}, reverse=True):
-        places = [[i for i, w in enumerate(shard) if w == width] for shard in placement.widths]
-        firsts = [[offsets(shard)[i] for i in p] for shard, p in zip(placement.widths, places)]
-        most = max(map(len, places))
-        classes.append(
-            SizeClass(
-                width,
-                tuple((*p, *[placement.slots] * (most - len(p))) for p in places),
-                tuple((*f, *[0] * (most - len(f))) for f in firsts),
-            )
-        )
-    return tuple(classes)
+    """Groups experts by width, widest first. A program needs one loop per class, not per expert."""
+    widths = {width for shard in placement.widths for width in shard}
+    return tuple(_make_size_class(placement, width) for width in sorted(widths, reverse=True))
+
+
+def _make_size_class(placement: Placement, width: int) -> SizeClass:
+    slots = []
+    offsets = []
+    for shard in placement.widths:
+        firsts = expert_widths.offsets(shard)
+        slots.append([slot for slot, w in enumerate(shard) if w == width])
+        offsets.append([firsts[slot] for slot in slots[-1]])
+    length = max(map(len, slots))
+    return SizeClass(
+        width,
+        tuple(_pad(row, length, placement.slots) for row in slots),
+        tuple(_pad(row, length, 0) for row in offsets),
+    )
+
+
+def _pad(row: Sequence[int], length: int, value: int) -> tuple[int, ...]:
+    return (*row, *[value] * (length - len(row)))
 
 
 def place_experts(widths: Sequence[int], shards: int, kind: str) -> Placement:
-    """Experts on the shards of an expert axis.
+    """Places experts on the shards of an expert axis.
 
-    Args: kind: "pairs": whole experts, equally many columns on every shard: neighbours in the order given where that
-      comes out (pairs do, MoDSE section 3.3), else found by search. "columns": equally many columns of every expert.
-    Raises: ValueError where it cannot be done, with the numbers of shards that can.
+    Args:
+        widths: number of hidden units of every expert.
+        shards: size of the expert axis.
+        kind: "pairs" gives complete experts to every shard, with equal total widths: consecutive
+            experts if their widths allow it (the paper's pairs do, MoDSE section 3.3), otherwise
+            groups found by search. "columns" gives every shard an equal slice of every expert.
+
+    Raises:
+        ValueError: the widths do not allow it. The message lists the numbers of shards that work.
     """
-    widths = check_widths(widths)
+    widths = expert_widths.check_widths(widths)
     if kind == "columns":
-        if any(w % shards for w in widths):
-            bad = sorted({w for w in widths if w % shards})
-            common = math.gcd(*widths)
-            raise ValueError(
-                f"columns of widths {bad} do not divide over {shards} shards; numbers that do: "
-                f"{_listed(n for n in range(1, common + 1) if common % n == 0)}"
-            )
-        return Placement(
-            (tuple(range(len(widths))),) * shards, (tuple(w // shards for w in widths),) * shards
-        )
+        return _place_slices(widths, shards)
     groups = partition_experts(widths, shards)
     if groups is None:
-        able = _listed(
-            n for n in range(1, min(len(widths), 64) + 1) if partition_experts(widths, n, tries=2)
-        )
+        candidates = range(1, min(len(widths), 64) + 1)
+        possible = [n for n in candidates if partition_experts(widths, n, tries=2)]
         raise ValueError(
-            f"no way was found to put experts of widths {widths[:16]} on {shards} shards with equally "
-            f"many columns; numbers of shards that can be: {able}; or moe.placement=columns"
+            f"no way was found to put experts of widths {widths[:16]} on {shards} shards with "
+            f"equally many hidden units; numbers of shards that can be: {_join(possible)}; or set "
+            "moe.placement=columns"
         )
-    return Placement(groups, tuple(tuple(widths[e] for e in group) for group in groups))
+    return _place_groups(widths, groups)
 
 
-@functools.cache
-def partition_experts(
-    widths: tuple[int, ...], shards: int, tries: int = 32
-) -> tuple[tuple[int, ...], ...] | None:
-    """Experts in `shards` groups of equal total width; None where none was found.
-
-    Runs of neighbours where they come out. Else shard by shard: the widest expert left, and others that fill the shard
-    up (subset sum), in `tries` different orders. Not exhaustive: that would take exponential time.
-    """
-    total = sum(widths)
-    if total % shards or shards > len(widths) or max(widths) > total // shards:
-        return None
-    share = total // shards
-    ends = [first + width for first, width in zip(offsets(widths), widths)]
-    cuts = [ends.index(share * (s + 1)) + 1 for s in range(shards) if share * (s + 1) in ends]
-    if len(cuts) == shards:
-        return tuple(tuple(range(a, b)) for a, b in zip([0, *cuts], cuts))
-    rng, order = random.Random(0), sorted(range(len(widths)), key=lambda e: -widths[e])
-    for _ in range(tries):
-        groups, left = [], list(order)
-        while left and len(groups) <= shards:
-            widest = max(left, key=lambda e: widths[e])
-            left.remove(widest)
-            rest = _subset(left, widths, share - widths[widest])
-            if rest is None:
-                break
-            groups.append(tuple(sorted((widest, *rest))))
-            left = [e for e in left if e not in rest]
-        if not left and len(groups) == shards:
-            return tuple(sorted(groups))
-        rng.shuffle(order)
-    return None
+def _place_slices(widths: Sequence[int], shards: int) -> Placement:
+    """Gives every shard an equal slice of every expert."""
+    indivisible = sorted({width for width in widths if width % shards})
+    if indivisible:
+        common = math.gcd(*widths)
+        possible = [n for n in range(1, common + 1) if common % n == 0]
+        raise ValueError(
+            f"widths {indivisible} are not divisible by {shards} shards; numbers of shards that "
+            f"can be: {_join(possible)}"
+        )
+    experts = tuple(range(len(widths)))
+    slices = tuple(width // shards for width in widths)
+    return Placement((experts,) * shards, (slices,) * shards)
 
 
-def _subset(experts, widths, target):
-    """Experts whose widths sum to target, the first ones preferred; None if there are none. One bit per sum."""
-    reach, mask = [1], (1 << (target + 1)) - 1
-    for e in experts:
-        reach.append((reach[-1] | reach[-1] << widths[e]) & mask)
-    if not reach[-1] >> target & 1:
-        return None
-    chosen = set()
-    for i in range(len(experts), 0, -1):
-        if not reach[i - 1] >> target & 1:
-            chosen.add(experts[i - 1])
-            target -= widths[experts[i - 1]]
-    return chosen
+def _place_groups(widths: Sequence[int], groups: Iterable[Sequence[int]]) -> Placement:
+    """Gives every shard one group of complete experts."""
+    experts = tuple(tuple(group) for group in groups)
+    return Placement(experts, tuple(tuple(widths[e] for e in group) for group in experts))
+
+
+def _join(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:16]))
 
 
 def hidden_unit_order(widths: Sequence[int], placement: Placement) -> list[int]:
-    """Canonical column (experts in order, one after another) of every stored column, shard after shard."""
-    first, taken, order = offsets(widths), [0] * len(widths), []
-    for experts, columns in zip(placement.experts, placement.widths):
-        for e, n in zip(experts, columns):
-            order.extend(range(first[e] + taken[e], first[e] + taken[e] + n))
-            taken[e] += n
+    """Returns the canonical hidden unit of every stored one, shard after shard.
+
+    The canonical order has the experts in order, one after another.
+    """
+    next_unit = list(expert_widths.offsets(widths))
+    order: list[int] = []
+    for experts, counts in zip(placement.experts, placement.widths):
+        for expert, count in zip(experts, counts):
+            order.extend(range(next_unit[expert], next_unit[expert] + count))
+            next_unit[expert] += count
     return order
 
 
 def straggler_factor(counts: Sequence[float], placement: Placement) -> float:
-    """Largest over mean load of the shards of one expert axis; load is tokens times columns, summed over a shard's
-    experts. 1 without tokens."""
+    """Returns the load imbalance (max/mean) over the shards of one expert axis.
+
+    The load of a shard is the number of routed tokens times hidden units, summed over its experts.
+    Without routed tokens the factor is 1.
+
+    Args:
+        counts: routed tokens of every expert.
+    """
     loads = [
-        sum(counts[e] * w for e, w in zip(experts, columns))
-        for experts, columns in zip(placement.experts, placement.widths)
+        sum(counts[expert] * width for expert, width in zip(experts, widths))
+        for experts, widths in zip(placement.experts, placement.widths)
     ]
-    return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0
+    total = sum(loads)
+    return max(loads) * len(loads) / total if total else 1.0
 
 
 def reference_placements(widths: Sequence[int]) -> dict[str, Placement]:
-    """What the straggler factor is shown for: the paper's pairs on E / 2 devices, neighbours in the order of size there
-    (its bad example), one expert per device, and columns. Those that the widths do not allow are left out."""
-    experts = range(len(widths))
+    """Returns the placements that the straggler factor is reported for.
 
-    def grouped(order, size):
-        groups = tuple(tuple(order[i : i + size]) for i in range(0, len(order), size))
-        return Placement(groups, tuple(tuple(widths[e] for e in g) for g in groups))
-
-    out = {}
+    They are the paper's pairs on E / 2 devices ("pairs"), experts that are neighbors in order of
+    size on E / 2 devices ("sorted", the paper's counterexample), one expert per device, and slices
+    of every expert ("columns"). The first two are left out if the number of experts is odd.
+    """
+    experts = list(range(len(widths)))
+    by_size = sorted(experts, key=lambda expert: -widths[expert])
+    placements = {}
     if len(widths) % 2 == 0:
-        out["pairs"] = grouped(list(experts), 2)
-        out["sorted"] = grouped(sorted(experts, key=lambda e: -widths[e]), 2)
-    out["one_per_device"] = grouped(list(experts), 1)
-    out["columns"] = Placement((tuple(experts),) * 2, (tuple(widths),) * 2)
-    return out
+        placements["pairs"] = _place_groups(widths, _chunk(experts, 2))
+        placements["sorted"] = _place_groups(widths, _chunk(by_size, 2))
+    placements["one_per_device"] = _place_groups(widths, _chunk(experts, 1))
+    placements["columns"] = Placement((tuple(experts),) * 2, (tuple(widths),) * 2)
+    return placements
 
 
-def _listed(numbers):
-    return ", ".join(map(str, list(numbers)[:16]))
+def _chunk(experts: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [experts[i : i + size] for i in range(0, len(experts), size)]

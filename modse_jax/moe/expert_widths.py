@@ -1,41 +1,58 @@
-"""TODO"""
+"""Widths of experts (their numbers of hidden units): ratios, pairs, checks and offsets.
+
+This module imports no array library, so that reading a config is fast.
+
+Source: MoDSE (Mixture of Diverse Size Experts), Table 1 and Eq. 7-8.
+"""
 
 from collections.abc import Sequence
 
-# Expert widths over the model width, pair by pair: every pair sums to 5 (MoDSE, Table 1).
+# Expert widths as multiples of the model dimension, pair by pair. Every pair sums to 5 (Table 1).
 PAPER_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
 
 
 def equal_widths(num_experts: int, width: int) -> tuple[int, ...]:
+    """Returns the widths of a layer whose experts are all equally wide."""
     return (width,) * num_experts
 
 
 def widths_from_ratio_pairs(pairs: Sequence[tuple[float, float]], dim: int) -> tuple[int, ...]:
-    """Widths of experts given pair by pair as multiples of the model width (MoDSE, Table 1).
+    """Returns the widths of experts given as pairs of multiples of the model dimension.
 
-    Args: pairs: ((4.5, 0.5), (4.0, 1.0), ...); dim: model width D.
-    Returns: the widths in the order of the pairs.
-    Raises: ValueError where a ratio times dim is not a positive whole number.
+    Args:
+        pairs: ratios, for example ((4.5, 0.5), (4.0, 1.0)). The widths are in this order.
+        dim: model dimension D.
+
+    Raises:
+        ValueError: a ratio times dim is not a positive integer.
     """
-    widths = [ratio * dim for pair in pairs for ratio in pair]
-    bad = [ratio for pair in pairs for ratio in pair if ratio * dim != int(ratio * dim)]
-    if bad:
-        raise ValueError(f"ratios {bad} times model width {dim} are not whole numbers")
-    return check_widths([int(w) for w in widths])
+    ratios = [ratio for pair in pairs for ratio in pair]
+    fractional = [ratio for ratio in ratios if ratio * dim != int(ratio * dim)]
+    if fractional:
+        raise ValueError(f"ratios {fractional} times model width {dim} are not whole numbers")
+    return check_widths([int(ratio * dim) for ratio in ratios])
 
 
 def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    """The widths, if every one is a positive whole number; else ValueError that names the expert."""
+    """Returns the widths as a tuple of int.
+
+    Raises:
+        ValueError: a width is not a positive integer. The message names the expert.
+    """
     for expert, width in enumerate(widths):
         if width != int(width) or width <= 0:
             raise ValueError(
                 f"expert {expert} has width {width}; widths must be whole numbers above 0"
             )
-    return tuple(int(w) for w in widths)
+    return tuple(int(width) for width in widths)
 
 
 def check_pairs(widths: Sequence[int], width: int) -> tuple[int, ...]:
-    """The widths, if experts 2j and 2j+1 sum to 2 * width for every j (MoDSE, Eq. 7-8); else ValueError."""
+    """Returns the widths if experts 2j and 2j+1 sum to 2 * width for every j (MoDSE, Eq. 7-8).
+
+    Raises:
+        ValueError: a pair has another sum, or the number of experts is odd.
+    """
     widths = check_widths(widths)
     if len(widths) % 2:
         raise ValueError(f"{len(widths)} experts cannot form pairs; give an even number")
@@ -50,9 +67,10 @@ def check_pairs(widths: Sequence[int], width: int) -> tuple[int, ...]:
 
 
 def offsets(widths: Sequence[int]) -> tuple[int, ...]:
-    """First column of every expert on the flat hidden axis."""
-    out, total = [], 0
+    """Returns the first hidden unit of every expert on the flat hidden axis."""
+    firsts = []
+    total = 0
     for width in widths:
-        out.append(total)
+        firsts.append(total)
         total += width
-    return tuple(out)
+    return tuple(firsts)

@@ -1,4 +1,4 @@
-"""Sorting by expert and back: order, drops, and gradients without scatters."""
+"""Sorting routed tokens by expert and back: order, drops, gradients without scatters."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def routing(T=37, K=3, E=5, seed=0):
     )
 
 
-def test_rows_are_sorted_by_expert_stably_and_ownerless_rows_come_last():
+def test_rows_are_sorted_stably_by_expert_with_padding_rows_last():
     ids_TK, valid_T, _ = routing()
     plan = dispatch.plan_dispatch(ids_TK, valid_T, 5)
     ids = np.where(np.asarray(valid_T)[:, None], ids_TK, 5).reshape(-1)
@@ -27,7 +27,7 @@ def test_rows_are_sorted_by_expert_stably_and_ownerless_rows_come_last():
     assert int(plan.dropped) == 0
 
 
-def test_sort_key_and_argsort_agree_where_the_key_would_overflow():
+def test_stable_argsort_falls_back_if_its_key_would_overflow():
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 7, 1000), jnp.int32)
     np.testing.assert_array_equal(
         dispatch.stable_argsort(ids, 7), dispatch.stable_argsort(ids, 2**30)
@@ -76,7 +76,7 @@ def test_dispatch_and_combine_equal_a_loop_with_gradients():
 
 
 def test_no_scatter_of_rows_forward_or_backward():
-    """Only the inverse permutation, of int32, is a scatter; rows move by gathers, which are deterministic on GPU."""
+    """Only the int32 inverse permutation is a scatter. Rows are gathered, deterministically."""
     ids_TK, valid_T, gates_TK = routing()
 
     def loss(x_TD, gates_TK):

@@ -1,4 +1,4 @@
-"""Rows sent to the shards of their experts: where they land, that they come back, and what the collective is told."""
+"""All-to-all of routed tokens: rows arrive in order, come back, and their sizes agree."""
 
 import functools
 
@@ -21,7 +21,7 @@ RNG = np.random.default_rng(0)
 ROUTINGS = {  # rows of every device for every slot of every shard
     "random": RNG.multinomial(R, np.ones(N * S) / N / S, size=N).reshape(N, N, S),
     "all to one slot": np.eye(N * S, dtype=int)[[7] * N].reshape(N, N, S) * R,
-    "nobody sends": np.zeros((N, N, S), int),
+    "no rows": np.zeros((N, N, S), int),
     "one device sends, not all its rows": np.concatenate(
         (RNG.multinomial(R - 3, np.ones(N * S) / N / S, size=1), np.zeros((N - 1, N * S), int))
     ).reshape(N, N, S),
@@ -68,8 +68,8 @@ def test_rows_arrive_sorted_by_slot_and_source_and_come_back(name):
         np.testing.assert_array_equal(arrived[shard, :, 0], want + [0] * (N * R - len(want)))
 
 
-def test_gradients_go_back_the_same_way():
-    """Against those that JAX derives from the reference itself."""
+def test_gradients_are_sent_back_to_their_source():
+    """They equal the gradients that JAX derives from the reference exchange."""
     counts = jnp.asarray(ROUTINGS["random"])
     x, dy = (
         jax.random.normal(jax.random.key(i), s) for i, s in enumerate(((N, R, 2), (N, N * R, 2)))
@@ -91,7 +91,7 @@ def test_gradients_go_back_the_same_way():
     assert np.abs(ours).min() > 0
 
 
-def test_rows_cannot_be_sent_to_parts_of_experts():
+def test_all_to_all_requires_complete_experts_without_capacity():
     for changes in (dict(placement="columns"), dict(capacity_factor=1.0)):
         with pytest.raises(
             UserError, match="moe.exchange=all_to_all sends every row to a whole expert"

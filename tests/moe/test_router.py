@@ -1,4 +1,4 @@
-"""Gates, ids and losses of every router, against a float64 loop; padding counts for nothing."""
+"""Gates, ids and losses of every router equal a float64 loop, and ignore padding."""
 
 import functools
 
@@ -18,7 +18,7 @@ WIDTHS = (20, 4, 12, 12)
 
 
 def make_layer(rng, **moe):
-    """(numpy weights in float64, jitted function of (weights, x, valid) -> y, balance, z, statistics)."""
+    """Returns (config, float64 weights, jitted function of (weights, x, valid))."""
     config = tiny_config(moe=moe)
     graph, state = nnx.split(transformer.build_moe_layer(config, None, nnx.Rngs(0)))
     weights = nnx.to_pure_dict(state)
@@ -50,7 +50,7 @@ def test_layer_equals_the_numpy_loop(gate, term, top_k, count, backend):
     valid = rng.random(29) < 0.8
 
     def total(arrays):
-        """A scalar of all three outputs, so that one derivative checks every path."""
+        """Returns a scalar of all three outputs, so that one derivative checks every path."""
         y, balance, z = numpy_reference.layer(
             arrays["x"], arrays, WIDTHS, top_k, gate, config.model.norm_eps, valid, count
         )
@@ -107,8 +107,8 @@ def test_balance_loss_is_k_at_balance_and_larger_elsewhere():
     ) == pytest.approx(4)
 
 
-def test_padding_counts_for_nothing():
-    """Junk, even NaN, in padding tokens changes neither outputs, losses, statistics nor gradients."""
+def test_padding_tokens_change_no_output_loss_or_gradient():
+    """Padding tokens may be NaN."""
     rng = np.random.default_rng(0)
     _, weights, apply = make_layer(rng)
     valid = jnp.arange(20) < 13
@@ -133,7 +133,7 @@ def test_padding_counts_for_nothing():
     assert int(statistics.tokens) == 13 and int(statistics.counts_KE.sum()) == 26
 
 
-def test_losses_of_a_sharded_batch_are_the_whole_batchs():
+def test_losses_of_a_sharded_batch_equal_those_of_the_global_batch():
     """`reduce` sums over devices: two halves reduced together give the losses of the whole."""
     weights = router.RouterWeights(jax.random.normal(jax.random.key(1), (16, 4)))
     x_TD, valid_T = jax.random.normal(jax.random.key(0), (24, 16)), jnp.arange(24) % 5 > 0
@@ -149,8 +149,8 @@ def test_losses_of_a_sharded_batch_are_the_whole_batchs():
     np.testing.assert_array_equal(halves.statistics.counts_KE[0], whole.statistics.counts_KE)
 
 
-def test_descending_the_balance_loss_balances():
-    """From a router that sends almost everything to expert 0."""
+def test_gradient_descent_on_the_balance_loss_balances_the_load():
+    """The router sends almost all tokens to expert 0 at first."""
     x_TD = jax.random.normal(jax.random.key(0), (200, 8)).at[:, 0].set(1)
     start = (0.3 * jax.random.normal(jax.random.key(1), (8, 4))).at[0, 0].set(3)
     valid_T = jnp.ones((200,), bool)

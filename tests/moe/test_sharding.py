@@ -1,4 +1,4 @@
-"""The same numbers on every mesh; what is sent, and what is held where."""
+"""Training gives the same numbers on every mesh, with the expected collectives and shards."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ def trained(config, count):
 
 
 def canonical(config, state):
-    """The state as one device would hold it."""
+    """Returns the state in the order that one device stores."""
     order = expert_placement.hidden_unit_order(
         config.widths, device_mesh.place_experts_on_mesh(config, compiled(config)[0])
     )
@@ -44,7 +44,7 @@ def canonical(config, state):
 
 @pytest.mark.parametrize("name", MESHES)
 def test_every_mesh_trains_like_one_device(name):
-    """Ten steps: losses, statistics, and parameters, which see every gradient through Adam's moments."""
+    """Compares losses, statistics, parameters and Adam's moments after ten steps."""
     one_state, one, one_losses = trained(config_on(), 10)
     config = config_on(*MESHES[name])
     state, metrics, losses = trained(config, 10)
@@ -56,7 +56,7 @@ def test_every_mesh_trains_like_one_device(name):
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_a_device_is_given_as_many_rows_as_are_checked_beforehand(name, monkeypatch):
+def test_rows_of_a_device_equal_those_checked_before_the_run(name, monkeypatch):
     config, seen = config_on(*MESHES[name]), []
     mesh, real = device_mesh.build_mesh(config), select.expert_ffn
     monkeypatch.setattr(
@@ -80,8 +80,8 @@ def test_first_gradients_equal_those_of_one_device(name):
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_weights_are_where_they_should_be(name):
-    """Equal bytes of experts on every device, and no device of fsdp or expert holds the whole of a large array."""
+def test_weights_are_sharded_evenly(name):
+    """Every device has the same bytes, and large arrays are sharded over fsdp and expert."""
     sizes = MESHES[name][0]
     config = config_on(*MESHES[name])
     state = trained(config, 1)[0]
@@ -92,7 +92,7 @@ def test_weights_are_where_they_should_be(name):
 
 
 def sent(config):
-    """{kind: shapes of what it makes} in the compiled step."""
+    """Returns {kind of collective: shapes of its results} in the compiled step."""
     out = {}
     for c in list_collectives(compiled(config)[1].as_text()):
         out.setdefault(c.kind, []).append(c.shape)
@@ -111,8 +111,8 @@ def test_expert_weights_are_never_gathered_over_the_expert_axis():
     assert "reduce-scatter" in sent(config)
 
 
-def test_a_layer_sends_tokens_twice_forward_and_twice_backward_and_nothing_else_of_their_size():
-    """Gathered along 4 shards, their sums scattered back; and each one's transpose."""
+def test_a_layer_needs_two_all_gathers_and_two_reduce_scatters_of_tokens():
+    """One all-gather and one reduce-scatter over 4 shards, and the transpose of each."""
     config = config_on(*MESHES["2 data x 4 expert"])
     D, mine = config.model.dim, 16 * 32 // 8  # tokens of a device
     tokens = [
@@ -126,8 +126,8 @@ def test_a_layer_sends_tokens_twice_forward_and_twice_backward_and_nothing_else_
     ]
 
 
-def test_a_grouped_product_is_never_made_dense():
-    """No array of all rows by hidden columns, whichever way the rows came."""
+def test_the_grouped_matmul_is_never_dense():
+    """There is no array of all rows by all hidden units, with either exchange."""
     for name in ("2 data x 4 expert", "2 data x 4 expert, rows sent"):
         config = config_on(*MESHES[name])
         rows = 2 * 4 * 16 * 32 // 8  # K choices of the tokens of four shards
@@ -135,19 +135,19 @@ def test_a_grouped_product_is_never_made_dense():
         assert config.model.dim in wide and max(wide) <= config.model.dim
 
 
-def test_whole_weights_are_not_kept_for_every_layer():
-    """fsdp gathers them again in the backward pass."""
+def test_gathered_weights_are_not_saved_for_the_backward_pass():
+    """With fsdp, the backward pass all-gathers them again."""
     text, H, D = compiled(config_on(*MESHES["8 fsdp"]))[1].as_text(), sum(WIDTHS), 16
     assert f"[{D},{H}]" in text and f"[2,{D},{H}]" not in text
 
 
-def test_data_parallel_training_only_adds_up():
+def test_data_parallel_step_uses_only_all_reduce():
     assert set(sent(config_on(*MESHES["8 data"]))) == {"all-reduce"}
 
 
 @pytest.mark.parametrize("placement", ["pairs", "columns"])
 def test_capacity_drops_are_counted_once(placement):
-    """Over the tokens that an expert sees: those of all shards."""
+    """The capacity applies to the tokens of all shards together."""
     config = config_on((1, 1, 4), placement, capacity_factor=0.5, backend="reference")
     x, valid = jax.random.normal(jax.random.key(0), (8, 6, 16)), jnp.ones((8, 6), bool)
 
@@ -164,8 +164,8 @@ def test_capacity_drops_are_counted_once(placement):
 
 
 @pytest.mark.parametrize("scope", ["batch", "device"])
-def test_the_balance_loss_is_of_the_batch_or_the_mean_over_devices(scope):
-    """Devices with unequal numbers of tokens; with its gradient."""
+def test_balance_loss_scope_is_the_batch_or_the_mean_over_devices(scope):
+    """Devices have unequal numbers of tokens. Gradients are compared too."""
     config = config_on((4, 1, 1), backend="reference", balance_loss_scope=scope)
     x, valid = (
         jax.random.normal(jax.random.key(0), (8, 6, 16)),
@@ -196,8 +196,8 @@ def test_the_balance_loss_is_of_the_batch_or_the_mean_over_devices(scope):
     assert scope == "batch" or abs(float(got[0] - loss(x, valid, None))) > 1e-3
 
 
-def test_a_checkpoint_goes_on_on_any_mesh(tmp_path):
-    """Saved with every expert's columns on 8 devices, continued on 4 shards of pairs and on one device."""
+def test_a_run_resumes_on_any_mesh(tmp_path):
+    """Saved with sliced experts on 8 devices, resumed on 4 shards of pairs and on one device."""
     source = config_on(*MESHES["8 expert, columns"])
     mesh = compiled(source)[0]
     state = trained(source, 2)[0]
@@ -232,7 +232,8 @@ def test_a_checkpoint_goes_on_on_any_mesh(tmp_path):
         (
             (3, 1, 1),
             {},
-            "training.batch_size / training.gradient_accumulation=16 does not divide over mesh.data=3",
+            "training.batch_size / training.gradient_accumulation=16 "
+            "does not divide over mesh.data=3",
         ),
         ((-1, 3, 1), {}, "3 does not divide the 8 cpu"),
         ((2, 4, 2), {}, "make 16, but this process sees 8 cpu"),
@@ -254,7 +255,7 @@ def test_meshes_that_do_not_fit_are_explained(sizes, changes, message):
         device_mesh.build_mesh(config)
 
 
-def test_one_mesh_axis_cuts_one_axis_of_an_array():
+def test_a_mesh_axis_shards_only_one_axis_of_an_array():
     assert sharding.partition_spec(("vocab", "embed")) == jax.sharding.PartitionSpec(
         (), ("fsdp", "expert")
     )
@@ -264,7 +265,7 @@ def test_one_mesh_axis_cuts_one_axis_of_an_array():
         assert sharding.parameter_partition_spec(name, len(meanings) + 1)[0] is None
 
 
-def test_the_rest_of_the_devices():
+def test_minus_one_takes_the_remaining_devices():
     assert dict(device_mesh.build_mesh(config_on((2, -1, 2))).shape) == {
         "data": 2,
         "fsdp": 2,

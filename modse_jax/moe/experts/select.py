@@ -1,12 +1,16 @@
-"""The grouped gated feed-forward product over experts of unequal width: signature, slow reference, choice of backend.
+"""The expert FFN over experts of unequal width: one signature, and the choice of a backend.
 
-Expert e owns columns offset[e] : offset[e] + width[e] of the flat hidden axis H = sum of widths, so parameters are
-exact: no padding to the widest. E_e(x) = (silu(x W_gate) * (x W_up)) W_down (SwiGLU, no biases).
+Expert e owns the hidden units offset[e] : offset[e] + width[e] of the flat hidden axis H, the sum of
+all widths, so that there is no padding to the widest expert. Its output is SwiGLU without biases:
 
-Legend: N routed rows, D model, E experts, H flat hidden axis.
+    E_e(x) = (silu(x W_gate) * (x W_up)) W_down
+
+Legend: N routed tokens, D model dimension, E experts, H flat hidden axis.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +25,16 @@ from modse_jax.moe.experts.reference_ffn import reference
 
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "pallas_triton": pallas_triton}
 
+# "auto" chooses no kernels that need more than this many times the FLOPs because of padded widths.
+MAX_PADDING = 1.5
 
-MAX_PADDING = 1.5  # "auto" takes no kernels that would need more than 1.5 times the FLOPs because of padded widths
+# The largest error of kernels in their self test, relative to the norm of the reference, and the
+# largest error of one element, relative to the root mean square of the reference. The second bound
+# finds a single wrong tile.
+MAX_RELATIVE_ERROR = 0.02
+MAX_ELEMENT_ERROR = 0.3
+
+USE_BLOCKED = "set moe.backend=blocked, which runs anywhere, and report it"
 
 
 def check_backend(
@@ -32,26 +44,48 @@ def check_backend(
     chip: str,
     dtype: str,
 ) -> None:
-    """Raises ValueError, naming what would do, where a backend cannot multiply rows of a shape [N, D] and this type
-    with these widths on this chip (mesh.chip)."""
+    """Checks that a backend can run a job.
+
+    Args:
+        backend: a value of moe.backend.
+        placement: the widths of the experts of every shard.
+        shape: [N, D] of the routed tokens.
+        chip: the name of the chip; see sharding.chip_name.
+        dtype: the compute dtype.
+
+    Raises:
+        ValueError: it cannot. The message names an alternative.
+    """
     if backend in KERNELS:
         checked_tiles(backend, placement, shape, chip, dtype)
 
 
-def checked_tiles(backend, placement, shape, chip, dtype):
-    """(tiles, unit) of a kernel backend: every width is padded to a multiple of the unit (expert_padding). Raises
-    ValueError if the backend does not take the job."""
-    module, widths = KERNELS[backend], _all_widths(placement)
-    tiles, unit = (
-        module.tiles_for(widths, shape[1], chip, dtype),
-        module.unit_for(widths, chip, dtype),
-    )
-    module.check_tasks(shape[0], hidden_unit_padding.pad_placement(placement, unit), tiles)
+def checked_tiles(
+    backend: str,
+    placement: expert_placement.Placement,
+    shape: tuple[int, int],
+    chip: str,
+    dtype: str,
+) -> tuple[Any, int]:
+    """Returns (tiles, unit) of a kernel backend for a job; see check_backend for the arguments.
+
+    Every width is padded to a multiple of the unit (hidden_unit_padding.py).
+
+    Raises:
+        ValueError: the backend cannot run the job.
+    """
+    module = KERNELS[backend]
+    num_rows, dim = shape
+    widths = _all_widths(placement)
+    tiles = module.tiles_for(widths, dim, chip, dtype)
+    unit = module.unit_for(widths, chip, dtype)
+    padded = hidden_unit_padding.pad_placement(placement, unit)
+    module.check_tasks(num_rows, padded, tiles)
     return tiles, unit
 
 
-def _all_widths(placement):
-    return [w for widths in placement.widths for w in widths]
+def _all_widths(placement: expert_placement.Placement) -> list[int]:
+    return [width for widths in placement.widths for width in widths]
 
 
 def select_backend(
@@ -61,42 +95,43 @@ def select_backend(
     chip: str,
     dtype: str,
 ) -> tuple[str, str]:
-    """Returns the backend for routed tokens of a shape [N, D], and a note for the user.
+    """Returns the backend for a job, and a note for the user.
 
-    "auto" follows a written rule:
-      TPUs: pallas_tpu, because `blocked` takes minutes to compile there (LOG.md).
-      A100, H100, H200, B200 in bfloat16 or float16: pallas_triton. The rule comes from published timings of other
-        grouped matmuls on an H100 (tokamax's shipped autotuning results): 650 TFLOP/s forward and 460 to 595 for weight
-        gradients through Triton, 410 to 480 and 100 to 119 through Mosaic. Our own kernels have not been timed on
-        hardware. A run checks them on its own device before it uses them (check_kernels).
-      Otherwise, and if the kernels refuse the job or need more than MAX_PADDING times the FLOPs: blocked.
+    See check_backend for the arguments. "auto" follows a written rule:
 
-    The note says why "auto" does not take the kernels that the chip has, or how much the kernels pad; else it is empty.
+    *   TPUs: pallas_tpu, because `blocked` takes minutes to compile there (LOG.md).
+    *   A100, H100, H200, B200 in bfloat16 or float16: pallas_triton. The rule comes from published
+        timings of other grouped matmuls on an H100 (tokamax's shipped autotuning results): 650
+        TFLOP/s forward and 460 to 595 for weight gradients through Triton, 410 to 480 and 100 to
+        119 through Mosaic. Our own kernels have not been timed on hardware. A run checks them on
+        its device before it uses them (self_test_kernels).
+    *   Otherwise, and if the kernels cannot run the job or need more than MAX_PADDING times the
+        FLOPs: blocked.
+
+    The note says why "auto" does not choose the kernels that the chip has, or how much the kernels
+    pad. Otherwise it is empty.
     """
-    kernels = backend
-    if backend == "auto":
-        kernels = next(
-            (
-                name
-                for name, chips in (
-                    ("pallas_tpu", pallas_tpu.TILINGS),
-                    ("pallas_triton", pallas_triton.CHIPS),
-                )
-                if chip in chips
-            ),
-            "blocked",
-        )
-    if kernels not in KERNELS:
-        return kernels, ""
+    selected = _kernels_for_chip(chip) if backend == "auto" else backend
+    if selected not in KERNELS:
+        return selected, ""
     try:
-        ratio, note = padding(kernels, placement, shape, chip, dtype)
+        ratio, note = padding(selected, placement, shape, chip, dtype)
     except ValueError as error:
         if backend == "auto":
             return "blocked", str(error)
-        return kernels, ""  # check_backend reports it
+        return selected, ""  # check_backend reports the error
     if backend == "auto" and ratio > MAX_PADDING:
-        return "blocked", f"{kernels} would need {ratio:.1f} times the FLOPs: {note}"
-    return kernels, note
+        return "blocked", f"{selected} would need {ratio:.1f} times the FLOPs: {note}"
+    return selected, note
+
+
+def _kernels_for_chip(chip: str) -> str:
+    """Returns the backend that "auto" tries first on a chip."""
+    if chip in pallas_tpu.TILINGS:
+        return "pallas_tpu"
+    if chip in pallas_triton.CHIPS:
+        return "pallas_triton"
+    return "blocked"
 
 
 def padding(
@@ -106,8 +141,14 @@ def padding(
     chip: str,
     dtype: str,
 ) -> tuple[float, str]:
-    """Returns how a kernel backend pads hidden units: its FLOPs over those of the exact widths for evenly routed
-    tokens, and a text, empty if nothing is padded. Raises ValueError if the backend does not take the job."""
+    """Returns how much a kernel backend pads hidden units for a job, as a number and as text.
+
+    See check_backend for the arguments. The number is the FLOPs over those of the exact widths, for
+    evenly routed tokens. The text is empty if nothing is padded.
+
+    Raises:
+        ValueError: the backend cannot run the job.
+    """
     _, unit = checked_tiles(backend, placement, shape, chip, dtype)
     ratio = hidden_unit_padding.flops_ratio(_all_widths(placement), unit)
     if ratio == 1:
@@ -115,14 +156,29 @@ def padding(
     return ratio, f"hidden units padded to multiples of {unit}: {100 * (ratio - 1):.1f}% more FLOPs"
 
 
-def run_kernels(backend, x_ND, rows_E, weights, shard, placement, job, interpret=False):
-    """Runs the kernels of a backend. The TPU kernels are one differentiable function; GPU kernels run in chunks of
-    rows. job: see _tiles."""
+def run_kernels(
+    backend: str,
+    x_ND: jax.Array,
+    rows_E: jax.Array,
+    weights: ExpertWeights,
+    shard: jax.Array,
+    placement: expert_placement.Placement,
+    job: tuple[Any, int],
+    interpret: Any = False,
+) -> jax.Array:
+    """Returns y_ND by the kernels of a backend.
+
+    The TPU kernels are one differentiable function. GPU kernels run in chunks of rows.
+
+    Args:
+        job: (tiles, unit); see checked_tiles.
+        interpret: runs the kernels in Pallas's interpreter.
+    """
     tiles, unit = job
     rows_E, weights, placement = hidden_unit_padding.pad_experts(
         rows_E, weights, shard, placement, unit
     )
-    arguments = x_ND, rows_E, *weights, shard
+    arguments = (x_ND, rows_E, *weights, shard)
     if backend == "pallas_tpu":
         return pallas_tpu.pallas_tpu(*arguments, placement, tiles, interpret)
     return chunks.run_in_chunks(*arguments, KERNELS[backend], placement, tiles, interpret)
@@ -134,60 +190,94 @@ def self_test_kernels(
     dim: int,
     chip: str,
     dtype: str,
-    interpret=False,
+    interpret: Any = False,
 ) -> None:
-    """Runs a backend's kernels on this device, over some random rows of these widths, against the reference: outputs
-    and gradients, rows that belong to nobody, an expert with many rows, one without. Raises RuntimeError where they
-    differ by more than bfloat16 explains, or where they cannot be compiled or run."""
-    module, widths = KERNELS[backend], placement.widths[0]
-    job = tiles, _ = checked_tiles(backend, placement, (0, dim), chip, dtype)
-    # None, few, many that begin anywhere, a whole tile, few again: as much of it as there are experts.
-    rows = [0, 7, module.check_rows(tiles), tiles.rows, *range(1, len(widths))]
-    rows_E = np.zeros(placement.slots, np.int64)
-    rows_E[: len(widths)] = rows[max(0, 3 - len(widths)) :][: len(widths)]
-    N = -(-int(rows_E.sum()) // 8) * 8 + 8
-    keys = jax.random.split(jax.random.key(0), 5)
-    x_ND, dy_ND = (jax.random.normal(k, (N, dim), dtype) for k in keys[:2])
-    x_ND = jnp.where(jnp.arange(N)[:, None] < rows_E.sum(), x_ND, jnp.nan)
-    weights = ExpertWeights(
-        *(
-            0.05 * jax.random.normal(k, s, dtype)
-            for k, s in zip(keys[2:], ((dim, sum(widths)), (dim, sum(widths)), (sum(widths), dim)))
-        )
-    )
+    """Compares a backend's kernels with the reference on this device, outputs and gradients.
 
-    def kernels(x, w):
+    The input is random. It has padding rows, an expert with many rows and one without.
+
+    Raises:
+        RuntimeError: the kernels cannot be compiled or run, or the results differ by more than
+            bfloat16 explains.
+    """
+    widths = placement.widths[0]
+    job = checked_tiles(backend, placement, (0, dim), chip, dtype)
+    rows_E = _self_test_rows(backend, placement, job[0])
+    x_ND, dy_ND, weights = _self_test_inputs(rows_E, widths, dim, dtype)
+
+    def run_backend(x_ND: jax.Array, weights: ExpertWeights) -> jax.Array:
         rows = jnp.asarray(rows_E, jnp.int32)
-        return run_kernels(backend, x, rows, w, jnp.int32(0), placement, job, interpret)
+        return run_kernels(backend, x_ND, rows, weights, jnp.int32(0), placement, job, interpret)
 
-    def slow(x, w):
-        return reference(x, jnp.asarray(rows_E), w, widths)
+    def run_reference(x_ND: jax.Array, weights: ExpertWeights) -> jax.Array:
+        return reference(x_ND, jnp.asarray(rows_E), weights, widths)
 
-    def both(function):
-        y, pull = jax.vjp(function, x_ND, weights)
-        return jax.tree.leaves((y, pull(dy_ND)))
+    def output_and_gradients(function: Callable) -> list[jax.Array]:
+        y_ND, pull_back = jax.vjp(function, x_ND, weights)
+        return jax.tree.leaves((y_ND, pull_back(dy_ND)))
 
-    instead = "set moe.backend=blocked, which runs anywhere, and report it"
-    expected = jax.jit(lambda: both(slow))()
+    expected = jax.jit(lambda: output_and_gradients(run_reference))()
     try:
-        computed = jax.block_until_ready(jax.jit(lambda: both(kernels))())
+        computed = jax.jit(lambda: output_and_gradients(run_backend))()
+        computed = jax.block_until_ready(computed)
     except Exception as error:  # whatever a compiler or driver raises
         reason = (str(error).splitlines() or [""])[0]
         raise RuntimeError(
             f"the kernels of {backend} do not run on this device ({type(error).__name__}: "
-            f"{reason[:200]}); {instead}"
+            f"{reason[:200]}); {USE_BLOCKED}"
         ) from error
     for name, got, want in zip(("y", "dx", *ExpertWeights._fields), computed, expected):
-        got, want = (np.asarray(a, np.float32) for a in (got, want))
-        norm = np.linalg.norm(want)
-        error = np.linalg.norm(got - want) / norm
-        if not (
-            error < 0.02 and np.abs(got - want).max() < 0.3 * norm / want.size**0.5
-        ):  # no tile may be amiss
-            raise RuntimeError(
-                f"the kernels of {backend} are wrong on this device: {name} differs from the reference "
-                f"by {error:.3g} of its norm, {np.abs(got - want).max():.3g} at most; {instead}"
-            )
+        _compare(backend, name, got, want)
+
+
+def _self_test_rows(backend: str, placement: expert_placement.Placement, tiles: Any) -> np.ndarray:
+    """Returns the rows of every expert of a self test.
+
+    They cover the edge cases: no rows, a few, many rows that start in the middle of a tile, exactly
+    one tile, and a few again. The list is truncated to the number of experts.
+    """
+    num_experts = len(placement.widths[0])
+    many = KERNELS[backend].check_rows(tiles)
+    rows = [0, 7, many, tiles.rows, *range(1, num_experts)]
+    rows = rows[max(0, 3 - num_experts) :][:num_experts]
+    rows_E = np.zeros(placement.slots, np.int64)
+    rows_E[:num_experts] = rows
+    return rows_E
+
+
+def _self_test_inputs(
+    rows_E: np.ndarray, widths: tuple[int, ...], dim: int, dtype: str
+) -> tuple[jax.Array, jax.Array, ExpertWeights]:
+    """Returns random (x_ND, dy_ND, weights); padding rows of x_ND are NaN."""
+    num_rows = -(-int(rows_E.sum()) // 8) * 8 + 8
+    num_hidden = sum(widths)
+    keys = jax.random.split(jax.random.key(0), 5)
+    x_ND = jax.random.normal(keys[0], (num_rows, dim), dtype)
+    dy_ND = jax.random.normal(keys[1], (num_rows, dim), dtype)
+    is_padding_N1 = jnp.arange(num_rows)[:, None] >= rows_E.sum()
+    x_ND = jnp.where(is_padding_N1, jnp.nan, x_ND)
+    weights = ExpertWeights(
+        w_gate=0.05 * jax.random.normal(keys[2], (dim, num_hidden), dtype),
+        w_up=0.05 * jax.random.normal(keys[3], (dim, num_hidden), dtype),
+        w_down=0.05 * jax.random.normal(keys[4], (num_hidden, dim), dtype),
+    )
+    return x_ND, dy_ND, weights
+
+
+def _compare(backend: str, name: str, computed: jax.Array, expected: jax.Array) -> None:
+    """Raises RuntimeError if an array differs from the reference, or is NaN."""
+    got = np.asarray(computed, np.float32)
+    want = np.asarray(expected, np.float32)
+    norm = np.linalg.norm(want)
+    error = np.linalg.norm(got - want) / norm
+    largest = np.abs(got - want).max()
+    # A comparison with NaN is False, so that NaN does not pass.
+    is_equal = error < MAX_RELATIVE_ERROR and largest < MAX_ELEMENT_ERROR * norm / want.size**0.5
+    if not is_equal:
+        raise RuntimeError(
+            f"the kernels of {backend} are wrong on this device: {name} differs from the reference "
+            f"by {error:.3g} of its norm, {largest:.3g} at most; {USE_BLOCKED}"
+        )
 
 
 def expert_ffn(
@@ -200,31 +290,41 @@ def expert_ffn(
     chip: str,
     shard: jax.Array | int = 0,
 ) -> jax.Array:
-    """y_ND: every row through its own expert.
+    """Returns y_ND, every row through its own expert.
 
     Args:
-      x_ND: rows sorted by expert. rows_E: int32, how many rows each expert has; rows past their sum belong to nobody,
-        may hold anything, NaN included, and come back as 0 (their gradient too).
-      weights: float32 or x's type; products are taken in x's type and accumulated in float32.
-      placement: static, of all shards; sizing.place(widths, 1, "pairs") for one. rows_E and the weights are those
-        of `shard`: its experts in the placement's order, rows_E filled up with 0 to placement.slots.
-      backend: moe.backend; see `chosen` for "auto". blocks: how `blocked` cuts the work. chip: mesh.chip.
-    Raises: ValueError where the widths do not add up to the flat axis, or the backend cannot run them, or so many rows,
-      on the chip.
+        x_ND: routed tokens sorted by expert.
+        rows_E: int32, the number of rows of every expert. Rows past their sum are padding rows:
+            they may hold anything, NaN included, and their outputs and gradients are 0.
+        weights: float32, or the dtype of x_ND. The matmuls run in the dtype of x_ND and accumulate
+            in float32.
+        placement: static, the experts of all shards; place_experts(widths, 1, "pairs") for one.
+            rows_E and the weights are those of `shard`: its experts in the placement's order, with
+            rows_E filled up with 0 to placement.slots.
+        backend: a value of moe.backend; see select_backend for "auto".
+        blocks: block sizes of the `blocked` backend.
+        chip: the name of the chip; see sharding.chip_name.
+        shard: the shard of the placement.
+
+    Raises:
+        ValueError: the widths do not sum to the flat hidden axis, or the backend cannot run this
+            job on the chip.
     """
-    if {sum(w) for w in placement.widths} != {
-        weights.w_gate.shape[1]
-    } or placement.slots != rows_E.shape[0]:
+    num_hidden = weights.w_gate.shape[1]
+    fits_weights = all(sum(widths) == num_hidden for widths in placement.widths)
+    if not fits_weights or placement.slots != rows_E.shape[0]:
         raise ValueError(
-            f"widths {placement.widths} do not fit weights {weights.w_gate.shape} and rows {rows_E.shape}"
+            f"widths {placement.widths} do not fit weights {weights.w_gate.shape} and rows "
+            f"{rows_E.shape}"
         )
     weights = ExpertWeights(*(w.astype(x_ND.dtype) for w in weights))
     shard = jnp.asarray(shard, jnp.int32)
-    backend, _ = select_backend(backend, placement, x_ND.shape, chip, str(x_ND.dtype))
+    dtype = str(x_ND.dtype)
+    backend, _ = select_backend(backend, placement, x_ND.shape, chip, dtype)
     if backend in KERNELS:
-        job = checked_tiles(backend, placement, x_ND.shape, chip, str(x_ND.dtype))
+        job = checked_tiles(backend, placement, x_ND.shape, chip, dtype)
         return run_kernels(backend, x_ND, rows_E, weights, shard, placement, job)
     if backend == "reference":
-        ways = [functools.partial(reference, widths=widths) for widths in placement.widths]
-        return jax.lax.switch(shard, ways, x_ND, rows_E, weights)
+        branches = [functools.partial(reference, widths=widths) for widths in placement.widths]
+        return jax.lax.switch(shard, branches, x_ND, rows_E, weights)
     return blocked(x_ND, rows_E, *weights, shard, placement, blocks, chip)

@@ -1,4 +1,4 @@
-"""Every backend against a float64 numpy loop over rows: outputs and gradients."""
+"""Outputs and gradients of the expert FFN equal a float64 numpy loop over rows."""
 
 import functools
 import re
@@ -15,7 +15,7 @@ from tests.helpers import numpy_reference
 D = 6
 
 
-CASES = {  # widths, rows per expert, rows that belong to nobody
+CASES = {  # widths, rows per expert, padding rows
     "unequal": ((9, 1, 5, 5, 9, 1), (7, 3, 20, 1, 9, 2), 5),
     "equal": ((5,) * 4, (11, 3, 9, 2), 0),
     "empty experts": ((9, 1, 5, 5), (0, 13, 0, 7), 3),
@@ -36,7 +36,7 @@ def numbers(case):
 
 
 def numpy_value_and_grads(widths, rows, w, x, dy):
-    """y, dx, and a dict of weight gradients of sum(y * dy), row by row."""
+    """Returns y, dx and a dict of weight gradients of sum(y * dy), computed row by row."""
     y, dx, dw = np.zeros_like(x), np.zeros_like(x), {k: np.zeros_like(v) for k, v in w.items()}
     owner = np.repeat(np.arange(len(rows)), rows)
     for n, e in enumerate(owner):
@@ -82,7 +82,7 @@ def value_and_grads(x, rows, w, dy, widths, backend, saved=0.0, chip="cpu"):
 def test_outputs_and_gradients_equal_numpy(case, backend, saved):
     widths, rows, w, x, dy = numbers(case)
     expected = numpy_value_and_grads(widths, rows, w, x, dy)
-    x[sum(rows) :], dy[sum(rows) :] = np.nan, np.nan  # nobody's rows may hold anything
+    x[sum(rows) :], dy[sum(rows) :] = np.nan, np.nan  # padding rows may hold anything
     x, w, dy = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, w, dy))
     y, dx, dw = value_and_grads(x, jnp.asarray(rows, jnp.int32), w, dy, widths, backend, saved)
     for got, want in zip(jax.tree.leaves((y, dx, dw)), jax.tree.leaves(expected)):
@@ -100,7 +100,7 @@ def test_outputs_and_gradients_equal_numpy(case, backend, saved):
     ],
 )
 def test_unwritten_saved_activations_are_never_read(case, saved, chip, monkeypatch):
-    """The buffer of saved activations may begin as NaN everywhere."""
+    """The buffer of saved activations may be NaN at first."""
     widths, rows, w, x, dy = numbers(case)
     expected = numpy_value_and_grads(widths, rows, w, x, dy)
     x[sum(rows) :], dy[sum(rows) :] = np.nan, np.nan
@@ -122,8 +122,8 @@ def test_unwritten_saved_activations_are_never_read(case, saved, chip, monkeypat
 
 
 @pytest.mark.parametrize("saved", [0.0, 1.0])
-def test_nothing_empty_is_kept_for_the_backward_pass(saved):
-    """A jaxlib died of it, on a mesh."""
+def test_residuals_hold_no_empty_array(saved):
+    """jaxlib 0.11.2 crashes if an empty array leaves a shard_map."""
     widths, rows, w, x, _ = numbers("unequal")
     _, pull = jax.vjp(
         lambda x: select.expert_ffn(
@@ -142,8 +142,8 @@ def test_nothing_empty_is_kept_for_the_backward_pass(saved):
 
 @pytest.mark.parametrize("saved", [0.0, 1.0])
 @pytest.mark.parametrize("kind, shards", [("pairs", 2), ("columns", 2)])
-def test_shards_of_unlike_experts_run_one_program(kind, shards, saved):
-    """The shard is an argument of the compiled program; NaN fills rows of nobody."""
+def test_all_shards_run_one_program(kind, shards, saved):
+    """The shard is an argument of the compiled program. Padding rows are NaN."""
     placement = (
         expert_placement.place_experts((10, 2, 8, 4, 4, 4, 4), 2, kind)
         if kind == "pairs"
@@ -180,8 +180,8 @@ def test_shards_of_unlike_experts_run_one_program(kind, shards, saved):
             np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))
 
 
-def test_unused_experts_weights_are_never_read():
-    """NaN in every column of experts without rows reaches nothing."""
+def test_weights_of_experts_without_rows_are_never_read():
+    """NaN in all weights of experts without rows changes no output and no gradient."""
     widths, rows, w, x, dy = numbers("empty experts")
     for e in (0, 2):
         s = slice(expert_widths.offsets(widths)[e], expert_widths.offsets(widths)[e] + widths[e])
@@ -191,7 +191,7 @@ def test_unused_experts_weights_are_never_read():
     assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves((y, dx, dw)))
 
 
-def test_bfloat16_products_accumulate_in_float32():
+def test_bfloat16_matmuls_accumulate_in_float32():
     widths, rows, w, x, dy = numbers("unequal")
     expected = numpy_value_and_grads(widths, rows, w, x, dy)[0]
     low = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (x, w, dy))
@@ -204,8 +204,8 @@ def test_bfloat16_products_accumulate_in_float32():
 
 
 @pytest.mark.parametrize("chip", ["cpu", "h100"])
-def test_gradients_by_weights_are_summed_over_blocks_in_float32(chip):
-    """4,096 rows in blocks of 8: a sum of bfloat16 numbers would lose what is small beside it."""
+def test_weight_gradients_are_summed_over_blocks_in_float32(chip):
+    """4,096 rows in blocks of 8: a sum in bfloat16 would lose the small terms."""
     rows, rng = 4096, np.random.default_rng(0)
     w = {
         k: jnp.asarray(rng.normal(size=s), jnp.bfloat16)
@@ -222,8 +222,8 @@ def test_gradients_by_weights_are_summed_over_blocks_in_float32(chip):
     "experts, width, top, backend",
     [(64, 2, 8, "blocked"), (1024, 1, 8, "blocked"), (8, 3, 8, "blocked")],
 )
-def test_many_experts_and_all_of_them(experts, width, top, backend):
-    """The benchmark's cases, small, and every token through every expert."""
+def test_many_experts_and_dense_routing_equal_numpy(experts, width, top, backend):
+    """The last case routes every token to every expert."""
     rng, tokens = np.random.default_rng(0), 16
     rows = (
         rng.multinomial(tokens * top, np.full(experts, 1 / experts))
@@ -244,8 +244,8 @@ def test_many_experts_and_all_of_them(experts, width, top, backend):
         np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(np.abs(b).max())))
 
 
-def test_saved_activations_fit_however_many_rows_there_are():
-    """One expert of 2^20 rows and width 2^12: its 2^33 numbers do not fit, though 32 bits would wrap them to 0."""
+def test_saved_range_does_not_overflow_32_bits():
+    """One expert has 2^20 rows and width 2^12. Its 2^33 elements would wrap to 0 in 32 bits."""
     expert = blocked.Expert(jnp.int32(0), jnp.int32(2**20), jnp.int32(0), 2**12)
     size, placement = 2**28, expert_placement.place_experts((2**12,), 1, "pairs")
     sizes = blocked.BlockSizes((), (8, 4))
@@ -281,9 +281,13 @@ def in_blocks(x, rows, w, dy, widths, blocks):
     "body, tail, saved, total, experts",
     [(128, 8, 1.25, 260, 3), (128, 8, 0.4, 260, 3), (100, 8, 9.0, 400, 2), (64, 64, 1.0, 150, 2)],
 )
-def test_only_blocks_and_several(body, tail, saved, total, experts):
-    """Around every size of an expert's only block: one row less, as many, one more; few rows, all rows, none. What is
-    kept of one expert must not reach into the next one's."""
+def test_single_block_and_multi_block_experts_match_the_reference(
+    body, tail, saved, total, experts
+):
+    """Tests the row counts around every block size, and none, one and all of the rows.
+
+    The saved activations of one expert must not overlap those of the next.
+    """
     widths = (5, 3, 5)[:experts]
     sizes = blocked.choose_block_sizes(block_sizes.Blocks(body, tail, saved), total, experts, "cpu")
     assert sizes.single_block or body == 100
@@ -317,7 +321,7 @@ def test_only_blocks_and_several(body, tail, saved, total, experts):
             np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))
 
 
-def test_blocks_are_for_even_shares_that_a_block_can_hold():
+def test_single_blocks_are_compiled_only_if_they_can_hold_an_even_share():
     few, many = (
         blocked.choose_block_sizes(block_sizes.Blocks(1024, 64), n, 8, "cpu")
         for n in (8192, 131072)
@@ -338,8 +342,8 @@ def test_blocks_are_for_even_shares_that_a_block_can_hold():
     )  # a loop costs more
 
 
-def test_rows_are_turned_on_cpu_only():
-    """Before the gradients by weights; other devices multiply transposed operands as fast, and need no copy."""
+def test_weight_gradient_transposes_x_only_on_cpu():
+    """Other devices multiply transposed operands as fast, and need no copy."""
     widths, rows, w, x, dy = numbers("unequal")
     text = {
         c: value_and_grads.lower(x, np.asarray(rows), w, dy, widths, "blocked", 0.0, c).as_text()
@@ -367,8 +371,8 @@ def test_random_widths_and_routings_agree_with_the_reference(chip):
             np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))
 
 
-def test_weights_are_sliced_where_there_are_rows(compiled_with_care):
-    """Not before the loop over a width's experts, which may have none: decoding would read all experts' weights."""
+def test_weights_are_sliced_only_for_experts_with_rows(compiled_with_care):
+    """XLA must not hoist the slices: decoding would read the weights of all experts."""
     placement = expert_placement.place_experts((9, 4, 5), 1, "pairs")
     shapes = [
         jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, D), (D, 18), (D, 18), (18, D))
@@ -390,8 +394,8 @@ def test_weights_are_sliced_where_there_are_rows(compiled_with_care):
     assert "while(" in entry and not re.search(r"f32\[(6,[945]|[945],6)\]", entry)
 
 
-def test_a_thousand_experts_trace_as_few_loops():
-    """The program grows with the number of size classes, not of experts."""
+def test_the_program_does_not_grow_with_the_number_of_experts():
+    """It grows with the number of size classes."""
 
     def lines(num_experts):
         widths = (16,) * num_experts
@@ -418,7 +422,7 @@ def test_a_thousand_experts_trace_as_few_loops():
     assert lines(1024) <= lines(8)
 
 
-def test_widths_that_do_not_fit_the_weights_are_refused():
+def test_widths_that_do_not_fit_the_weights_are_rejected():
     w = expert_weights.ExpertWeights(jnp.zeros((D, 8)), jnp.zeros((D, 8)), jnp.zeros((8, D)))
     with pytest.raises(ValueError, match=r"widths \(\(4, 5\),\) do not fit"):
         select.expert_ffn(
@@ -432,7 +436,7 @@ def test_widths_that_do_not_fit_the_weights_are_refused():
         )
 
 
-def test_the_numpy_loops_agree_with_each_other():
+def test_the_two_numpy_references_agree():
     widths, rows, w, x, dy = numbers("unequal")
     y = numpy_value_and_grads(widths, rows, w, x, dy)[0]
     np.testing.assert_allclose(y[0], numpy_reference.expert(x[0], w, 0, widths[0]), atol=1e-12)

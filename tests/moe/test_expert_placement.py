@@ -1,4 +1,4 @@
-"""Widths in plain integers, with the errors a user meets."""
+"""Placement of experts on shards, and the straggler factor of the paper's placements."""
 
 import csv
 import pathlib
@@ -8,81 +8,31 @@ import pytest
 
 from modse_jax.moe import expert_placement, expert_widths
 
-RATIOS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 
-
-def test_the_papers_widths():
-    assert expert_widths.widths_from_ratio_pairs(RATIOS, 1536) == (
-        6912,
-        768,
-        6144,
-        1536,
-        4608,
-        3072,
-        3840,
-        3840,
-    )
-    assert expert_widths.widths_from_ratio_pairs(RATIOS, 2048) == (
-        9216,
-        1024,
-        8192,
-        2048,
-        6144,
-        4096,
-        5120,
-        5120,
-    )
-
-
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (
-            lambda: expert_widths.widths_from_ratio_pairs(((2.5, 2.5),), 3),
-            "ratios \\[2.5, 2.5\\] times model width 3",
-        ),
-        (lambda: expert_widths.check_widths((3, -1)), "expert 1 has width -1"),
-        (lambda: expert_widths.check_pairs((3, 3, 3), 3), "3 experts cannot form pairs"),
-        (
-            lambda: expert_widths.check_pairs((4, 2, 5, 2), 3),
-            "experts 2 and 3 of widths 5 \\+ 2 = 7 must sum to 2 \\* width = 6",
-        ),
-    ],
-)
-def test_rules_are_explained(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_offsets_and_size_classes_cover_the_flat_axis_once():
-    widths = (5, 2, 5, 7, 2)
-    assert expert_widths.offsets(widths) == (0, 5, 7, 12, 19)
-    classes = expert_placement.size_classes(expert_placement.place_experts(widths, 1, "pairs"))
-    assert [k.width for k in classes] == [7, 5, 2]
-    covered = sorted(c for k in classes for o in k.offsets[0] for c in range(o, o + k.width))
-    assert covered == list(range(sum(widths)))
-    assert {e: k.width for k in classes for e in k.slots[0]} == dict(enumerate(widths))
-
-
-DATA = pathlib.Path(__file__).parents[1] / "fixtures"
-
-
-PAIRED = (
-    0,
-    7,
-    1,
-    6,
-    2,
-    5,
-    3,
-    4,
-)  # the paper's tables have the widest expert first; here pair by pair
-
+# The paper's tables have the widest expert first. These are their columns pair by pair.
+PAIRED = (0, 7, 1, 6, 2, 5, 3, 4)
 
 PAPER = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, 1536)
 
 
-def test_shards_of_whole_pairs():
+def test_offsets_and_size_classes_cover_the_flat_axis_once() -> None:
+    widths = (5, 2, 5, 7, 2)
+    assert expert_widths.offsets(widths) == (0, 5, 7, 12, 19)
+    placement = expert_placement.place_experts(widths, 1, "pairs")
+    classes = expert_placement.size_classes(placement)
+    assert [size_class.width for size_class in classes] == [7, 5, 2]
+    covered: list[int] = []
+    width_of_expert = {}
+    for size_class in classes:
+        for expert, offset in zip(size_class.slots[0], size_class.offsets[0]):
+            covered.extend(range(offset, offset + size_class.width))
+            width_of_expert[expert] = size_class.width
+    assert sorted(covered) == list(range(sum(widths)))
+    assert width_of_expert == dict(enumerate(widths))
+
+
+def test_pairs_are_placed_on_shards_in_order() -> None:
     placement = expert_placement.place_experts(PAPER, 4, "pairs")
     assert placement.experts == ((0, 1), (2, 3), (4, 5), (6, 7)) and placement.num_experts == 8
     assert placement.widths == ((6912, 768), (6144, 1536), (4608, 3072), (3840, 3840))
@@ -92,11 +42,11 @@ def test_shards_of_whole_pairs():
         6912,
         ((0,), (2,), (2,), (2,)),
         ((0,), (0,), (0,), (0,)),
-    )  # place 2 has no rows
+    )  # slot 2 has no rows
     assert expert_placement.place_experts(PAPER, 2, "pairs").experts == ((0, 1, 2, 3), (4, 5, 6, 7))
 
 
-def test_experts_that_are_not_in_pairs_are_balanced_by_search():
+def test_experts_that_are_not_in_pairs_are_balanced_by_search() -> None:
     widths = (7, 7, 3, 3, 5, 5, 1, 9)
     placement = expert_placement.place_experts(widths, 4, "pairs")
     assert [sum(w) for w in placement.widths] == [10] * 4
@@ -105,7 +55,7 @@ def test_experts_that_are_not_in_pairs_are_balanced_by_search():
     assert sorted(order) == list(range(40)) and order != sorted(order)
 
 
-def test_a_thousand_experts_in_no_order_are_balanced():
+def test_a_thousand_experts_in_random_order_are_balanced() -> None:
     rng = random.Random(1)
     pairs = [w for _ in range(512) for w in (9, 1)]
     rng.shuffle(pairs)
@@ -115,23 +65,11 @@ def test_a_thousand_experts_in_no_order_are_balanced():
     assert {sum(w) for w in expert_placement.place_experts(threes, 24, "pairs").widths} == {100}
 
 
-def test_shards_of_every_experts_columns():
+def test_columns_give_every_shard_a_slice_of_every_expert() -> None:
     placement = expert_placement.place_experts((6, 2, 4), 2, "columns")
+    order = [0, 1, 2, 6, 8, 9, 3, 4, 5, 7, 10, 11]
     assert placement.experts == ((0, 1, 2),) * 2 and placement.widths == ((3, 1, 2),) * 2
-    assert expert_placement.hidden_unit_order((6, 2, 4), placement) == [
-        0,
-        1,
-        2,
-        6,
-        8,
-        9,
-        3,
-        4,
-        5,
-        7,
-        10,
-        11,
-    ]
+    assert expert_placement.hidden_unit_order((6, 2, 4), placement) == order
 
 
 @pytest.mark.parametrize(
@@ -141,18 +79,20 @@ def test_shards_of_every_experts_columns():
             PAPER,
             8,
             "pairs",
-            r"no way was found .* on 8 shards with equally many columns; numbers .* be: 1, 2, 4; or moe",
+            r"no way was found .* on 8 shards with equally many .*; numbers .* be: 1, 2, 4; or set",
         ),
         (PAPER, 3, "pairs", "numbers of shards that can be: 1, 2, 4"),
         (
             (6, 4, 2),
             4,
             "columns",
-            r"widths \[2, 6\] do not divide over 4 shards; numbers that do: 1, 2",
+            r"widths \[2, 6\] are not divisible by 4 shards; numbers .* be: 1, 2",
         ),
     ],
 )
-def test_placements_that_cannot_be_are_explained(widths, shards, kind, message):
+def test_impossible_placements_list_the_possible_numbers_of_shards(
+    widths: tuple[int, ...], shards: int, kind: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         expert_placement.place_experts(widths, shards, kind)
 
@@ -169,8 +109,10 @@ def test_placements_that_cannot_be_are_explained(widths, shards, kind, message):
         (7, "columns", 1.000, 1.000),
     ],
 )
-def test_straggler_factors_of_the_papers_counts(epoch, name, mean, worst):
-    with open(DATA / f"modse_300m_x8_epoch{epoch}.csv") as file:
+def test_straggler_factors_of_the_papers_counts(
+    epoch: int, name: str, mean: float, worst: float
+) -> None:
+    with open(FIXTURES / f"modse_300m_x8_epoch{epoch}.csv") as file:
         rows = list(csv.reader(file))
     sizes = [int(column.split("_h")[1]) for column in rows[0][2:]]
     placement = expert_placement.reference_placements([sizes[i] for i in PAIRED])[name]
@@ -179,13 +121,13 @@ def test_straggler_factors_of_the_papers_counts(epoch, name, mean, worst):
         counts = [int(a) + int(b) for a, b in zip(first[2:], second[2:])]
         factors.append(expert_placement.straggler_factor([counts[i] for i in PAIRED], placement))
     assert len(factors) == 8
-    assert (sum(factors) / 8, max(factors)) == pytest.approx(
-        (mean, worst), abs=5.1e-4
-    )  # printed to three decimals
+    # The paper prints three decimals.
+    assert sum(factors) / 8 == pytest.approx(mean, abs=5.1e-4)
+    assert max(factors) == pytest.approx(worst, abs=5.1e-4)
 
 
-def test_straggler_factor_of_the_papers_worked_case():
-    """MoDSE's counts of layer 0, epoch 7, in millions (Table 8): pairs 1.0060, neighbours in size 1.6865, one each."""
+def test_straggler_factor_of_one_layer_of_the_paper() -> None:
+    """Uses MoDSE's counts of layer 0, epoch 7, in millions (Table 8)."""
     counts = [48.255, 48.502, 48.925, 49.037, 49.059, 49.032, 49.333, 49.170]
     by_size = (6912, 6144, 4608, 3840, 3840, 3072, 1536, 768)
     assert by_size == tuple(sorted(PAPER, reverse=True))
