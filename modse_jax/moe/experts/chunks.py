@@ -1,26 +1,31 @@
 """Runs a module of expert FFN kernels as one differentiable function, in chunks of rows.
 
 With expert parallelism the sorted rows [N, D] of a shard have room for every token of every
-shard, although an even routing fills only N / shards of them. Buffers of hidden activations
+shard, although balanced routing fills only N / shards of them. Buffers of hidden activations
 [N, M] would be several times too large. The rows are therefore processed in chunks of C rows,
-where C is a quarter more than an even routing fills: usually all routed tokens are in the
-first chunk, and the kernels of the other chunks have no tasks. Memory is bounded for every
-routing, and no routed token is dropped.
+where C is a quarter more than balanced routing fills. Usually all routed tokens are in the first
+chunk, and the kernels of the other chunks have no tasks. Memory is bounded for every routing, and
+no routed token is dropped.
 
 A kernel module has two functions:
 
-    forward(x_ND, rows_E, weights, shard, placement, tiles, interpret, keep) -> (y_ND, kept)
-    backward(x_ND, rows_E, weights, shard, kept, dy_ND, placement, tiles, interpret)
+    forward(x_ND, rows_E, weights, shard, placement, tiles, interpret, save) -> (y_ND, saved)
+    backward(x_ND, rows_E, weights, shard, saved, dy_ND, placement, tiles, interpret)
         -> (dx_ND, dw_gate, dw_up, dw_down)
 
-x_ND: rows sorted by expert. rows_E: int32, rows of every expert of the shard. weights: (w_gate
-[D, H], w_up [D, H], w_down [H, D]) in the type of x_ND. shard: int32 [], the shard of the
-placement. tiles: static; tiles.rows is the number of rows in a tile. kept: a pytree of what
-backward reuses (gate and up activations, routing lists), None unless keep is set. Padding rows
-after the last expert's may hold anything, NaN included, on input (x_ND and dy_ND); on output
-they are 0.
+    x_ND     rows sorted by expert
+    rows_E   int32, rows of every expert of the shard
+    weights  w_gate [D, H], w_up [D, H] and w_down [H, D], in the dtype of x_ND
+    shard    int32 [], the shard of the placement
+    tiles    static; tiles.rows is the number of rows of a row tile
+    saved     a pytree of the arrays that `backward` reuses (activations, task lists); None unless
+             `save` is set
 
-Legend: N rows, C rows of a chunk, D model, E experts, H flat hidden axis, M widest expert.
+Padding rows after those of the last expert may hold anything, NaN included, in x_ND and dy_ND. They
+are 0 in y_ND and dx_ND.
+
+Legend: N rows, C rows of a chunk, D model, E experts of a shard, H flat hidden axis, M widest
+expert.
 """
 
 import functools
@@ -34,13 +39,17 @@ from jax import lax
 
 from modse_jax.moe import expert_placement
 
-# A chunk has room for this many times the rows that an even routing gives to a shard. More
-# wastes memory, less sends mild imbalance into the second chunk, which recomputes activations.
+# A chunk has room for this many times the rows that a shard receives with balanced routing. More
+# would waste memory. With less, mild load imbalance would fill the second chunk too, whose
+# activations are recomputed.
 ROOM = 1.25
+
+# Weights of a shard, or their gradients: gate, up, down.
+Weights = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def chunk_rows(num_rows: int, placement: expert_placement.Placement, tile_rows: int) -> int:
-    """Returns the rows of a chunk, whole tiles; num_rows if one chunk holds them all."""
+    """Returns the number of rows of a chunk: full row tiles, or num_rows if one chunk suffices."""
     even_share = num_rows * placement.slots / placement.num_experts
     rows = max(1, -int(-ROOM * even_share // tile_rows)) * tile_rows
     return min(rows, num_rows)
@@ -66,23 +75,49 @@ def run_in_chunks(
     tiles: Any,
     interpret: Any = False,
 ) -> jax.Array:
-    """Returns y_ND, every row through its own expert, by the kernels of a module."""
+    """Computes the expert FFN of every row with the kernels of a module.
+
+    Args: see the description of this module.
+
+    Returns:
+      y_ND, 0 in padding rows.
+    """
     weights = (w_gate, w_up, w_down)
     static = (kernels, placement, tiles, interpret)
-    return _forward_chunks(x_ND, rows_E, weights, shard, *static, keep=False)[0]
+    return _forward_chunks(x_ND, rows_E, weights, shard, *static, save=False)[0]
 
 
-def _forward(x_ND, rows_E, w_gate, w_up, w_down, shard, kernels, placement, tiles, interpret):
+def _forward(
+    x_ND: jax.Array,
+    rows_E: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
+    shard: jax.Array,
+    kernels: types.ModuleType,
+    placement: expert_placement.Placement,
+    tiles: Any,
+    interpret: Any,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Returns y_ND, and the arguments of the backward pass."""
     weights = (w_gate, w_up, w_down)
     static = (kernels, placement, tiles, interpret)
-    y_ND, kept = _forward_chunks(x_ND, rows_E, weights, shard, *static, keep=True)
-    return y_ND, (x_ND, rows_E, weights, shard, kept)
+    y_ND, saved = _forward_chunks(x_ND, rows_E, weights, shard, *static, save=True)
+    return y_ND, (x_ND, rows_E, weights, shard, saved)
 
 
-def _backward(kernels, placement, tiles, interpret, saved, dy_ND):
-    x_ND, rows_E, weights, shard, kept = saved
+def _backward(
+    kernels: types.ModuleType,
+    placement: expert_placement.Placement,
+    tiles: Any,
+    interpret: Any,
+    residuals: tuple[Any, ...],
+    dy_ND: jax.Array,
+) -> tuple[jax.Array | None, ...]:
+    """Returns the gradients of the six array arguments of `run_in_chunks`."""
+    x_ND, rows_E, weights, shard, saved = residuals
     static = (kernels, placement, tiles, interpret)
-    dx_ND, *dw = _backward_chunks(x_ND, rows_E, weights, shard, kept, dy_ND, *static)
+    dx_ND, *dw = _backward_chunks(x_ND, rows_E, weights, shard, saved, dy_ND, *static)
     return dx_ND, None, *dw, None
 
 
@@ -90,49 +125,73 @@ run_in_chunks.defvjp(_forward, _backward)
 
 
 def _forward_chunks(
-    x_ND, rows_E, weights, shard, kernels, placement, tiles, interpret, keep
+    x_ND: jax.Array,
+    rows_E: jax.Array,
+    weights: Weights,
+    shard: jax.Array,
+    kernels: types.ModuleType,
+    placement: expert_placement.Placement,
+    tiles: Any,
+    interpret: Any,
+    save: bool,
 ) -> tuple[jax.Array, Any]:
-    """Returns y_ND and what the backward pass reuses of the first chunk."""
+    """Returns y_ND, and the arrays of the first chunk that the backward pass reuses."""
     N = x_ND.shape[0]
     C = chunk_rows(N, placement, tiles.rows)
 
-    def run_chunk(first, size, keep):
+    def run_chunk(first: jax.Array | int, size: int, save: bool) -> tuple[jax.Array, Any]:
         rows = rows_in_chunk(rows_E, first, size)
         x_CD = _slice_rows(x_ND, first, size, C)
-        return kernels.forward(x_CD, rows, weights, shard, placement, tiles, interpret, keep)
+        return kernels.forward(x_CD, rows, weights, shard, placement, tiles, interpret, save)
 
-    y_CD, kept = run_chunk(0, C, keep)
+    y_CD, saved = run_chunk(0, C, save)
     if C == N:
-        return y_CD, kept
+        return y_CD, saved
 
-    def run_later_chunk(first, size, y_ND):
-        return _update_rows(y_ND, run_chunk(first, size, False)[0][:size], first)
+    def run_later_chunk(first: jax.Array | int, size: int, y_ND: jax.Array) -> jax.Array:
+        y_CD, _ = run_chunk(first, size, False)
+        return _update_rows(y_ND, y_CD[:size], first)
 
     y_ND = _update_rows(jnp.zeros_like(x_ND), y_CD, 0)
-    return _loop_over_later_chunks(run_later_chunk, y_ND, N, C), kept
+    return _loop_over_later_chunks(run_later_chunk, y_ND, N, C), saved
 
 
 def _backward_chunks(
-    x_ND, rows_E, weights, shard, kept, dy_ND, kernels, placement, tiles, interpret
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients of x_ND and of the weights. Activations of all chunks but the first
-    are recomputed; the weight gradients of the chunks are summed in float32."""
+    x_ND: jax.Array,
+    rows_E: jax.Array,
+    weights: Weights,
+    shard: jax.Array,
+    saved: Any,
+    dy_ND: jax.Array,
+    kernels: types.ModuleType,
+    placement: expert_placement.Placement,
+    tiles: Any,
+    interpret: Any,
+) -> tuple[jax.Array, ...]:
+    """Returns the gradients of x_ND and of the three weights.
+
+    Activations of all chunks but the first are recomputed. The weight gradients of the chunks are
+    summed in float32.
+    """
     N = x_ND.shape[0]
     C = chunk_rows(N, placement, tiles.rows)
     static = (placement, tiles, interpret)
 
-    def run_chunk(first, size, kept):
+    def run_chunk(first: jax.Array | int, size: int, saved: Any) -> tuple[jax.Array, ...]:
         rows = rows_in_chunk(rows_E, first, size)
-        x_CD, dy_CD = (_slice_rows(a, first, size, C) for a in (x_ND, dy_ND))
-        if kept is None:
-            _, kept = kernels.forward(x_CD, rows, weights, shard, *static, True)
-        return kernels.backward(x_CD, rows, weights, shard, kept, dy_CD, *static)
+        x_CD = _slice_rows(x_ND, first, size, C)
+        dy_CD = _slice_rows(dy_ND, first, size, C)
+        if saved is None:
+            _, saved = kernels.forward(x_CD, rows, weights, shard, *static, True)
+        return kernels.backward(x_CD, rows, weights, shard, saved, dy_CD, *static)
 
-    dx_CD, *dw = run_chunk(0, C, kept)
+    dx_CD, *dw = run_chunk(0, C, saved)
     if C == N:
         return dx_CD, *dw
 
-    def run_later_chunk(first, size, gradients):
+    def run_later_chunk(
+        first: jax.Array | int, size: int, gradients: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
         dx_ND, *sums = gradients
         dx_CD, *dw = run_chunk(first, size, None)
         sums = [total + new.astype(jnp.float32) for total, new in zip(sums, dw)]
@@ -145,22 +204,29 @@ def _backward_chunks(
 
 
 def _loop_over_later_chunks(run: Callable, carry: Any, num_rows: int, chunk: int) -> Any:
-    """Returns carry after carry = run(first row, size, carry) for every chunk but the first.
+    """Returns the carry after carry = run(first row, size, carry) for every chunk but the first.
 
-    The loop has a static number of iterations: a GPU runs it without asking the host. The last
-    chunk, if it is shorter, comes after the loop.
+    The loop has a static number of iterations, so that a GPU runs it without waiting for the host.
+    A shorter last chunk is processed after the loop.
     """
-    whole, rest = divmod(num_rows, chunk)
-    if whole > 1:
-        carry = lax.fori_loop(1, whole, lambda i, carry: run(i * chunk, chunk, carry), carry)
-    return run(whole * chunk, rest, carry) if rest else carry
+    num_full_chunks, num_remaining_rows = divmod(num_rows, chunk)
+
+    def run_full_chunk(i: jax.Array, carry: Any) -> Any:
+        return run(i * chunk, chunk, carry)
+
+    if num_full_chunks > 1:
+        carry = lax.fori_loop(1, num_full_chunks, run_full_chunk, carry)
+    if num_remaining_rows:
+        carry = run(num_full_chunks * chunk, num_remaining_rows, carry)
+    return carry
 
 
 def _slice_rows(x_ND: jax.Array, first: jax.Array | int, size: int, chunk: int) -> jax.Array:
-    """Returns `size` rows, padded to a whole chunk so that the kernels compile for one shape."""
+    """Returns `size` rows, padded to a full chunk, so that the kernels compile for one shape."""
     x_CD = lax.dynamic_slice_in_dim(x_ND, first, size)
     return jnp.pad(x_CD, ((0, chunk - size), (0, 0)))
 
 
 def _update_rows(y_ND: jax.Array, y_CD: jax.Array, first: jax.Array | int) -> jax.Array:
+    """Returns y_ND with the rows of one chunk replaced."""
     return lax.dynamic_update_slice_in_dim(y_ND, y_CD, first, axis=0)

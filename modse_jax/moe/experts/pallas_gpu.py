@@ -1,4 +1,4 @@
-"""The grouped expert FFN as Pallas Mosaic GPU kernels for Hopper (sm90), over tiles of routed tokens.
+"""The grouped expert FFN as Pallas Mosaic GPU kernels for Hopper (sm90), in tiles of routed tokens.
 
 The tokens are sorted by expert. Three kernels do all matmuls of the forward and backward passes. A
 *visit* is the part of one row tile that belongs to one expert; a row tile that several experts
@@ -43,7 +43,7 @@ The kernels are tested in interpret mode, which does not model asynchronous copi
 compiled to machine code for an H100. They have not run on hardware (LOG.md).
 
 Legend: N routed tokens (rows), D model, E experts, H flat hidden axis, M widest expert; V visits,
-T tasks of kernel A, C tiles of the flat hidden axis.
+T tasks of kernel A, C tiles of the flat hidden axis; X any.
 """
 
 import functools
@@ -140,7 +140,7 @@ class Lists(NamedTuple):
     num_rows: jax.Array  # int32 []: routed tokens of all experts
 
 
-class Kept(NamedTuple):
+class Saved(NamedTuple):
     """The arrays that the backward pass reuses from the forward pass."""
 
     gate_NM: jax.Array
@@ -195,7 +195,7 @@ def _count_multiprocessors(chip: str) -> int:
 def check_rows(tiles: Tiles) -> int:
     """Returns a number of rows of one expert that exercises every path of the kernels.
 
-    These are whole row tiles, more steps than are in flight, and a remainder.
+    These are full row tiles, more steps than are in flight, and a remainder.
     """
     return 2 * tiles.rows + (tiles.stages + 2) * UNIT + 5
 
@@ -222,8 +222,8 @@ def forward(
     placement: expert_placement.Placement,
     tiles: Tiles,
     interpret: Any,
-    keep: bool,
-) -> tuple[jax.Array, Kept | None]:
+    save: bool,
+) -> tuple[jax.Array, Saved | None]:
     """Computes the expert FFN of every row. See chunks.py for the interface.
 
     Every width is divisible by 64 and D by 128, the dtype is bfloat16 or float16, and the number of
@@ -232,13 +232,13 @@ def forward(
     w_gate, w_up, w_down = weights
     x = _pad_rows(x_ND, tiles)
     lists = build_lists(rows_E, shard, x.shape[0], placement, tiles)
-    hidden_NM, *kept = run_hidden_out(
+    hidden_NM, *saved = run_hidden_out(
         x,
         (w_gate, w_up),
         transposed=False,
-        epilogue=_swiglu_keeping_inputs if keep else _swiglu,
-        num_outputs=3 if keep else 1,
-        kept=(),
+        epilogue=_swiglu_and_inputs if save else _swiglu,
+        num_outputs=3 if save else 1,
+        saved=(),
         tasks=lists.hidden_out,
         widest=_widest(placement),
         tiles=tiles,
@@ -246,7 +246,7 @@ def forward(
     )
     y = run_hidden_in([(hidden_NM, w_down)], False, lists.hidden_in, tiles, interpret)
     y_ND = _clear_padding(y, x_ND.shape[0], lists)
-    return y_ND, Kept(*kept, lists) if keep else None
+    return y_ND, Saved(*saved, lists) if save else None
 
 
 def backward(
@@ -254,7 +254,7 @@ def backward(
     rows_E: jax.Array,
     weights: tuple[jax.Array, jax.Array, jax.Array],
     shard: jax.Array,
-    kept: Kept,
+    saved: Saved,
     dy_ND: jax.Array,
     placement: expert_placement.Placement,
     tiles: Tiles,
@@ -264,14 +264,14 @@ def backward(
     w_gate, w_up, w_down = weights
     x = _pad_rows(x_ND, tiles)
     dy = _pad_rows(dy_ND, tiles)
-    lists = kept.lists
+    lists = saved.lists
     hidden_NM, dgate_NM, dup_NM = run_hidden_out(
         dy,
         (w_down,),
         transposed=True,
         epilogue=_swiglu_backward,
         num_outputs=3,
-        kept=(kept.gate_NM, kept.up_NM),
+        saved=(saved.gate_NM, saved.up_NM),
         tasks=lists.hidden_out,
         widest=_widest(placement),
         tiles=tiles,
@@ -298,7 +298,7 @@ def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
     return (swiglu.swiglu(gate, up),)
 
 
-def _swiglu_keeping_inputs(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
+def _swiglu_and_inputs(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
     """Epilogue of kernel A in the forward pass of training."""
     return swiglu.swiglu(gate, up), gate, up
 
@@ -313,7 +313,7 @@ def _widest(placement: expert_placement.Placement) -> int:
 
 
 def _pad_rows(x_ND: jax.Array, tiles: Tiles) -> jax.Array:
-    """Pads to at least one whole row tile."""
+    """Pads to at least one full row tile."""
     num_row_tiles = max(1, -(-x_ND.shape[0] // tiles.rows))
     num_rows = num_row_tiles * tiles.rows
     return jnp.pad(x_ND, ((0, num_rows - x_ND.shape[0]), (0, 0)))
@@ -335,7 +335,11 @@ def build_lists(
     placement: expert_placement.Placement,
     tiles: Tiles,
 ) -> Lists:
-    """Builds the task lists of all kernels for one routing. num_rows: whole tiles of rows."""
+    """Builds the task lists of all kernels for one routing.
+
+    Args:
+      num_rows: routed tokens and padding rows, a multiple of tiles.rows.
+    """
     columns = tile_lists.list_column_tiles(placement, shard, num_rows, tiles)
     end_E = jnp.cumsum(rows_E).astype(jnp.int32)
     start_E = end_E - rows_E
@@ -420,9 +424,9 @@ def run_hidden_out(
     rows_ND: jax.Array,
     weights: Sequence[jax.Array],
     transposed: bool,
-    epilogue: Callable,
+    epilogue: Callable[..., tuple[jax.Array, ...]],
     num_outputs: int,
-    kept: Sequence[jax.Array],
+    saved: Sequence[jax.Array],
     tasks: HiddenOutTasks,
     widest: int,
     tiles: Tiles,
@@ -432,73 +436,87 @@ def run_hidden_out(
 
     Args:
       weights: [D, H] each, or [H, D] if transposed.
-      epilogue: takes the matmul with each of the weights, and each of the `kept` arrays, all in
+      epilogue: takes the matmul with each of the weights, and each of the `saved` arrays, all in
         float32, and returns the outputs, which are rounded once.
-      kept: [N, M] arrays of the forward pass.
+      saved: [N, M] arrays of the forward pass.
 
     Returns:
       num_outputs arrays [N, M].
     """
-    (N, D), dtype = rows_ND.shape, rows_ND.dtype
-    num_weights, num_kept = len(weights), len(kept)
-    block = (tiles.rows, tiles.hidden)
-    rows_spec = (tiles.rows, UNIT)
-    weights_spec = (tiles.hidden, UNIT) if transposed else (UNIT, tiles.hidden)
+    dtype = rows_ND.dtype
+    first_saved = len(weights)
+    first_output = first_saved + len(saved)
 
-    def hidden_out_kernel(num_tasks, start, end, row_tile, column_tile, flat_tile, x_gmem, *refs):
-        w_gmem, kept_gmem = refs[:num_weights], refs[num_weights : num_weights + num_kept]
-        out_gmem = refs[num_weights + num_kept :]
+    def hidden_out_kernel(*refs: Ref) -> None:
+        num_lists = len(HiddenOutTasks._fields)
+        lists = HiddenOutTasks(*refs[:num_lists])
+        x_gmem, *refs = refs[num_lists:]
+        w_gmem = refs[:first_saved]
+        saved_gmem = refs[first_saved:first_output]
+        out_gmem = refs[first_output:]
 
-        @plgpu.nd_loop((num_tasks[0],), collective_axes="sm")
-        def run_task(loop):
+        @plgpu.nd_loop((lists.num_tasks[0],), collective_axes="sm")
+        def run_task(loop: plgpu.NDLoopInfo) -> None:
             task = loop.index[0]
-            r, c, f = row_tile[task], column_tile[task], flat_tile[task]
+            row_tile = lists.row_tile_T[task]
+            column_tile = lists.column_tile_T[task]
+            flat_tile = lists.flat_tile_T[task]
+            sums = _multiply_hidden_out(
+                x_gmem, w_gmem, row_tile, flat_tile, transposed, tiles, interpret
+            )
+            first_row = row_tile * tiles.rows
+            units = pl.ds(column_tile * tiles.hidden, tiles.hidden)
 
-            def multiply(*accumulators):
-                def hidden_out_step(_, x_smem, *w_smem):
-                    for accumulator, tile in zip(accumulators, w_smem):
-                        _multiply_add(accumulator, x_smem, tile, interpret, right_t=transposed)
-                    # The previous step has finished: delay_release=1 frees its tiles.
-                    plgpu.wgmma_wait(len(accumulators))
+            def finish(saved_tiles: Sequence[jax.Array]) -> None:
+                outputs = [value.astype(dtype) for value in epilogue(*sums, *saved_tiles)]
+                start, end = lists.start_T[task], lists.end_T[task]
+                _store_rows(outputs, out_gmem, first_row, start, end, units)
 
-                def weights_index(k):
-                    return (f, k) if transposed else (k, f)
+            rows = pl.ds(first_row, tiles.rows)
+            saved_tiles_gmem = [gmem.at[rows, units] for gmem in saved_gmem]
+            _load_tiles(saved_tiles_gmem, (tiles.rows, tiles.hidden), dtype, finish)
 
-                x_blocks = plgpu.BlockSpec(rows_spec, lambda k: (r, k), delay_release=1)
-                w_blocks = plgpu.BlockSpec(weights_spec, weights_index, delay_release=1)
-                plgpu.emit_pipeline(
-                    hidden_out_step,
-                    grid=(D // UNIT,),
-                    max_concurrent_steps=tiles.stages,
-                    in_specs=[x_blocks] + [w_blocks] * num_weights,
-                )(x_gmem, *w_gmem)
-                return tuple(accumulator[...] for accumulator in accumulators)
+    widest_type = jax.ShapeDtypeStruct((rows_ND.shape[0], widest), dtype)
+    kernel = _make_kernel(hidden_out_kernel, [widest_type] * num_outputs, tiles, interpret)
+    return kernel(*tasks, rows_ND, *weights, *saved)
 
-            values = pl.run_scoped(multiply, *[plgpu.ACC(block)] * num_weights)
 
-            first_row = r * tiles.rows
-            units = pl.ds(c * tiles.hidden, tiles.hidden)
+def _multiply_hidden_out(
+    x_gmem: Ref,
+    w_gmem: Sequence[Ref],
+    row_tile: jax.Array,
+    flat_tile: jax.Array,
+    transposed: bool,
+    tiles: Tiles,
+    interpret: Any,
+) -> Sequence[jax.Array]:
+    """Multiplies a row tile by one tile of hidden units of each of the weights, in float32."""
+    dim = x_gmem.shape[1]
+    weights_block = (tiles.hidden, UNIT) if transposed else (UNIT, tiles.hidden)
 
-            def finish(saved):
-                outputs = [value.astype(dtype) for value in epilogue(*values, *saved)]
-                _store_rows(outputs, out_gmem, first_row, start[task], end[task], units)
+    def index_weights(k: jax.Array) -> tuple:
+        return (flat_tile, k) if transposed else (k, flat_tile)
 
-            def load_kept_and_finish(barrier, *kept_smem):
-                for gmem, smem in zip(kept_gmem, kept_smem):
-                    rows = pl.ds(first_row, tiles.rows)
-                    plgpu.copy_gmem_to_smem(gmem.at[rows, units], smem, barrier)
-                plgpu.barrier_wait(barrier)
-                finish([smem[...].astype(jnp.float32) for smem in kept_smem])
+    x_spec = plgpu.BlockSpec((tiles.rows, UNIT), lambda k: (row_tile, k), delay_release=1)
+    w_spec = plgpu.BlockSpec(weights_block, index_weights, delay_release=1)
 
-            if num_kept:
-                scratch = [plgpu.SMEM(block, dtype, transforms=_swizzled(dtype))] * num_kept
-                barrier = plgpu.Barrier(num_arrivals=num_kept)
-                pl.run_scoped(load_kept_and_finish, barrier, *scratch)
-            else:
-                finish([])
+    def multiply(*accumulators: Ref) -> tuple[jax.Array, ...]:
+        def hidden_out_step(_: Any, x_smem: Ref, *w_smem: Ref) -> None:
+            for accumulator, tile in zip(accumulators, w_smem):
+                _multiply_add(accumulator, x_smem, tile, interpret, right_t=transposed)
+            # The previous step has finished: delay_release=1 frees its tiles.
+            plgpu.wgmma_wait(len(accumulators))
 
-    out_type = [jax.ShapeDtypeStruct((N, widest), dtype)] * num_outputs
-    return _call(hidden_out_kernel, out_type, tiles, interpret)(*tasks, rows_ND, *weights, *kept)
+        plgpu.emit_pipeline(
+            hidden_out_step,
+            grid=(dim // UNIT,),
+            max_concurrent_steps=tiles.stages,
+            in_specs=[x_spec] + [w_spec] * len(w_gmem),
+        )(x_gmem, *w_gmem)
+        return tuple(accumulator[...] for accumulator in accumulators)
+
+    accumulator_type = plgpu.ACC((tiles.rows, tiles.hidden))
+    return pl.run_scoped(multiply, *[accumulator_type] * len(w_gmem))
 
 
 # ---- kernel B ----
@@ -511,59 +529,86 @@ def run_hidden_in(
     tiles: Tiles,
     interpret: Any,
 ) -> jax.Array:
-    """Kernel B: sums, over pairs, hidden activations [N, M] x weights ([H, D], or [D, H] if
-    transposed). Returns [N, D]."""
-    (hidden_NM, weights), *_ = pairs
-    N, dtype = hidden_NM.shape[0], hidden_NM.dtype
-    D = weights.shape[0 if transposed else 1]
-    weights_spec = (MODEL, UNIT) if transposed else (UNIT, MODEL)
+    """Launches kernel B: sums matmuls of hidden activations with their expert's weights.
 
-    def hidden_in_kernel(num_visits, start, end, row_tile, steps, first_flat_tile, *refs):
-        *operands_gmem, out_gmem = refs
+    Args:
+      pairs: hidden activations [N, M] and weights [H, D], or [D, H] if transposed.
 
-        @plgpu.nd_loop((num_visits[0] * (D // MODEL),), collective_axes="sm")
-        def run_task(loop):
-            visit = lax.div(loop.index[0], D // MODEL)
-            q = lax.rem(loop.index[0], D // MODEL)
-            r, f = row_tile[visit], first_flat_tile[visit]
+    Returns:
+      The sum over the pairs, [N, D].
+    """
+    hidden_NM, weights = pairs[0]
+    num_padded_rows = hidden_NM.shape[0]
+    dtype = hidden_NM.dtype
+    dim = weights.shape[0 if transposed else 1]
+    num_model_tiles = dim // MODEL
 
-            def multiply(accumulator):
-                def hidden_in_step(_, hidden_smem, w_smem):
-                    _multiply_add(accumulator, hidden_smem, w_smem, interpret, right_t=transposed)
-                    plgpu.wgmma_wait(1)
+    def hidden_in_kernel(*refs: Ref) -> None:
+        num_lists = len(HiddenInTasks._fields)
+        lists = HiddenInTasks(*refs[:num_lists])
+        *operands_gmem, out_gmem = refs[num_lists:]
 
-                def weights_index(k):
-                    return (q, f + k) if transposed else (f + k, q)
-
-                hidden_blocks = plgpu.BlockSpec(
-                    (tiles.rows, UNIT), lambda k: (r, k), delay_release=1
-                )
-                w_blocks = plgpu.BlockSpec(weights_spec, weights_index, delay_release=1)
-                for hidden_gmem, w_gmem in zip(operands_gmem[::2], operands_gmem[1::2]):
-                    plgpu.emit_pipeline(
-                        hidden_in_step,
-                        grid=(steps[visit],),
-                        max_concurrent_steps=tiles.stages,
-                        in_specs=[hidden_blocks, w_blocks],
-                    )(hidden_gmem, w_gmem)
-                    # The next pipeline starts by overwriting the tiles of this one.
-                    plgpu.wgmma_wait(0)
-                return accumulator[...]
-
-            value = pl.run_scoped(multiply, plgpu.ACC((tiles.rows, MODEL)))
-
+        @plgpu.nd_loop((lists.num_visits[0] * num_model_tiles,), collective_axes="sm")
+        def run_task(loop: plgpu.NDLoopInfo) -> None:
+            visit = lax.div(loop.index[0], num_model_tiles)
+            model_tile = lax.rem(loop.index[0], num_model_tiles)
+            row_tile = lists.row_tile_V[visit]
+            value = _multiply_hidden_in(
+                operands_gmem, lists, visit, row_tile, model_tile, transposed, tiles, interpret
+            )
             _store_rows(
                 [value.astype(dtype)],
                 [out_gmem],
-                r * tiles.rows,
-                start[visit],
-                end[visit],
-                pl.ds(q * MODEL, MODEL),
+                row_tile * tiles.rows,
+                lists.start_V[visit],
+                lists.end_V[visit],
+                pl.ds(model_tile * MODEL, MODEL),
             )
 
-    out_type = jax.ShapeDtypeStruct((N, D), dtype)
+    out_type = jax.ShapeDtypeStruct((num_padded_rows, dim), dtype)
     operands = [array for pair in pairs for array in pair]
-    return _call(hidden_in_kernel, out_type, tiles, interpret)(*tasks, *operands)
+    kernel = _make_kernel(hidden_in_kernel, out_type, tiles, interpret)
+    return kernel(*tasks, *operands)
+
+
+def _multiply_hidden_in(
+    operands_gmem: Sequence[Ref],
+    lists: HiddenInTasks,
+    visit: jax.Array,
+    row_tile: jax.Array,
+    model_tile: jax.Array,
+    transposed: bool,
+    tiles: Tiles,
+    interpret: Any,
+) -> jax.Array:
+    """Sums over an expert's hidden units and over the pairs of operands, in float32."""
+    first_flat_tile = lists.first_flat_tile_V[visit]
+    weights_block = (MODEL, UNIT) if transposed else (UNIT, MODEL)
+
+    def index_weights(k: jax.Array) -> tuple:
+        flat_tile = first_flat_tile + k
+        return (model_tile, flat_tile) if transposed else (flat_tile, model_tile)
+
+    hidden_spec = plgpu.BlockSpec((tiles.rows, UNIT), lambda k: (row_tile, k), delay_release=1)
+    w_spec = plgpu.BlockSpec(weights_block, index_weights, delay_release=1)
+
+    def multiply(accumulator: Ref) -> jax.Array:
+        def hidden_in_step(_: Any, hidden_smem: Ref, w_smem: Ref) -> None:
+            _multiply_add(accumulator, hidden_smem, w_smem, interpret, right_t=transposed)
+            plgpu.wgmma_wait(1)
+
+        for hidden_gmem, w_gmem in zip(operands_gmem[::2], operands_gmem[1::2]):
+            plgpu.emit_pipeline(
+                hidden_in_step,
+                grid=(lists.steps_V[visit],),
+                max_concurrent_steps=tiles.stages,
+                in_specs=[hidden_spec, w_spec],
+            )(hidden_gmem, w_gmem)
+            # The next pipeline starts by overwriting the tiles of this one.
+            plgpu.wgmma_wait(0)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((tiles.rows, MODEL)))
 
 
 # ---- kernel C ----
@@ -578,81 +623,112 @@ def run_weights(
     tiles: Tiles,
     interpret: Any,
 ) -> jax.Array:
-    """Kernel C: multiplies rows by hidden activations, summed over the rows of each expert.
+    """Launches kernel C: multiplies rows by hidden activations, summed over each expert's rows.
 
-    Returns: [H, D] if hidden_first, else [D, H].
+    Returns:
+      The matmul [H, D] if hidden_first, else [D, H].
     """
-    D, dtype = rows_ND.shape[1], rows_ND.dtype
+    dim = rows_ND.shape[1]
+    dtype = rows_ND.dtype
+    num_model_tiles = dim // MODEL
+    num_flat_tiles = num_hidden // tiles.wide
     block = (tiles.wide, MODEL) if hidden_first else (MODEL, tiles.wide)
-    shape = (num_hidden, D) if hidden_first else (D, num_hidden)
-    transforms = _swizzled(dtype)
+    shape = (num_hidden, dim) if hidden_first else (dim, num_hidden)
 
-    def weights_kernel(start, end, column_tile, flat_tile, x_gmem, hidden_gmem, out_gmem):
-        @plgpu.nd_loop((num_hidden // tiles.wide * (D // MODEL),), collective_axes="sm")
-        def run_task(loop):
-            task = lax.div(loop.index[0], D // MODEL)
-            q = lax.rem(loop.index[0], D // MODEL)
-            lo, hi, c, f = start[task], end[task], column_tile[task], flat_tile[task]
-            first_step = lax.div(lo, UNIT)
-            steps = lax.div(hi + UNIT - 1, UNIT) - first_step
+    def weights_kernel(*refs: Ref) -> None:
+        num_lists = len(WeightTasks._fields)
+        lists = WeightTasks(*refs[:num_lists])
+        x_gmem, hidden_gmem, out_gmem = refs[num_lists:]
 
-            def multiply(accumulator):
-                def weights_step(indices, x_smem, hidden_smem):
-                    @pl.when((indices[0] == 0) | (indices[0] == steps - 1))
-                    def clear_rows_of_neighbors():
-                        first_row = (first_step + indices[0]) * UNIT
-                        for tile in (x_smem, hidden_smem):
-                            _clear_rows_outside(tile, lo - first_row, hi - first_row)
-                        plgpu.commit_smem()
+        @plgpu.nd_loop((num_flat_tiles * num_model_tiles,), collective_axes="sm")
+        def run_task(loop: plgpu.NDLoopInfo) -> None:
+            task = lax.div(loop.index[0], num_model_tiles)
+            model_tile = lax.rem(loop.index[0], num_model_tiles)
+            expert_tasks = WeightTasks(*(array[task] for array in lists))
+            value = _multiply_weights(
+                x_gmem, hidden_gmem, expert_tasks, model_tile, hidden_first, tiles, interpret
+            )
 
-                    left, right = (hidden_smem, x_smem) if hidden_first else (x_smem, hidden_smem)
-                    _multiply_add(accumulator, left, right, interpret, left_t=True)
-                    plgpu.wgmma_wait(1)
-
-                x_blocks = plgpu.BlockSpec(
-                    (UNIT, MODEL),
-                    lambda k: (first_step + k, q),
-                    delay_release=1,
-                    transforms=transforms,
-                )
-                hidden_blocks = plgpu.BlockSpec(
-                    (UNIT, tiles.wide),
-                    lambda k: (first_step + k, c),
-                    delay_release=1,
-                    transforms=transforms,
-                )
-
-                @pl.when(hi > lo)
-                def run_pipeline():
-                    plgpu.emit_pipeline(
-                        weights_step,
-                        grid=(steps,),
-                        max_concurrent_steps=tiles.stages,
-                        in_specs=[x_blocks, hidden_blocks],
-                    )(x_gmem, hidden_gmem)
-
-                return accumulator[...]
-
-            value = pl.run_scoped(multiply, plgpu.ACC(block))
-
-            def finish(out_smem):
+            def store(out_smem: Ref) -> None:
                 out_smem[...] = value.astype(dtype)
                 plgpu.commit_smem()
-                model_dims, units = pl.ds(q * MODEL, MODEL), pl.ds(f * tiles.wide, tiles.wide)
+                model_dims = pl.ds(model_tile * MODEL, MODEL)
+                units = pl.ds(expert_tasks.flat_tile_C * tiles.wide, tiles.wide)
                 place = (units, model_dims) if hidden_first else (model_dims, units)
                 plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[place])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            pl.run_scoped(finish, plgpu.SMEM(block, dtype, transforms=transforms))
+            pl.run_scoped(store, plgpu.SMEM(block, dtype, transforms=_swizzled(dtype)))
 
     out_type = jax.ShapeDtypeStruct(shape, dtype)
-    return _call(weights_kernel, out_type, tiles, interpret)(*tasks, rows_ND, hidden_NM)
+    kernel = _make_kernel(weights_kernel, out_type, tiles, interpret)
+    return kernel(*tasks, rows_ND, hidden_NM)
+
+
+def _multiply_weights(
+    x_gmem: Ref,
+    hidden_gmem: Ref,
+    task: WeightTasks,
+    model_tile: jax.Array,
+    hidden_first: bool,
+    tiles: Tiles,
+    interpret: Any,
+) -> jax.Array:
+    """Sums over the rows of the expert of one task, in float32.
+
+    Args:
+      task: scalars, the entries of one task.
+    """
+    start, end = task.start_C, task.end_C
+    first_step = lax.div(start, UNIT)
+    num_steps = lax.div(end + UNIT - 1, UNIT) - first_step
+    transforms = _swizzled(x_gmem.dtype)
+    x_spec = plgpu.BlockSpec(
+        (UNIT, MODEL),
+        lambda k: (first_step + k, model_tile),
+        delay_release=1,
+        transforms=transforms,
+    )
+    hidden_spec = plgpu.BlockSpec(
+        (UNIT, tiles.wide),
+        lambda k: (first_step + k, task.column_tile_C),
+        delay_release=1,
+        transforms=transforms,
+    )
+
+    def multiply(accumulator: Ref) -> jax.Array:
+        def weights_step(indices: tuple, x_smem: Ref, hidden_smem: Ref) -> None:
+            @pl.when((indices[0] == 0) | (indices[0] == num_steps - 1))
+            def clear_rows_of_neighbors() -> None:
+                first_row = (first_step + indices[0]) * UNIT
+                for tile in (x_smem, hidden_smem):
+                    _clear_rows_outside(tile, start - first_row, end - first_row)
+                plgpu.commit_smem()
+
+            left, right = (hidden_smem, x_smem) if hidden_first else (x_smem, hidden_smem)
+            _multiply_add(accumulator, left, right, interpret, left_t=True)
+            plgpu.wgmma_wait(1)
+
+        @pl.when(end > start)
+        def run_pipeline() -> None:
+            plgpu.emit_pipeline(
+                weights_step,
+                grid=(num_steps,),
+                max_concurrent_steps=tiles.stages,
+                in_specs=[x_spec, hidden_spec],
+            )(x_gmem, hidden_gmem)
+
+        return accumulator[...]
+
+    block = (tiles.wide, MODEL) if hidden_first else (MODEL, tiles.wide)
+    return pl.run_scoped(multiply, plgpu.ACC(block))
 
 
 # ---- shared by the kernels ----
 
 
-def _call(kernel: Callable, out_type: Any, tiles: Tiles, interpret: Any) -> Callable:
+def _make_kernel(kernel: Callable, out_type: Any, tiles: Tiles, interpret: Any) -> Callable:
+    """Returns a function that launches a persistent kernel, one block per multiprocessor."""
     options = {"interpret": interpret} if interpret else {}
     return plgpu.kernel(
         kernel,
@@ -664,8 +740,39 @@ def _call(kernel: Callable, out_type: Any, tiles: Tiles, interpret: Any) -> Call
     )
 
 
-def _multiply_add(accumulator, left_smem, right_smem, interpret, left_t=False, right_t=False):
-    """Adds left x right to the accumulator. left_t, right_t: use the transpose of a tile.
+def _load_tiles(
+    tiles_gmem: Sequence[Ref],
+    block: tuple[int, int],
+    dtype: jnp.dtype,
+    use: Callable[[Sequence[jax.Array]], None],
+) -> None:
+    """Loads tiles through shared memory and calls `use` with their values in float32."""
+    if not tiles_gmem:
+        use([])
+        return
+
+    def load(barrier: Ref, *tiles_smem: Ref) -> None:
+        for gmem, smem in zip(tiles_gmem, tiles_smem):
+            plgpu.copy_gmem_to_smem(gmem, smem, barrier)
+        plgpu.barrier_wait(barrier)
+        use([smem[...].astype(jnp.float32) for smem in tiles_smem])
+
+    scratch = [plgpu.SMEM(block, dtype, transforms=_swizzled(dtype))] * len(tiles_gmem)
+    pl.run_scoped(load, plgpu.Barrier(num_arrivals=len(tiles_gmem)), *scratch)
+
+
+def _multiply_add(
+    accumulator: Ref,
+    left_smem: Ref,
+    right_smem: Ref,
+    interpret: Any,
+    left_t: bool = False,
+    right_t: bool = False,
+) -> None:
+    """Adds left x right to the accumulator.
+
+    Args:
+      left_t, right_t: whether to use the transpose of the tile, of one of them at most.
 
     wgmma reads 16-bit operands from shared memory in either order. The interpreter of jax before
     0.11 does not, so there a transposed copy of the tile is made.
@@ -675,11 +782,11 @@ def _multiply_add(accumulator, left_smem, right_smem, interpret, left_t=False, r
         return
     tile = left_smem if left_t else right_smem
 
-    def multiply(tile_t):
+    def multiply(tile_t: Ref) -> None:
         operands = (tile_t, right_smem) if left_t else (left_smem, tile_t)
         plgpu.wgmma(accumulator, *operands)
 
-    def multiply_copy(copy_smem):
+    def multiply_copy(copy_smem: Ref) -> None:
         copy_smem[...] = tile[...].T
         multiply(copy_smem)
 
@@ -689,30 +796,45 @@ def _multiply_add(accumulator, left_smem, right_smem, interpret, left_t=False, r
         multiply(tile.transpose((1, 0)))
 
 
-def _clear_rows_outside(tile_smem, start: jax.Array, end: jax.Array) -> None:
+def _clear_rows_outside(tile_smem: Ref, start: jax.Array, end: jax.Array) -> None:
     """Sets the rows of a tile in shared memory outside start:end to 0."""
     row = lax.broadcasted_iota(jnp.int32, tile_smem.shape, 0)
     value = tile_smem[...]
     tile_smem[...] = jnp.where((row >= start) & (row < end), value, jnp.zeros_like(value))
 
 
-def _swizzled(dtype) -> tuple:
-    """Returns the layout of tiles in shared memory that registers and copies reach without bank
-    conflicts: 128 bytes of a row, their order changed from row to row."""
+def _swizzled(dtype: jnp.dtype) -> tuple:
+    """Returns a layout of tiles in shared memory without bank conflicts.
+
+    It has 128 bytes of a row, whose order changes from row to row. Registers and asynchronous
+    copies can both access it.
+    """
     swizzle = plgpu.find_swizzle(UNIT * dtype.itemsize * 8)
     return plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-def _store_rows(values, outputs_gmem, first_row, start, end, columns) -> None:
+def _store_rows(
+    values: Sequence[jax.Array],
+    outputs_gmem: Sequence[Ref],
+    first_row: jax.Array,
+    start: jax.Array,
+    end: jax.Array,
+    columns: pl.Slice,
+) -> None:
     """Stores rows start:end of tiles in registers.
 
-    Nearly all visits own all rows of their tile, and go through a swizzled tile in shared
-    memory. A part of a tile may begin at any row, where a swizzled tile cannot be cut: it goes
-    through a plain tile, whose bank conflicts cost about a quarter of kernel A's time.
-    """
-    shape, dtype = values[0].shape, values[0].dtype
+    Nearly all visits own all rows of their tile, and are stored through a swizzled tile in shared
+    memory. A part of a tile may begin at any row, at which a swizzled tile cannot be divided. It is
+    stored through a plain tile, whose bank conflicts cost about a quarter of kernel A's time.
 
-    def store_tile(*tiles_smem):
+    Args:
+      first_row: the first row of the row tile.
+      columns: the columns of the outputs that the tiles cover.
+    """
+    shape = values[0].shape
+    dtype = values[0].dtype
+
+    def store_tile(*tiles_smem: Ref) -> None:
         for smem, value in zip(tiles_smem, values):
             smem[...] = value
         plgpu.commit_smem()
@@ -720,16 +842,16 @@ def _store_rows(values, outputs_gmem, first_row, start, end, columns) -> None:
             plgpu.copy_smem_to_gmem(smem, gmem.at[pl.ds(first_row, shape[0]), columns])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def store_part(*tiles_smem):
+    def store_part(*tiles_smem: Ref) -> None:
         for smem, value in zip(tiles_smem, values):
             smem[...] = value
         plgpu.commit_smem()
-        # A copy has a static number of rows: pieces of all powers of two below a whole tile.
+        # A copy has a static number of rows: pieces of all powers of two below a full tile.
         done, size = start, shape[0] // 2
         while size:
 
             @pl.when(((end - start) & size) != 0)
-            def store_piece(done=done, size=size):
+            def store_piece(done: jax.Array = done, size: int = size) -> None:
                 for smem, gmem in zip(tiles_smem, outputs_gmem):
                     rows = pl.ds(first_row + done, size)
                     plgpu.copy_smem_to_gmem(smem.at[pl.ds(done, size)], gmem.at[rows, columns])
@@ -739,10 +861,10 @@ def _store_rows(values, outputs_gmem, first_row, start, end, columns) -> None:
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(end - start == shape[0])
-    def store_whole_tile():
+    def store_whole_tile() -> None:
         scratch = plgpu.SMEM(shape, dtype, transforms=_swizzled(dtype))
         pl.run_scoped(store_tile, *[scratch] * len(values))
 
     @pl.when(end - start != shape[0])
-    def store_part_of_tile():
+    def store_part_of_tile() -> None:
         pl.run_scoped(store_part, *[plgpu.SMEM(shape, dtype)] * len(values))

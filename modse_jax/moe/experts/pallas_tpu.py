@@ -2,7 +2,7 @@
 
 Three kernels do all matmuls of the forward and backward passes. A *visit* is the part of one row
 tile that belongs to one expert; a row tile that several experts share is visited by each of them
-(tile_lists.py). The hatched tiles are those of one task.
+(tile_lists.py). One task reads and writes the tiles marked #.
 
     A  hidden-out: one visit x one tile of its expert's hidden units, summed over the model axis
        in steps of `inner`; gate and up, followed by SwiGLU, or its gradient
@@ -43,8 +43,8 @@ The kernels are tested in interpret mode, and are compiled for v4, v5e, v5p and 
 run on hardware (LOG.md).
 
 Legend: N routed tokens (rows), D model, E experts of a shard, H flat hidden axis, M widest expert;
-B = E + 1 bounds; P TensorCores; V visits, T tasks, C flat tiles; R rows of a row tile, W hidden
-units of a tile; X any.
+B = E + 1 bounds; P TensorCores; V visits, T tasks, C flat tiles, K column tiles of the widest
+expert, R rows of a row tile.
 """
 
 import functools
@@ -109,7 +109,7 @@ class Tiling(NamedTuple):
 
 
 # 512 rows: with 8 experts and 131,072 rows, the row tiles that two experts share cost 2.7% more
-# FLOPs; 1,024 rows would cost 5.5%. With the whole model axis in one tile, a tile of the weights
+# FLOPs; 1,024 rows would cost 5.5%. With the entire model axis in one tile, a tile of the weights
 # stays in place from one row tile to the next. Kernels B and C divide the model axis by the number
 # of cores, because this is the axis that the cores share there; kernel A's tasks are divided by
 # `split_tasks`. With tiles of 256 hidden units, the kernels are bound by arithmetic on v5e and v5p
@@ -129,7 +129,7 @@ class Job(NamedTuple):
     rows_E: jax.Array  # int32: rows of every expert
     bounds_B: jax.Array  # int32: first row of every expert, then the end of the last one's rows
     shard: jax.Array  # int32 []: the shard of the placement
-    num_rows: int  # routed tokens and padding rows, without padding to whole row tiles
+    num_rows: int  # routed tokens and padding rows, without padding to full row tiles
     placement: expert_placement.Placement
     tiles: Tiles
     interpret: bool
@@ -243,7 +243,7 @@ def check_tasks(num_rows: int, placement: expert_placement.Placement, tiles: Til
 def check_rows(tiles: Tiles) -> int:
     """Returns a number of rows of one expert that exercises every path of the kernels.
 
-    These are whole row tiles and a remainder.
+    These are full row tiles and a remainder.
     """
     return 2 * tiles.rows + 5
 
@@ -302,7 +302,7 @@ def _forward(
     interpret: bool,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Returns y_ND, and the arguments that the backward pass needs again."""
-    job = _make_job(x_ND, rows_E, shard, placement, tiles, interpret)
+    job = make_job(x_ND, rows_E, shard, placement, tiles, interpret)
     x = _pad_rows(x_ND, job)
     matmuls = [HiddenOutMatmul(0, w_gate, False), HiddenOutMatmul(0, w_up, False)]
     (hidden_NM,) = run_hidden_out(job, [x], matmuls, _swiglu, num_outputs=1)
@@ -319,7 +319,7 @@ def _backward(
 ) -> tuple[jax.Array | None, ...]:
     """Returns the gradients of the six array arguments of `pallas_tpu`."""
     x_ND, rows_E, w_gate, w_up, w_down, shard = saved
-    job = _make_job(x_ND, rows_E, shard, placement, tiles, interpret)
+    job = make_job(x_ND, rows_E, shard, placement, tiles, interpret)
     x = _pad_rows(x_ND, job)
     dy = _pad_rows(dy_ND, job)
     matmuls = [
@@ -346,7 +346,7 @@ def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
     return (swiglu.swiglu(gate, up),)
 
 
-def _make_job(
+def make_job(
     x_ND: jax.Array,
     rows_E: jax.Array,
     shard: jax.Array | int,
@@ -354,13 +354,14 @@ def _make_job(
     tiles: Tiles,
     interpret: bool,
 ) -> Job:
+    """Returns the arguments that the kernels share. x_ND: rows that are not padded to row tiles."""
     end_E = jnp.cumsum(rows_E).astype(jnp.int32)
     bounds_B = jnp.concatenate((jnp.zeros(1, jnp.int32), end_E))
     return Job(rows_E, bounds_B, shard, x_ND.shape[0], placement, tiles, interpret)
 
 
 def _pad_rows(x_ND: jax.Array, job: Job) -> jax.Array:
-    """Pads to at least one whole row tile."""
+    """Pads to at least one full row tile."""
     missing = job.num_row_tiles * job.tiles.rows - job.num_rows
     return jnp.pad(x_ND, ((0, missing), (0, 0)))
 
@@ -395,15 +396,15 @@ def list_hidden_out_tasks(
     visits = tile_lists.list_visits(rows_E, tiles, num_row_tiles)
     max_num_visits = visits.expert_V.shape[0]
     # A table of column tiles x visits. An expert's visits have as many column tiles as it has.
-    column_tile_C1 = jnp.arange(columns.max_count)[:, None]
+    column_tile_K1 = jnp.arange(columns.max_count)[:, None]
     count_1V = columns.count_E[visits.expert_V][None, :]
-    is_task_CV = visits.is_visit_V[None, :] & (column_tile_C1 < count_1V)
-    index_T = jnp.nonzero(is_task_CV.reshape(-1), size=columns.max_num_tasks, fill_value=0)[0]
+    is_task_KV = visits.is_visit_V[None, :] & (column_tile_K1 < count_1V)
+    index_T = jnp.nonzero(is_task_KV.reshape(-1), size=columns.max_num_tasks, fill_value=0)[0]
     column_tile_T = (index_T // max_num_visits).astype(jnp.int32)
     visit_T = (index_T % max_num_visits).astype(jnp.int32)
     expert_T = visits.expert_V[visit_T]
     return tile_lists.TaskList(
-        num_tasks=jnp.sum(is_task_CV, dtype=jnp.int32),
+        num_tasks=jnp.sum(is_task_KV, dtype=jnp.int32),
         expert_T=expert_T,
         row_tile_T=visits.row_tile_V[visit_T],
         column_tile_T=column_tile_T,
@@ -485,76 +486,79 @@ def run_hidden_out(
     """
     tiles = job.tiles
     num_padded_rows, dim = row_arrays[0].shape
+    dtype = row_arrays[0].dtype
     num_steps = dim // tiles.inner
     columns = list_column_tiles(job)
     tasks = list_hidden_out_tasks(job.rows_E, columns, tiles, job.num_row_tiles)
     core_tasks = split_tasks(tasks, tiles.cores)
 
-    def find_task(core: jax.Array, step: jax.Array, scalars: HiddenOutScalars) -> jax.Array:
-        """Cores with fewer tasks than others stay at their last one."""
-        task = scalars.first[core] + step
-        last_task = jnp.maximum(scalars.end[core] - 1, 0)
-        return jnp.minimum(task, last_task)
-
-    def index_rows(core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref) -> tuple:
-        scalars = HiddenOutScalars(*refs)
-        return scalars.row_tile[find_task(core, step, scalars)], q
-
-    def index_weights(
-        core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref, transposed: bool
-    ) -> tuple:
-        scalars = HiddenOutScalars(*refs)
-        flat_tile = scalars.flat_tile[find_task(core, step, scalars)]
-        return (flat_tile, q) if transposed else (q, flat_tile)
-
-    def index_outputs(core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref) -> tuple:
-        scalars = HiddenOutScalars(*refs)
-        task = find_task(core, step, scalars)
-        return scalars.row_tile[task], scalars.column_tile[task]
-
-    in_specs = [pl.BlockSpec((tiles.rows, tiles.inner), index_rows)] * len(row_arrays)
+    in_specs = [pl.BlockSpec((tiles.rows, tiles.inner), _index_hidden_out_rows)] * len(row_arrays)
     for matmul in matmuls:
         block = (tiles.inner, tiles.hidden)
         if matmul.transposed:
             block = block[::-1]
-        index_map = functools.partial(index_weights, transposed=matmul.transposed)
+        index_map = functools.partial(_index_hidden_out_weights, transposed=matmul.transposed)
         in_specs.append(pl.BlockSpec(block, index_map))
     widest = max(map(max, job.placement.widths))
-    out_shape = jax.ShapeDtypeStruct((num_padded_rows, widest), row_arrays[0].dtype)
+    out_shape = jax.ShapeDtypeStruct((num_padded_rows, widest), dtype)
     out_block = (tiles.rows, tiles.hidden)
     max_tasks_of_core = jnp.max(core_tasks.end_P - core_tasks.first_P)
+    kernel = functools.partial(
+        _hidden_out_kernel,
+        num_row_arrays=len(row_arrays),
+        matmuls=[(matmul.rows_index, matmul.transposed) for matmul in matmuls],
+        epilogue=epilogue,
+        tiles=tiles,
+        num_steps=num_steps,
+    )
+    scalars = HiddenOutScalars(
+        job.bounds_B,
+        core_tasks.first_P,
+        core_tasks.end_P,
+        tasks.expert_T,
+        tasks.row_tile_T,
+        tasks.column_tile_T,
+        tasks.flat_tile_T,
+    )
     return pl.pallas_call(
-        functools.partial(
-            _hidden_out_kernel,
-            num_row_arrays=len(row_arrays),
-            matmuls=[(matmul.rows_index, matmul.transposed) for matmul in matmuls],
-            epilogue=epilogue,
-            tiles=tiles,
-            num_steps=num_steps,
-        ),
+        kernel,
         out_shape=[out_shape] * num_outputs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(HiddenOutScalars._fields),
+            num_scalar_prefetch=len(scalars),
             in_specs=in_specs,
-            out_specs=[pl.BlockSpec(out_block, index_outputs)] * num_outputs,
+            out_specs=[pl.BlockSpec(out_block, _index_hidden_out_outputs)] * num_outputs,
             grid=(tiles.cores, max_tasks_of_core, num_steps),
             scratch_shapes=[pltpu.VMEM(out_block, jnp.float32)] * len(matmuls),
         ),
         compiler_params=_compiler_params("parallel", "arbitrary", "arbitrary"),
         interpret=job.interpret,
-    )(
-        *HiddenOutScalars(
-            job.bounds_B,
-            core_tasks.first_P,
-            core_tasks.end_P,
-            tasks.expert_T,
-            tasks.row_tile_T,
-            tasks.column_tile_T,
-            tasks.flat_tile_T,
-        ),
-        *row_arrays,
-        *[matmul.weights for matmul in matmuls],
-    )
+    )(*scalars, *row_arrays, *[matmul.weights for matmul in matmuls])
+
+
+def _find_task(core: jax.Array, step: jax.Array, scalars: HiddenOutScalars) -> jax.Array:
+    """Returns the task of a core. A core with fewer tasks than others stays at its last one."""
+    task = scalars.first[core] + step
+    last_task = jnp.maximum(scalars.end[core] - 1, 0)
+    return jnp.minimum(task, last_task)
+
+
+def _index_hidden_out_rows(core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref) -> tuple:
+    scalars = HiddenOutScalars(*refs)
+    return scalars.row_tile[_find_task(core, step, scalars)], q
+
+
+def _index_hidden_out_weights(
+    core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref, transposed: bool
+) -> tuple:
+    scalars = HiddenOutScalars(*refs)
+    flat_tile = scalars.flat_tile[_find_task(core, step, scalars)]
+    return (flat_tile, q) if transposed else (q, flat_tile)
+
+
+def _index_hidden_out_outputs(core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref) -> tuple:
+    scalars = HiddenOutScalars(*refs)
+    task = _find_task(core, step, scalars)
+    return scalars.row_tile[task], scalars.column_tile[task]
 
 
 def _hidden_out_kernel(

@@ -1,6 +1,6 @@
 """The expert FFN as Pallas Triton kernels, for NVIDIA GPUs since Ampere (A100, H100, H200, B200).
 
-Routed tokens are sorted by expert and cut into row tiles. A row tile may hold tokens of several
+Routed tokens are sorted by expert and divided into row tiles. A row tile may hold tokens of several
 experts; every expert that has tokens in it *visits* it. There are three kinds of kernel:
 
   A  one visit x one tile of the expert's hidden units, contracted over the model dimension: gate
@@ -24,12 +24,13 @@ The kernels are tested in interpret mode and by compiling for four GPUs without 
 have never run on hardware. JAX deprecated Pallas Triton in 0.11.0.
 
 Legend: N routed tokens, D model dimension, E experts of a shard, H hidden units of all experts of a
-shard, M hidden units of the widest expert, V visits, C tiles of the H axis.
+shard, M hidden units of the widest expert, V visits, R rows of a row tile, C tiles of the H axis;
+X experts, widest first, then the padding rows.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,11 +44,14 @@ from modse_jax.moe.experts import swiglu
 
 DTYPES = ("bfloat16", "float16")
 
+# The model dimension must be a multiple of it.
+MODEL_UNIT = 128
 
-MODEL_UNIT = 128  # model.dim must be a multiple of it
+# The largest number of blocks of a CUDA grid.
+MAX_PROGRAMS = 2**31 - 1
 
-
-MAX_PROGRAMS = 2**31 - 1  # blocks of a CUDA grid
+# A Pallas reference to an array in global memory. Pallas has no public type for it.
+Ref = Any
 
 
 class Launch(NamedTuple):
@@ -121,8 +125,8 @@ def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
     """
     if chip not in CHIPS:
         raise ValueError(
-            f"moe.backend=pallas_triton needs one of {', '.join(CHIPS)}, but this device is {chip}; "
-            "backends that run anywhere: auto, blocked, reference"
+            f"moe.backend=pallas_triton needs one of {', '.join(CHIPS)}, but this device is "
+            f"{chip}; backends that run anywhere: auto, blocked, reference"
         )
     if dtype not in DTYPES:
         raise ValueError(
@@ -134,7 +138,8 @@ def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
             f"moe.backend=pallas_triton: model.dim={dim} is not divisible by {MODEL_UNIT}; choose "
             "another model.dim, or use a backend that takes any: blocked, reference"
         )
-    tiles, unit = CHIPS[chip], unit_for(widths, chip, dtype)
+    tiles = CHIPS[chip]
+    unit = unit_for(widths, chip, dtype)
     return tiles._replace(
         hidden=unit, gate_up=min(unit, tiles.gate_up), dhidden=min(unit, tiles.dhidden)
     )
@@ -143,7 +148,7 @@ def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
 def check_rows(tiles: Tiles) -> int:
     """Returns a number of tokens of one expert that takes every path of the kernels.
 
-    These are whole row tiles, more contraction steps than are in flight, and a partial tile.
+    These are full row tiles, more contraction steps than are in flight, and a partial tile.
     """
     return 2 * tiles.rows + (tiles.launch_weights.stages + 2) * tiles.step + 5
 
@@ -190,8 +195,8 @@ class Routing(NamedTuple):
     weight_tiles: WeightTiles
 
 
-class Kept(NamedTuple):
-    """What the forward pass saves for the backward pass."""
+class Saved(NamedTuple):
+    """The arrays that the forward pass saves for the backward pass."""
 
     routing: Routing
     hidden_NM: jax.Array
@@ -301,17 +306,17 @@ def forward(
     placement: expert_placement.Placement,
     tiles: Tiles,
     interpret: bool,
-    keep: bool,
-) -> tuple[jax.Array, Kept | None]:
-    """Returns (y_ND, what `backward` needs if `keep`, else None)."""
+    save: bool,
+) -> tuple[jax.Array, Saved | None]:
+    """Returns (y_ND, what `backward` needs if `save`, else None)."""
     w_gate, w_up, w_down = weights
-    run = _Kernels(
-        route(rows_E, shard, placement, tiles, x_ND.shape[0]), placement, tiles, interpret
-    )
-    hidden_NM, *derivatives = run.compute_hidden(run.pad(x_ND), w_gate, w_up, keep)
-    y_ND = run.compute_model("expert_down", [(hidden_NM, w_down)], False)
-    kept = Kept(run.routing, hidden_NM, *derivatives) if keep else None
-    return y_ND[: x_ND.shape[0]], kept
+    num_rows = x_ND.shape[0]
+    routing = route(rows_E, shard, placement, tiles, num_rows)
+    kernels = _Kernels(routing, placement, tiles, interpret)
+    hidden_NM, *derivatives = kernels.compute_hidden(kernels.pad(x_ND), w_gate, w_up, save)
+    y_ND = kernels.compute_model("expert_down", [(hidden_NM, w_down)], transposed=False)
+    saved = Saved(routing, hidden_NM, *derivatives) if save else None
+    return y_ND[:num_rows], saved
 
 
 def backward(
@@ -319,7 +324,7 @@ def backward(
     rows_E: jax.Array,
     weights: tuple[jax.Array, jax.Array, jax.Array],
     shard: jax.Array,
-    kept: Kept,
+    saved: Saved,
     dy_ND: jax.Array,
     placement: expert_placement.Placement,
     tiles: Tiles,
@@ -327,12 +332,21 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns the gradients (dx_ND, dw_gate, dw_up, dw_down)."""
     w_gate, w_up, w_down = weights
-    run = _Kernels(kept.routing, placement, tiles, interpret)
-    x, dy = run.pad(x_ND), run.pad(dy_ND)
-    dgate_NM, dup_NM = run.compute_gate_up_gradients(dy, w_down, kept.by_gate_NM, kept.by_up_NM)
-    dx_ND = run.compute_model("expert_dx", [(dgate_NM, w_gate), (dup_NM, w_up)], True)
-    dw_gate, dw_up = run.compute_weights("expert_dw_gate_up", x, (dgate_NM, dup_NM), False)
-    (dw_down,) = run.compute_weights("expert_dw_down", dy, (kept.hidden_NM,), True)
+    kernels = _Kernels(saved.routing, placement, tiles, interpret)
+    x = kernels.pad(x_ND)
+    dy = kernels.pad(dy_ND)
+    dgate_NM, dup_NM = kernels.compute_gate_up_gradients(
+        dy, w_down, saved.by_gate_NM, saved.by_up_NM
+    )
+    dx_ND = kernels.compute_model(
+        "expert_dx", [(dgate_NM, w_gate), (dup_NM, w_up)], transposed=True
+    )
+    dw_gate, dw_up = kernels.compute_weights(
+        "expert_dw_gate_up", x, (dgate_NM, dup_NM), hidden_first=False
+    )
+    (dw_down,) = kernels.compute_weights(
+        "expert_dw_down", dy, (saved.hidden_NM,), hidden_first=True
+    )
     return dx_ND[: x_ND.shape[0]], dw_gate, dw_up, dw_down
 
 
@@ -359,26 +373,26 @@ class _Kernels:
         self.num_hidden = sum(placement.widths[0])
 
     def pad(self, rows_ND: jax.Array) -> jax.Array:
-        """Pads to whole row tiles. The values do not matter; without padding this is a no-op."""
+        """Pads to full row tiles. The values do not matter; without padding this is a no-op."""
         num_rows = _num_row_tiles(rows_ND.shape[0], self.tiles) * self.tiles.rows
         return jnp.pad(rows_ND, ((0, num_rows - rows_ND.shape[0]), (0, 0)))
 
     def compute_hidden(
-        self, rows_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, keep: bool
+        self, rows_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, save: bool
     ) -> list[jax.Array]:
         """Launches kernel A of the forward pass.
 
         Returns:
-          The hidden activations [N, M] and, if `keep`, their derivatives with respect to gate and
+          The hidden activations [N, M] and, if `save`, their derivatives with respect to gate and
           up. Only an expert's own hidden units in its own rows are written.
         """
         t = self.tiles
-        epilogue = _swiglu_and_derivatives if keep else _swiglu
+        epilogue = _swiglu_and_derivatives if save else _swiglu
         kernel = functools.partial(_gate_up_kernel, epilogue=epilogue, tiles=t)
         return self._call(
             kernel,
             "expert_gate_up",
-            [self._hidden_shape(rows_ND)] * (3 if keep else 1),
+            [self._hidden_shape(rows_ND)] * (3 if save else 1),
             self._num_hidden_programs(t.gate_up),
             t.launch_gate_up,
             self.routing.visits,
@@ -417,13 +431,14 @@ class _Kernels:
         """Launches kernel B.
 
         Args:
-          pairs: of activations [N, M] and weights [H, D], or [D, H] if `transposed`.
+          pairs: activations [N, M] and weights [H, D], or [D, H] if `transposed`.
 
         Returns:
           The sum of their matmuls, [N, D]; 0 in padding rows.
         """
         hidden_NM, weights = pairs[0]
-        D, t = weights.shape[0 if transposed else 1], self.tiles
+        D = weights.shape[0 if transposed else 1]
+        t = self.tiles
         model = _largest_tile(D, t.model)
         kernel = functools.partial(_model_kernel, transposed=transposed, model=model, tiles=t)
         operands = [a for pair in pairs for a in pair]
@@ -438,10 +453,12 @@ class _Kernels:
         """Launches kernel C.
 
         Returns:
-          For each of `hiddens` [N, M] the sum over every expert's tokens of the outer products
-          with rows_ND: [H, D] if `hidden_first`, else [D, H].
+          For each of `hiddens` [N, M] the matmul with rows_ND over every expert's tokens: [H, D] if
+          `hidden_first`, else [D, H].
         """
-        D, H, t = rows_ND.shape[1], self.num_hidden, self.tiles
+        D = rows_ND.shape[1]
+        H = self.num_hidden
+        t = self.tiles
         model = _largest_tile(D, t.model if hidden_first else t.gate_up_model)
         kernel = functools.partial(
             _weights_kernel,
@@ -463,7 +480,17 @@ class _Kernels:
             *hiddens,
         )
 
-    def _call(self, kernel, name, out_shape, num_programs, launch, tables, *operands):
+    def _call(
+        self,
+        kernel: Callable[..., None],
+        name: str,
+        out_shape: Any,
+        num_programs: int,
+        launch: Launch,
+        tables: Visits | WeightTiles,
+        *operands: jax.Array,
+    ) -> Any:
+        """Runs a kernel over the tables and operands. Returns arrays like `out_shape`."""
         return pl.pallas_call(
             kernel,
             out_shape=out_shape,
@@ -480,33 +507,34 @@ def _largest_tile(dim: int, largest: int) -> int:
 
 
 def _gate_up_kernel(
-    row_V,
-    start_V,
-    end_V,
-    width_V,
-    offset_V,
-    x_ref,
-    w_gate_ref,
-    w_up_ref,
-    *out_refs,
+    row_V: Ref,
+    start_V: Ref,
+    end_V: Ref,
+    width_V: Ref,
+    offset_V: Ref,
+    x_ref: Ref,
+    w_gate_ref: Ref,
+    w_up_ref: Ref,
+    *out_refs: Ref,
     epilogue: Callable[..., tuple[jax.Array, ...]],
     tiles: Tiles,
-):
+) -> None:
     """Kernel A of the forward pass: epilogue(gate, up) of one visit and tile of hidden units."""
     columns = tiles.gate_up
+    visits = Visits(row_V, start_V, end_V, width_V, offset_V)
     visit, column = _visit_and_column(out_refs[0].shape[1], columns, tiles)
 
     @pl.when(column < width_V[visit])
-    def _():
-        rows, units, own = _tile(row_V, start_V, end_V, offset_V, visit, column, columns, tiles)
+    def compute_tile() -> None:
+        rows, units, own = _find_tile(visits, visit, column, columns, tiles)
 
-        def accumulate(k, sums):
-            along = pl.ds(k * tiles.step, tiles.step)
-            x = x_ref[rows, along]
-            return (
-                sums[0] + _dot(x, w_gate_ref[along, units]),
-                sums[1] + _dot(x, w_up_ref[along, units]),
-            )
+        def accumulate(k: jax.Array, sums: tuple) -> tuple[jax.Array, jax.Array]:
+            gate, up = sums
+            model_dims = pl.ds(k * tiles.step, tiles.step)
+            x = x_ref[rows, model_dims]
+            gate = gate + _dot(x, w_gate_ref[model_dims, units])
+            up = up + _dot(x, w_up_ref[model_dims, units])
+            return gate, up
 
         zeros = jnp.zeros(own.shape, jnp.float32)
         gate, up = lax.fori_loop(0, x_ref.shape[1] // tiles.step, accumulate, (zeros, zeros))
@@ -516,35 +544,37 @@ def _gate_up_kernel(
 
 
 def _gate_up_gradients_kernel(
-    row_V,
-    start_V,
-    end_V,
-    width_V,
-    offset_V,
-    dy_ref,
-    w_down_ref,
-    by_gate_ref,
-    by_up_ref,
-    dgate_ref,
-    dup_ref,
+    row_V: Ref,
+    start_V: Ref,
+    end_V: Ref,
+    width_V: Ref,
+    offset_V: Ref,
+    dy_ref: Ref,
+    w_down_ref: Ref,
+    by_gate_ref: Ref,
+    by_up_ref: Ref,
+    dgate_ref: Ref,
+    dup_ref: Ref,
     *,
     tiles: Tiles,
-):
+) -> None:
     """Kernel A of the backward pass: the hidden activations' gradient times their derivatives."""
     columns = tiles.dhidden
+    visits = Visits(row_V, start_V, end_V, width_V, offset_V)
     visit, column = _visit_and_column(dgate_ref.shape[1], columns, tiles)
 
     @pl.when(column < width_V[visit])
-    def _():
-        rows, units, own = _tile(row_V, start_V, end_V, offset_V, visit, column, columns, tiles)
+    def compute_tile() -> None:
+        rows, units, own = _find_tile(visits, visit, column, columns, tiles)
 
-        def accumulate(k, total):
-            along = pl.ds(k * tiles.step, tiles.step)
-            return total + _dot(dy_ref[rows, along], w_down_ref[units, along], transposed_b=True)
+        def accumulate(k: jax.Array, total: jax.Array) -> jax.Array:
+            model_dims = pl.ds(k * tiles.step, tiles.step)
+            dy = dy_ref[rows, model_dims]
+            return total + _dot(dy, w_down_ref[units, model_dims], transposed_b=True)
 
         zeros = jnp.zeros(own.shape, jnp.float32)
         dhidden = lax.fori_loop(0, dy_ref.shape[1] // tiles.step, accumulate, zeros)
-        # One output after the other: this way no more than one saved tile is held in registers.
+        # One output after the other, so that at most one saved tile is held in registers.
         for derivative_ref, out_ref in ((by_gate_ref, dgate_ref), (by_up_ref, dup_ref)):
             block = rows, pl.ds(column, columns)
             value = dhidden * derivative_ref[block].astype(jnp.float32)
@@ -561,70 +591,88 @@ def _visit_and_column(widest: int, columns: int, tiles: Tiles) -> tuple[jax.Arra
     return group * tiles.group + visit, pl.multiple_of(column * columns, columns)
 
 
-def _tile(row_V, start_V, end_V, offset_V, visit, column, columns: int, tiles: Tiles):
+def _find_tile(
+    visits: Visits, visit: jax.Array, column: jax.Array, columns: int, tiles: Tiles
+) -> tuple[pl.Slice, pl.Slice, jax.Array]:
     """Returns the row tile, the hidden units on the H axis, and a mask of the expert's own rows."""
-    row = pl.multiple_of(row_V[visit], tiles.rows)
+    row = pl.multiple_of(visits.row_V[visit], tiles.rows)
     # Without this hint, weights are loaded 2 bytes at a time.
-    first = pl.multiple_of(offset_V[visit] + column, columns)
-    own = _own_rows(row, start_V[visit], end_V[visit], (tiles.rows, columns))
+    first = pl.multiple_of(visits.offset_V[visit] + column, columns)
+    start = visits.start_V[visit]
+    own = _own_rows(row, start, visits.end_V[visit], (tiles.rows, columns))
     return pl.ds(row, tiles.rows), pl.ds(first, columns), own
 
 
 def _model_kernel(
-    row_V, start_V, end_V, width_V, offset_V, *refs, transposed: bool, model: int, tiles: Tiles
-):
+    row_V: Ref,
+    start_V: Ref,
+    end_V: Ref,
+    width_V: Ref,
+    offset_V: Ref,
+    *refs: Ref,
+    transposed: bool,
+    model: int,
+    tiles: Tiles,
+) -> None:
     """Kernel B. All tiles of the model dimension of one visit run side by side."""
     *operands, out_ref = refs
     visit, q = _divide(pl.program_id(0), out_ref.shape[1] // model)
     row = pl.multiple_of(row_V[visit], tiles.rows)
     offset = pl.multiple_of(offset_V[visit], tiles.hidden)
-    here, out_columns = pl.ds(row, tiles.rows), pl.ds(q * model, model)
+    rows = pl.ds(row, tiles.rows)
+    model_dims = pl.ds(q * model, model)
     total = jnp.zeros((tiles.rows, model), jnp.float32)
     for hidden_ref, weights_ref in zip(operands[::2], operands[1::2]):
 
-        def accumulate(k, total, hidden_ref=hidden_ref, weights_ref=weights_ref):
-            hidden = hidden_ref[here, pl.ds(k * tiles.step, tiles.step)]
+        def accumulate(
+            k: jax.Array,
+            total: jax.Array,
+            hidden_ref: Ref = hidden_ref,
+            weights_ref: Ref = weights_ref,
+        ) -> jax.Array:
+            hidden = hidden_ref[rows, pl.ds(k * tiles.step, tiles.step)]
             units = pl.ds(offset + k * tiles.step, tiles.step)
-            w = weights_ref[out_columns, units] if transposed else weights_ref[units, out_columns]
+            w = weights_ref[model_dims, units] if transposed else weights_ref[units, model_dims]
             return total + _dot(hidden, w, transposed_b=transposed)
 
         steps = lax.div(width_V[visit], jnp.int32(tiles.step))
         total = lax.fori_loop(0, steps, accumulate, total)
     own = _own_rows(row, start_V[visit], end_V[visit], total.shape)
-    triton.store(out_ref.at[here, out_columns], total.astype(out_ref.dtype), mask=own)
+    triton.store(out_ref.at[rows, model_dims], total.astype(out_ref.dtype), mask=own)
 
 
 def _weights_kernel(
-    start_C,
-    end_C,
-    column_C,
-    flat_C,
-    rows_ref,
-    *refs,
+    start_C: Ref,
+    end_C: Ref,
+    column_C: Ref,
+    flat_C: Ref,
+    rows_ref: Ref,
+    *refs: Ref,
     num_hiddens: int,
     hidden_first: bool,
     model: int,
     tiles: Tiles,
-):
+) -> None:
     """Kernel C. All tiles of the model dimension of one tile of hidden units run side by side."""
-    hidden_refs, out_refs = refs[:num_hiddens], refs[num_hiddens:]
-    place, q = _divide(pl.program_id(0), rows_ref.shape[1] // model)
-    start, end = start_C[place], end_C[place]
-    units = pl.ds(pl.multiple_of(column_C[place], tiles.hidden), tiles.hidden)
-    flat = pl.ds(pl.multiple_of(flat_C[place], tiles.hidden), tiles.hidden)
-    model_columns = pl.ds(q * model, model)
+    hidden_refs = refs[:num_hiddens]
+    out_refs = refs[num_hiddens:]
+    tile, q = _divide(pl.program_id(0), rows_ref.shape[1] // model)
+    start, end = start_C[tile], end_C[tile]
+    units = pl.ds(pl.multiple_of(column_C[tile], tiles.hidden), tiles.hidden)
+    flat = pl.ds(pl.multiple_of(flat_C[tile], tiles.hidden), tiles.hidden)
+    model_dims = pl.ds(q * model, model)
 
-    def accumulate(k, sums):
+    def accumulate(k: jax.Array, sums: tuple) -> tuple[jax.Array, ...]:
         # Steps begin at the expert's first row, so that only its end has to be masked.
         row = start + k * tiles.step
-        here = pl.ds(row, tiles.step)
+        step_rows = pl.ds(row, tiles.step)
         own = row + lax.iota(jnp.int32, tiles.step) < end
 
-        def load_own(ref, columns):
+        def load_own(ref: Ref, columns: pl.Slice) -> jax.Array:
             mask = jnp.broadcast_to(own[:, None], (tiles.step, columns.size))
-            return triton.load(ref.at[here, columns], mask=mask, other=0.0)
+            return triton.load(ref.at[step_rows, columns], mask=mask, other=0.0)
 
-        rows = load_own(rows_ref, model_columns)
+        rows = load_own(rows_ref, model_dims)
         hiddens = [load_own(ref, units) for ref in hidden_refs]
         pairs = [(h, rows) if hidden_first else (rows, h) for h in hiddens]
         return tuple(total + _dot(a.T, b) for total, (a, b) in zip(sums, pairs))
@@ -634,12 +682,14 @@ def _weights_kernel(
     zeros = (jnp.zeros(shape, jnp.float32),) * num_hiddens
     sums = lax.fori_loop(0, steps, accumulate, zeros)
     for ref, total in zip(out_refs, sums):
-        block = (flat, model_columns) if hidden_first else (model_columns, flat)
+        block = (flat, model_dims) if hidden_first else (model_dims, flat)
         ref[block] = total.astype(ref.dtype)
 
 
 def _divide(number: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
-    return lax.div(number, jnp.int32(divisor)), lax.rem(number, jnp.int32(divisor))
+    """Returns the quotient and the remainder."""
+    divisor = jnp.int32(divisor)
+    return lax.div(number, divisor), lax.rem(number, divisor)
 
 
 def _dot(a: jax.Array, b: jax.Array, transposed_b: bool = False) -> jax.Array:
@@ -651,5 +701,6 @@ def _own_rows(
     row: jax.Array, start: jax.Array, end: jax.Array, shape: tuple[int, int]
 ) -> jax.Array:
     """Returns a mask [rows, columns] of the rows from `row` on that lie between start and end."""
-    place = row + lax.iota(jnp.int32, shape[0])
-    return jnp.broadcast_to(((place >= start) & (place < end))[:, None], shape)
+    row_R = row + lax.iota(jnp.int32, shape[0])
+    own_R = (row_R >= start) & (row_R < end)
+    return jnp.broadcast_to(own_R[:, None], shape)

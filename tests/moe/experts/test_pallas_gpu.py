@@ -1,7 +1,9 @@
-"""The Pallas Mosaic GPU kernels in interpret mode, NaN planted wherever nothing may be read, against the reference; and
-lowered for CUDA at real sizes, where no GPU is needed.
+"""The Pallas Mosaic GPU kernels in interpret mode against the reference, and lowered for CUDA.
 
-Interpret mode checks what is read, masked and stored; it does not model what runs at the same time on a GPU."""
+Interpret mode fills whatever no kernel has written with NaN, and the tests fill padding rows with
+NaN, so a finite result shows that nothing was read that does not belong to the expert. It checks
+what is read, masked and stored; it does not model what runs at the same time on a GPU.
+"""
 
 import re
 
@@ -13,127 +15,134 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from modse_jax.moe import expert_placement, expert_widths
 from modse_jax.moe.experts import chunks, expert_weights, pallas_gpu, reference_ffn, select
+from tests.helpers.expert_kernels import (
+    ExpertInputs,
+    compute_output_and_gradients,
+    make_inputs,
+    place_on_one_shard,
+    run_reference,
+)
 
 INTERPRET = InterpretGPUParams(uninitialized_memory="nan")
+DIM = 128
+TILES = pallas_gpu.Tiles(rows=64, wide=64, stages=2, blocks=2)
 
 
-D = 128
+def make_half_precision_inputs(widths, rows, num_rows, dim=DIM, dtype=jnp.bfloat16):
+    return make_inputs(widths, rows, num_rows, dim, dtype, weight_scale=0.08)
 
 
-def numbers(widths, rows, num_rows, dtype=jnp.bfloat16, dim=D):
-    rng = np.random.default_rng(0)
-    w = expert_weights.ExpertWeights(
-        *(
-            jnp.asarray(0.08 * rng.normal(size=s), dtype)
-            for s in ((dim, sum(widths)), (dim, sum(widths)), (sum(widths), dim))
-        )
-    )
-    x, dy = (
-        jnp.asarray(rng.normal(size=(num_rows, dim)), dtype).at[sum(rows) :].set(jnp.nan)
-        for _ in range(2)
-    )
-    return x, jnp.asarray(rows, jnp.int32), w, dy
+def run_expert_ffn(x, rows, weights, shard, placement, tiles, interpret=False):
+    shard = jnp.int32(shard)
+    return chunks.run_in_chunks(x, rows, *weights, shard, pallas_gpu, placement, tiles, interpret)
 
 
-def run_gpu(x, rows, w, shard, placement, tiles, interpret=False):
-    return chunks.run_in_chunks(
-        x, rows, *w, jnp.int32(shard), pallas_gpu, placement, tiles, interpret
-    )
+def run_kernels(inputs, shard, placement, tiles, interpret=False):
+    def kernels(x, weights):
+        return run_expert_ffn(x, inputs.rows_E, weights, shard, placement, tiles, interpret)
+
+    return compute_output_and_gradients(kernels, inputs)
 
 
-def both(function, x, w, dy):
-    y, pull = jax.vjp(function, x, w)
-    return (y, *pull(dy))
-
-
-def random_case(seed, unit, experts=4, num_rows=150):
-    """Rows and widths of nobody's choosing, 5 rows of nobody."""
+def make_random_case(seed, num_experts=4, num_rows=150):
+    """Returns random (rows, num_rows, dim, widths) with 5 padding rows."""
     rng = np.random.default_rng(seed)
-    rows = rng.multinomial(num_rows - 5, rng.dirichlet(np.full(experts, 0.4)))
-    return (
-        tuple(map(int, rows)),
-        num_rows,
-        tuple(unit * int(n) for n in rng.integers(1, 5, experts)),
-    )
+    rows = rng.multinomial(num_rows - 5, rng.dirichlet(np.full(num_experts, 0.4)))
+    widths = 64 * rng.integers(1, 5, num_experts)
+    return tuple(map(int, rows)), num_rows, DIM, tuple(map(int, widths))
 
 
-def assert_close(got, want, most=0.01):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-        a, b = (np.asarray(v, np.float64) for v in (a, b))
-        assert np.isfinite(a).all() and np.linalg.norm(a - b) <= most * np.linalg.norm(b) + 1e-30
+def assert_all_close(computed, expected, tolerance=0.01):
+    """Asserts that the relative error of each array is at most the tolerance."""
+    for array, want in zip(computed, expected, strict=True):
+        array = np.asarray(array, np.float64)
+        want = np.asarray(want, np.float64)
+        assert np.isfinite(array).all()
+        assert np.linalg.norm(array - want) <= tolerance * np.linalg.norm(want) + 1e-30
 
 
 @pytest.mark.parametrize(
     "rows, num_rows, dim, widths",
     [
-        ((70, 0, 50, 9), 140, 128, (192, 64, 64, 128)),
-        ((0, 0, 130, 0), 130, 128, (192, 64, 64, 128)),
-        ((0, 0, 0, 0), 20, 128, (192, 64, 64, 128)),
-        ((5, 40, 0, 20), 70, 256, (192, 64, 64, 128)),
-        ((30, 33), 63, 128, (64, 64)),
-        ((7, 90, 1), 100, 128, (64, 128, 64)),
-        *(
-            (rows, num_rows, 128, widths)
-            for rows, num_rows, widths in (random_case(0, 64), random_case(1, 64))
-        ),
+        pytest.param((70, 0, 50, 9), 140, 128, (192, 64, 64, 128), id="empty_expert"),
+        pytest.param((0, 0, 130, 0), 130, 128, (192, 64, 64, 128), id="one_expert_has_all"),
+        pytest.param((0, 0, 0, 0), 20, 128, (192, 64, 64, 128), id="no_rows"),
+        pytest.param((5, 40, 0, 20), 70, 256, (192, 64, 64, 128), id="padding_rows"),
+        pytest.param((30, 33), 63, 128, (64, 64), id="equal_widths"),
+        pytest.param((7, 90, 1), 100, 128, (64, 128, 64), id="shared_tiles"),
+        pytest.param(*make_random_case(0), id="random_0"),
+        pytest.param(*make_random_case(1), id="random_1"),
     ],
 )
-def test_kernels_equal_the_reference(rows, num_rows, dim, widths):
-    """Tiles that experts share, an empty expert, all on one, rows of nobody, no rows, equal widths, random ones; the
-    interpreter fills what no kernel wrote with NaN."""
-    placement, tiles = (
-        expert_placement.place_experts(widths, 1, "pairs"),
-        pallas_gpu.Tiles(rows=64, wide=64, stages=2, blocks=2),
-    )
-    x, rows, w, dy = numbers(widths, rows, num_rows, dim=dim)
-    got = both(lambda x, w: run_gpu(x, rows, w, 0, placement, tiles, INTERPRET), x, w, dy)
-    exact = jax.tree.map(lambda a: a.astype(jnp.float32), (x, w, dy))
-    assert_close(got, both(lambda x, w: reference_ffn.reference(x, rows, w, widths), *exact))
+def test_kernels_match_reference(rows, num_rows, dim, widths):
+    inputs = make_half_precision_inputs(widths, rows, num_rows, dim)
+    computed = run_kernels(inputs, 0, place_on_one_shard(widths), TILES, INTERPRET)
+    assert_all_close(computed, run_reference(inputs.astype(jnp.float32), widths))
 
 
-def test_shards_of_unlike_experts_wide_tiles_and_half_precision():
+def test_kernels_match_reference_for_shards_wide_tiles_and_float16():
     placement = expert_placement.place_experts((256, 128, 128, 256), 2, "pairs")
-    tiles = pallas_gpu.Tiles(rows=64, wide=128, stages=2, blocks=3)
-    x, rows, w, dy = numbers(placement.widths[1], (10, 60), 80, jnp.float16)
-    got = both(lambda x, w: run_gpu(x, rows, w, 1, placement, tiles, INTERPRET), x, w, dy)
-    assert_close(
-        got, both(lambda x, w: reference_ffn.reference(x, rows, w, placement.widths[1]), x, w, dy)
-    )
+    tiles = TILES._replace(wide=128, blocks=3)
+    widths = placement.widths[1]
+    inputs = make_half_precision_inputs(widths, (10, 60), 80, dtype=jnp.float16)
+    computed = run_kernels(inputs, 1, placement, tiles, INTERPRET)
+    assert_all_close(computed, run_reference(inputs, widths))
 
 
-def test_widths_that_are_no_multiples_are_padded():
-    """An odd width, and shards whose padded sums differ."""
+def test_widths_that_are_not_multiples_of_the_unit_are_padded():
+    """One odd width, and shards whose padded sums differ."""
     placement = expert_placement.place_experts((70, 30, 36, 64), 2, "pairs")
-    tiles = pallas_gpu.Tiles(rows=64, wide=64, stages=2, blocks=2)
+    job = TILES, 64
+
+    def run_padded(inputs, shard):
+        def kernels(x, weights):
+            return select.run_kernels(
+                "pallas_gpu", x, inputs.rows_E, weights, shard, placement, job, INTERPRET
+            )
+
+        return compute_output_and_gradients(kernels, inputs)
+
     for shard, widths in enumerate(placement.widths):
-        x, rows, w, dy = numbers(widths, (30, 41), 80)
-        got = both(
-            lambda x, w, s=shard, r=rows: select.run_kernels(
-                "pallas_gpu", x, r, w, jnp.int32(s), placement, (tiles, 64), INTERPRET
-            ),
-            x,
-            w,
-            dy,
-        )
-        exact = jax.tree.map(lambda a: a.astype(jnp.float32), (x, w, dy))
-        assert_close(
-            got, both(lambda x, w, r=rows, u=widths: reference_ffn.reference(x, r, w, u), *exact)
-        )
+        inputs = make_half_precision_inputs(widths, (30, 41), 80)
+        computed = run_padded(inputs, jnp.int32(shard))
+        assert_all_close(computed, run_reference(inputs.astype(jnp.float32), widths))
 
 
-def test_the_forward_pass_alone_keeps_nothing():
+def test_forward_pass_alone_saves_nothing(monkeypatch):
+    """Kernel A then has one output, the hidden activations. In training it also saves its sums."""
     widths = (64, 128)
-    placement, tiles = (
-        expert_placement.place_experts(widths, 1, "pairs"),
-        pallas_gpu.Tiles(rows=64, wide=64, stages=2, blocks=1),
-    )
-    x, rows, w, _ = numbers(widths, (30, 20), 64)
-    y = run_gpu(x, rows, w, 0, placement, tiles, INTERPRET)
-    assert_close(y, reference_ffn.reference(x, rows, w, widths))
+    inputs = make_half_precision_inputs(widths, (30, 20), 64)
+    placement = place_on_one_shard(widths)
+    run_hidden_out = pallas_gpu.run_hidden_out
+    num_outputs = []
+
+    def record(*arguments, **options):
+        outputs = run_hidden_out(*arguments, **options)
+        num_outputs.append(len(outputs))
+        return outputs
+
+    monkeypatch.setattr(pallas_gpu, "run_hidden_out", record)
+    arguments = (inputs.x_ND, inputs.rows_E, inputs.weights, 0, placement, TILES)
+    jax.eval_shape(lambda: run_expert_ffn(*arguments))
+    assert num_outputs == [1]
+    num_outputs.clear()
+    jax.eval_shape(lambda: run_kernels(inputs, 0, placement, TILES))
+    assert num_outputs == [3, 3]  # forward pass; gradients of its three outputs
+
+
+def test_forward_pass_alone_matches_reference():
+    widths = (64, 128)
+    inputs = make_half_precision_inputs(widths, (30, 20), 64)
+    rows_E, weights = inputs.rows_E, inputs.weights
+    placement = place_on_one_shard(widths)
+    tiles = TILES._replace(blocks=1)
+    y_ND = run_expert_ffn(inputs.x_ND, rows_E, weights, 0, placement, tiles, INTERPRET)
+    expected = reference_ffn.reference(inputs.x_ND, rows_E, weights, widths)
+    assert_all_close([y_ND], [expected])
 
 
 @pytest.mark.parametrize(
-    "dim, kind, shards",
+    "dim, kind, num_shards",
     [  # 300Mx8 and 700Mx8
         (1536, "pairs", 1),
         (1536, "pairs", 4),
@@ -142,33 +151,40 @@ def test_the_forward_pass_alone_keeps_nothing():
         (2048, "columns", 2),
     ],
 )
-def test_lowered_for_hopper_without_one(dim, kind, shards):
-    """Layouts, transforms, shared memory: what Mosaic refuses, it refuses here."""
-    placement = expert_placement.place_experts(
-        expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, dim), shards, kind
-    )
-    H, N = sum(placement.widths[0]), 131_072
-    tiles = pallas_gpu.tiles_for(
-        [w for widths in placement.widths for w in widths], dim, "h200", "bfloat16"
-    )
+def test_kernels_lower_for_hopper(dim, kind, num_shards):
+    """Lowering needs no GPU. Mosaic checks layouts, transforms and shared memory in it."""
+    num_rows = 131_072
+    widths = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, dim)
+    placement = expert_placement.place_experts(widths, num_shards, kind)
+    num_hidden = sum(placement.widths[0])
+    all_widths = [w for shard_widths in placement.widths for w in shard_widths]
+    tiles = pallas_gpu.tiles_for(all_widths, dim, "h200", "bfloat16")
 
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    @jax.jit
-    def run(x, rows, w, dy):
-        return both(lambda x, w: run_gpu(x, rows, w, 0, placement, tiles), x, w, dy)
+    inputs = ExpertInputs(
+        x_ND=array(num_rows, dim),
+        rows_E=array(placement.slots, dtype=jnp.int32),
+        weights=expert_weights.ExpertWeights(
+            array(dim, num_hidden), array(dim, num_hidden), array(num_hidden, dim)
+        ),
+        dy_ND=array(num_rows, dim),
+    )
+    run = jax.jit(lambda inputs: run_kernels(inputs, 0, placement, tiles))
+    text = run.trace(inputs).lower(lowering_platforms=("cuda",)).as_text()
+    # Forward: kernels A and B. Backward: A, B, and C three times. One of four shards has three
+    # kinds of chunks: the first one, those in a loop, and the last one. The backward pass runs
+    # kernel A of the forward pass again for the later two.
+    if num_shards == 4:
+        num_kinds_of_chunks, num_recomputed = 3, 2
+    else:
+        num_kinds_of_chunks, num_recomputed = 1, 0
+    num_kernels = len(re.findall(r"custom_call @mosaic_gpu", text))
+    assert num_kernels == 7 * num_kinds_of_chunks + num_recomputed
 
-    w = array(dim, H), array(dim, H), array(H, dim)
-    traced = run.trace(array(N, dim), array(placement.slots, dtype=jnp.int32), w, array(N, dim))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    # Forward A and B; backward A, B and three of C. A shard of four has chunks of rows: the first, those in a loop, the
-    # last; the later ones run A again in the backward pass.
-    chunks, again = (3, 2) if shards == 4 else (1, 0)
-    assert len(re.findall(r"custom_call @mosaic_gpu", text)) == 7 * chunks + again
 
-
-def test_what_it_cannot_do_names_what_would():
+def test_errors_name_an_alternative():
     with pytest.raises(
         ValueError, match="needs one of h100, h200, this is cpu; backends that run anywhere"
     ):
@@ -178,34 +194,25 @@ def test_what_it_cannot_do_names_what_would():
     ):
         pallas_gpu.tiles_for((128,), 192, "h100", "bfloat16")
     with pytest.raises(ValueError, match="not float32; set model.dtype=bfloat16"):
-        select.check_backend(
-            "pallas_gpu",
-            expert_placement.place_experts((128,), 1, "pairs"),
-            (64, 128),
-            "h100",
-            "float32",
-        )
+        placement = place_on_one_shard((128,))
+        select.check_backend("pallas_gpu", placement, (64, 128), "h100", "float32")
     with pytest.raises(ValueError, match="tasks of tiles 128 x 64, more than"):
-        select.check_backend(
-            "pallas_gpu",
-            expert_placement.place_experts((65536,), 1, "pairs"),
-            (2**22, 128),
-            "h100",
-            "bfloat16",
-        )
+        placement = place_on_one_shard((65536,))
+        select.check_backend("pallas_gpu", placement, (2**22, 128), "h100", "bfloat16")
 
 
-def test_a_device_with_wrong_kernels_is_found(monkeypatch):
-    placement = expert_placement.place_experts((64, 128), 1, "pairs")
-    monkeypatch.setattr(
-        pallas_gpu, "tiles_for", lambda *_: pallas_gpu.Tiles(rows=64, wide=64, stages=2, blocks=1)
-    )
-    select.self_test_kernels("pallas_gpu", placement, 128, "h100", "bfloat16", INTERPRET)
-    right = pallas_gpu.run_hidden_in
-    monkeypatch.setattr(
-        pallas_gpu, "run_hidden_in", lambda *arguments: right(*arguments).at[64:128].set(0)
-    )
+def test_self_test_finds_wrong_kernels(monkeypatch):
+    placement = place_on_one_shard((64, 128))
+    monkeypatch.setattr(pallas_gpu, "tiles_for", lambda *_: TILES._replace(blocks=1))
+    job = "pallas_gpu", placement, 128, "h100", "bfloat16"
+    select.self_test_kernels(*job, interpret=INTERPRET)
+    correct = pallas_gpu.run_hidden_in
+
+    def clear_some_rows(*arguments):
+        return correct(*arguments).at[64:128].set(0)
+
+    monkeypatch.setattr(pallas_gpu, "run_hidden_in", clear_some_rows)
     with pytest.raises(
         RuntimeError, match="the kernels of pallas_gpu are wrong on this device: y differs"
     ):
-        select.self_test_kernels("pallas_gpu", placement, 128, "h100", "bfloat16", INTERPRET)
+        select.self_test_kernels(*job, interpret=INTERPRET)
