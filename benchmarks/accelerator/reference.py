@@ -17,8 +17,9 @@ ARRAYS = ("y", "dx", "dw_gate", "dw_up", "dw_down")
 
 PADDING_ROWS = 13
 
-# Errors up to these limits are explained by rounding to bfloat16 between the matmuls, as in
-# select.self_test_kernels: relative to an array's norm, and to the root mean square of its elements.
+# Rounding to bfloat16 between the matmuls explains errors up to these limits, as in
+# select.self_test_kernels. They are relative to an array's norm, and to the root mean square of its
+# elements.
 NORM_LIMIT = 0.02
 ELEMENT_LIMIT = 0.3
 
