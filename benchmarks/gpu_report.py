@@ -1,12 +1,14 @@
-"""Compiles kernels and training steps for GPUs that are not there, and reads what was made of them.
+"""Compiles kernels and training steps for GPUs that are not attached, and reports on the result.
 
     python -m benchmarks.gpu_report [--json=FILE] [--cases=WORDS,...] [--list]
 
-Nothing is timed. `--cases="kernels h100,step blocked"` takes the cases that have all words of one
-of the items. Every case is a process of its own, and the file is written again after each.
+Nothing is timed. `--cases="kernels h100,step blocked"` selects the cases whose names contain all
+words of one of the items. Every case runs in a separate process, and the file is written again
+after each.
 
-It needs XLA's CUDA compiler (modse_jax/gpu_compiler.py has the install line), and ptxas and
-libdevice, which are in a CUDA installation and in the packages nvidia-cuda-nvcc and nvidia-nvvm.
+It needs XLA's CUDA compiler (modse_jax/planning/gpu_compiler.py has the command that installs it),
+and ptxas and libdevice, which are in a CUDA installation and in the packages nvidia-cuda-nvcc and
+nvidia-nvvm.
 """
 
 import argparse
@@ -38,40 +40,30 @@ from modse_jax.training import train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-
 DIMS = {"300Mx8": 1536, "700Mx8": 2048}
-
 
 ROUTED = 131_072  # tokens
 
-
 ATTENTIONS = ("cudnn", "blocks")
 
+LOG = "ptxas.log"  # the error output of the process that compiles a case
 
-LOG = "ptxas.log"  # where a case's own process writes its error output
-
-
-# XLA logs what ptxas says of each kernel from these files only if it is told to.
+# XLA logs the report of ptxas on each kernel only if these source files have this log level.
 LOG_LEVELS = "subprocess_compilation=5,ptx_compiler_impl=5,nvjitlink_impl=5"
-
 
 VERBOSE_PTXAS = {"xla_gpu_ptx_compiler_extra_flags": "-v"}
 
-
 MATMUL = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*")
-
 
 TENSOR_LOAD = re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.shared")
 
-
 TENSOR_STORE = re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.global")
-
 
 ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared")
 
 
 class KernelFacts(NamedTuple):
-    """What the compiler made of one kernel. None: the dump does not say."""
+    """Facts about one compiled kernel. None: the dump does not contain the number."""
 
     name: str
     target: str  # the architecture: sm_90a
@@ -79,7 +71,7 @@ class KernelFacts(NamedTuple):
     spill_bytes: int | None  # stores and loads, of a thread
     stack_bytes: int | None
     shared_memory_bytes: int | None  # static and dynamic, of a block
-    matmuls: dict[str, int]  # matmul instructions of the PTX, and how often they stand there
+    matmuls: dict[str, int]  # matmul instructions of the PTX, with their number
     tensor_loads: int  # bulk tensor copies (TMA) into shared memory
     tensor_stores: int
     async_copies: int  # cp.async
@@ -170,8 +162,10 @@ def largest_sort(hlo: str) -> int:
 
 
 def _read_shared_memory(folder: pathlib.Path) -> dict[str, int]:
-    """Returns the dynamic shared memory of kernels: XLA's by its list of launches, Mosaic's by its
-    intermediate code."""
+    """Returns the dynamic shared memory of kernels, in bytes.
+
+    XLA's list of launches has it for Triton kernels, the intermediate code for Mosaic kernels.
+    """
     sizes: dict[str, int] = {}
     for path in folder.glob("*thunk_sequence*.txt"):
         for name, size in re.findall(
@@ -180,7 +174,7 @@ def _read_shared_memory(folder: pathlib.Path) -> dict[str, int]:
             sizes[name] = max(int(size), sizes.get(name, 0))
     for path in folder.glob("*.mlir-passes.log"):
         with path.open() as file:
-            for line in file:  # the files are large, and the first launch says it
+            for line in file:  # the files are large, and the first launch suffices
                 size = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", line)
                 if size:
                     sizes[path.name.split(".")[0]] = int(size.group(1))
@@ -228,9 +222,10 @@ def _takes(backend: str, gpu: str) -> bool:
 
 
 def compile_case(case: Case, folder: str | os.PathLike, limit_seconds: float = 600) -> dict:
-    """Compiles a case in a process of its own, which dumps into an empty folder.
+    """Compiles a case in a separate process, which dumps into an empty folder.
 
-    Returns: the row of the report. "error" is in it if the case did not compile.
+    Returns:
+        The row of the report. It has the key "error" if the case did not compile.
     """
     folder = pathlib.Path(folder).absolute()
     environment = {
@@ -313,11 +308,13 @@ def _lower_kernels(case: Case, devices: Sequence[jax.Device]) -> jax.stages.Lowe
         module.unit_for(widths, case.gpu, "bfloat16"),
     )
 
-    def describe(*shape, dtype="bfloat16"):
+    def describe(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def run(x_ND, rows_E, weights, dy_ND):
-        def forward(x_ND, weights):
+    def run(
+        x_ND: jax.Array, rows_E: jax.Array, weights: tuple, dy_ND: jax.Array
+    ) -> tuple[jax.Array, tuple]:
+        def forward(x_ND: jax.Array, weights: tuple) -> jax.Array:
             return select.run_kernels(
                 case.backend, x_ND, rows_E, weights, jnp.int32(0), placement, job
             )
@@ -337,9 +334,10 @@ def _lower_kernels(case: Case, devices: Sequence[jax.Device]) -> jax.stages.Lowe
 
 
 def select_cases(cases: Sequence[Case], wanted: str | None) -> list[Case]:
-    """Returns the cases that have all words of an item of --cases, item by item.
+    """Returns the cases whose names contain all words of an item of --cases, item by item.
 
-    Raises UserError if there are none.
+    Raises:
+        UserError: there are none.
     """
     if wanted is None:
         return list(cases)
@@ -356,7 +354,7 @@ def select_cases(cases: Sequence[Case], wanted: str | None) -> list[Case]:
 
 
 def format_table(rows: Sequence[dict]) -> str:
-    """Returns a line a kernel, and a line a step."""
+    """Returns one line for each kernel and for each step."""
     lines = []
     for row in rows:
         case = Case(*(row[field] for field in Case._fields))

@@ -1,23 +1,32 @@
-"""MoDSE 300Mx8 (paper, Table 1): 1.300 B parameters, 451 M active at even load, pairs of widths that sum to 7,680.
+"""MoDSE 300Mx8 (paper, Table 1): pairs of experts whose widths sum to 7,680.
+
+The model has 1.300 B parameters, of which 451 M are active if every expert receives equally many
+tokens.
 
     python -m modse_jax.data.prepare --source=text:CORPUS --tokenizer=sentencepiece:FILE \
         --sequence_length=4096 --out=DIR
     python train.py --config=configs/modse_300m_x8.py --workdir=runs/modse_300m_x8 \
         --config.data.source=prepared:DIR --config.data.tokenizer=sentencepiece:FILE
 
-Before paying for hardware: --plan=v5e:4x4 --config.mesh.expert=4, in place of --workdir (README).
+To plan for hardware first, replace --workdir by --plan=v5e:4x4 --config.mesh.expert=4.
 
-The paper trains on 100 B tokens of its own English and Chinese text, on 16 A800: 2.4e20 FLOPs, about 7 days on one
-H200 at 40% of its peak. Expected: training and validation loss below configs/baseline_300m_x8.py (paper, Fig. 2; no
-numbers are printed). The paper does not state peak learning rate, context, batch or the balance weight: those here are
-the common choices of Llama 2 and Switch. The balance loss counts both choices, as the paper's own tables do.
+The paper trains on 100 B tokens of private English and Chinese text, on 16 A800 GPUs: 2.4e20 FLOPs,
+about 7 days on one H200 at 40% of its peak. Expected: lower training and validation losses than
+configs/baseline_300m_x8.py (paper, Fig. 2, which has no numbers).
+
+The paper does not state the peak learning rate, context length, batch size and weight of the
+load-balancing loss; the values here are the common choices of Llama 2 and Switch. The
+load-balancing loss counts both experts of a token, as the tables of the paper do.
 """
+
+from ml_collections import ConfigDict
 
 from modse_jax.config.loading import default_config
 from modse_jax.moe import expert_widths
 
 
-def get_config():
+def get_config() -> ConfigDict:
+    """Returns the config."""
     config = default_config()
     config.model.dim = 1536
     config.model.num_layers = 8

@@ -1,15 +1,18 @@
-"""The equal-width twin of configs/tiny.py: the same parameter count, data and schedule.
+"""The counterpart of configs/tiny.py with equal widths: same parameter count, data and schedule.
 
     python train.py --config=configs/tiny_baseline.py --workdir=runs/tiny_baseline
 
-Time and expected result as configs/tiny.py; not run to the end yet. Compare the two over several seeds only: one run of
-this size says nothing about widths.
+Training takes as long as configs/tiny.py. No expected result is recorded. Compare the two over
+several seeds: a single run of this size says nothing about widths.
 """
+
+from ml_collections import ConfigDict
 
 from configs import tiny
 
 
-def get_config():
+def get_config() -> ConfigDict:
+    """Returns the config."""
     config = tiny.get_config()
     config.moe.widths = ()
     config.moe.pairs = False

@@ -1,4 +1,4 @@
-"""Measures this project on the accelerator of this machine, within a time that is given.
+"""Measures this project on the accelerator of this machine, within a time limit.
 
     python -m benchmarks.accelerator [--minutes=9] [--out=DIR] [--json=FILE] [--phases=...]
     python -m benchmarks.accelerator --show=FILE
@@ -23,18 +23,18 @@ from modse_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-
-BAD_INPUT, NOTHING_MEASURED = 2, 1
-
+# Exit codes.
+NOTHING_MEASURED = 1
+BAD_INPUT = 2
 
 COMMAND = (sys.executable, "-m", "benchmarks.accelerator.phases")
 
 
 class Run(NamedTuple):
-    """What is the same for all phases of a run."""
+    """The settings that all phases of a run share."""
 
     writer: results.Writer
-    seconds: float  # the whole run's limit
+    seconds: float  # limit of all phases together
     tiny: bool = False
     devices: int = 1
     command: Sequence[str] = COMMAND  # to which a phase's arguments are added as JSON
@@ -45,14 +45,18 @@ class Run(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one sentence, as the other commands do."""
+    """Reports errors as one sentence, like the other commands."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the options")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Returns the checked command line. Raises UserError."""
+    """Returns the checked command line.
+
+    Raises:
+        UserError: an option is unknown or has an invalid value.
+    """
     parser = Parser(prog="benchmarks.accelerator", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=9, help="time for everything")
     parser.add_argument("--out", help="folder of the results (default: accelerator-results)")
@@ -89,8 +93,8 @@ def check_selection(wanted: str | None) -> None:
     for word in wanted.split(","):
         if not any(_names(word, name) for name in known):
             raise UserError(
-                f"--phases: {word.strip()!r} is no phase; choose among {', '.join(known)}, or their "
-                "first words (kernels, layer, step)"
+                f"--phases: {word.strip()!r} is no phase; choose among {', '.join(known)}, or "
+                "their first words (kernels, layer, step)"
             )
 
 
@@ -102,7 +106,11 @@ def list_names() -> list[str]:
 
 
 def open_results(options: argparse.Namespace) -> pathlib.Path:
-    """Returns the path of the new results file. Raises UserError if there is one, or no room."""
+    """Creates the results file and returns its path.
+
+    Raises:
+        UserError: the file exists or cannot be written.
+    """
     folder = pathlib.Path(options.out or "accelerator-results")
     path = pathlib.Path(options.json) if options.json else folder / "accelerator.jsonl"
     path = path.absolute()
@@ -121,7 +129,11 @@ def open_results(options: argparse.Namespace) -> pathlib.Path:
 
 
 def run_all(run: Run, wanted: str | None = None) -> None:
-    """Runs the phases that the machine can run. Raises UserError if it has no accelerator."""
+    """Runs the phases that the machine can run.
+
+    Raises:
+        UserError: the machine has no accelerator, or fewer devices than --devices.
+    """
     run_phase(run, schedule.facts())
     found = [row for row in results.read(run.writer.path) if row["phase"] == "facts"]
     if not found:
@@ -144,10 +156,10 @@ def run_all(run: Run, wanted: str | None = None) -> None:
 
 
 def order_backends(backends: Sequence[str], rows: Sequence[dict]) -> list[str]:
-    """Returns the backends that were not found to be wrong, the fastest first.
+    """Returns the backends that did not fail a check, fastest first.
 
-    Wrong are those with a wrong result, and those whose check crashed, hung or was not made in
-    time. Without a check (--phases) a backend is taken to be right.
+    A backend fails if a result is wrong, or if its check crashed or was stopped. Backends that were
+    not checked (--phases) are included.
     """
     milliseconds = {}
     wrong = set()
@@ -165,7 +177,7 @@ def order_backends(backends: Sequence[str], rows: Sequence[dict]) -> list[str]:
 
 
 def run_phase(run: Run, phase: schedule.Phase) -> None:
-    """Runs one phase in a process of its own, and records how it ended if it did not succeed."""
+    """Runs one phase in a separate process, and records how it ended if it did not succeed."""
     write = run.writer.append
     if run.seconds_left < (1 if run.tiny else phase.expected_seconds):
         write(
@@ -191,7 +203,7 @@ def run_phase(run: Run, phase: schedule.Phase) -> None:
             output=_tail(errors),
         )
         return
-    except BaseException:  # this process is being ended: so must the other, which holds the device
+    except BaseException:  # This process is ending: the other one holds the device, so it must too.
         process.kill()
         process.communicate()
         raise
@@ -240,9 +252,9 @@ def _tail(text: str | None) -> str:
 
 
 def _stop_on_signals() -> None:
-    """Lets SIGTERM end the run as Ctrl-C does: with its tables."""
+    """Makes SIGTERM end the run like Ctrl-C, which prints the tables."""
 
-    def interrupt(number, frame):
+    def interrupt(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)

@@ -1,9 +1,9 @@
-"""What is measured: one function a phase, each run in a process of its own.
+"""The measurements: one function for each phase, which runs in a separate process.
 
     python -m benchmarks.accelerator.phases '{"kind": ..., "name": ..., ...}'
 
-is how __main__.py starts one. It imports nothing beyond jax, flax, optax, orbax-checkpoint,
-ml-collections and what these bring.
+is how __main__.py starts one. This module imports only jax, flax, optax, orbax-checkpoint,
+ml-collections and their dependencies.
 
 Legend: N routed tokens, D model width, H hidden units of all experts, W hidden units of one expert.
 """
@@ -36,12 +36,9 @@ from modse_jax.training import train_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-
 DTYPE = "bfloat16"
 
-
 TOP_KERNELS = 12  # of a profile
-
 
 # The backends whose kernels jax interprets on a CPU with interpret=True, for --tiny: (the chip
 # whose tiles they use, its interpret argument).
@@ -72,7 +69,7 @@ TINY = Layer(128, (256, 128, 128), (30, 0, 523))
 
 
 def measure_facts(write: Callable, tiny: bool, devices: int) -> None:
-    """Records what the machine is, what was run on it, and which kernel backends take it."""
+    """Records the machine, the versions of packages, and the kernel backends that support it."""
     device = jax.devices()[0]
     chip = chips.chip_name(device)
     widths = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, 1536)
@@ -107,7 +104,7 @@ def measure_facts(write: Callable, tiny: bool, devices: int) -> None:
 
 
 def digest_source() -> str:
-    """Returns a digest of the code that is measured, which names it where git is not at hand."""
+    """Returns a digest of the measured code, which identifies it if git is not available."""
     digest = hashlib.sha256()
     for folder in ("benchmarks", "configs", "modse_jax"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -146,7 +143,7 @@ def check_kernels(write: Callable, tiny: bool, devices: int, backend: str) -> No
     """Compares a backend's outputs and gradients with float64 numpy, and two runs bit by bit.
 
     Padding rows hold NaN, in the inputs and in the output's gradient. If an array is wrong, the
-    line says in which expert, and in which of its rows and columns.
+    result names the expert, and the rows and columns in its part of the array.
     """
     cases = {"tiny": TINY}
     if not tiny:
@@ -178,8 +175,9 @@ def check_kernels(write: Callable, tiny: bool, devices: int, backend: str) -> No
 def compare_with_reference(backend: str, layer: Layer) -> tuple[list[dict], dict, bool]:
     """Runs a backend's kernels twice on random tokens of a layer.
 
-    Returns: what is wrong, by array and expert (reference.find_faults); the relative error of
-      each array; and whether the two runs gave the same bits.
+    Returns:
+        The faults by array and expert (see reference.find_faults), the relative error of each
+        array, and whether both runs gave the same bits.
     """
     inputs = reference.random_inputs(layer.dim, layer.widths, layer.rows, DTYPE)
     placement = expert_placement.place_experts(layer.widths, 1, "pairs")
@@ -260,7 +258,7 @@ def time_layer(write: Callable, tiny: bool, devices: int, backend: str) -> None:
 def _layer_jobs(
     layer: Layer, backend: str, blocks: block_sizes.Blocks
 ) -> dict[str, tuple[Callable, int]]:
-    """Returns the forward pass, and both passes, with their FLOPs over those of the first."""
+    """Returns the forward pass, and both passes, with their FLOPs relative to the forward pass."""
     forward = expert_ffn.make_passes(
         layer.widths, backend, sharding.chip_name(None), blocks
     ).forward
@@ -282,12 +280,13 @@ def _time(
 ) -> Callable | None:
     """Compiles and times a function and writes the result, or the error.
 
-    Returns: the compiled function; None after an error.
+    Returns:
+        The compiled function; None after an error.
     """
     try:
         compiled = timing.compile_all({"": (function, inputs)})
         seconds = timing.time_interleaved(compiled, repeats)[""]
-    except Exception as error:  # the others are still worth measuring
+    except Exception as error:  # The remaining functions can still be measured.
         write(**fields, error=_message(error))
         return None
     median = float(np.median(seconds))
@@ -338,7 +337,7 @@ def step_config(
     tiny: bool,
     devices: int,
 ) -> options.Config:
-    """Returns 300Mx8 with 16 sequences of 4,096 tokens a device, parameters sharded over all."""
+    """Returns 300Mx8 with 16 sequences of 4,096 tokens per device, fully sharded."""
     name = "baseline_300m_x8" if equal_widths else "modse_300m_x8"
     values = importlib.import_module(f"configs.{name}").get_config()
     values.training.update(batch_size=16 * devices, gradient_accumulation=1)
@@ -368,7 +367,7 @@ def time_step(
     deterministic: bool,
     equal_widths: bool,
 ) -> None:
-    """Times whole training steps on random tokens, which are the same in every phase."""
+    """Times training steps on random tokens, which are the same in every phase."""
     c = step_config(backend, attention, deterministic, equal_widths, tiny, devices)
     device_mesh.request_determinism(c)
     mesh = device_mesh.build_mesh(c, jax.devices()[:devices])
@@ -430,20 +429,20 @@ def _step_row(c: options.Config, mesh, seconds: list[float], losses: list[float]
 
 
 def _profile(write: Callable, function: Callable, *inputs, **fields) -> None:
-    """Writes the kernels that take most of the device's time in one call of a function."""
+    """Writes the kernels that use most of the device's time in one call of a function."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 jax.block_until_ready(function(*inputs))
             total, kernels = read_profile(folder)
-    except Exception as error:  # a machine without a profiler still gives the timings
+    except Exception as error:  # Timings are valid without a profile.
         write(**fields, what="profile", error=_message(error))
         return
     write(**fields, what="profile", busy_milliseconds=round(total, 3), kernels=kernels)
 
 
 def read_profile(folder: str | os.PathLike) -> tuple[float, list[dict]]:
-    """Returns the milliseconds of all kernels of a trace, and its kernels that take the longest."""
+    """Returns the milliseconds of all kernels of a trace, and its longest kernels."""
     milliseconds: dict[str, float] = {}
     calls: dict[str, int] = {}
     for path in pathlib.Path(folder).rglob("*.xplane.pb"):
@@ -465,7 +464,11 @@ def read_profile(folder: str | os.PathLike) -> tuple[float, list[dict]]:
 
 
 def _has_kernels(plane: str, line: str) -> bool:
-    """A GPU has a line a stream, a TPU a line of operations, a CPU a line a thread."""
+    """Returns whether a line of a trace lists kernels.
+
+    A trace has a line for every stream of a GPU, for the operations of a TPU, and for every thread
+    of a CPU.
+    """
     if plane.startswith("/device:"):
         return line.startswith("Stream") or line == "XLA Ops"
     return plane == "/host:CPU" and line.startswith("tf_XLAPjRtCpuClient")
@@ -485,7 +488,7 @@ PHASES = {
 
 
 def main(arguments: dict) -> None:
-    """Runs one phase. arguments: see __main__._start."""
+    """Runs one phase. `arguments` is the JSON object that __main__.py passes."""
     writer = results.Writer(
         arguments["path"],
         arguments["started"],

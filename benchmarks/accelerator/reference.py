@@ -1,4 +1,4 @@
-"""The expert layer in float64 numpy, and a search for where another result differs from it.
+"""The expert layer in float64 numpy, and a search for the parts where another result differs.
 
 Legend: N routed tokens, D model width, H hidden units of all experts, n tokens of one expert,
 W hidden units of one expert.
@@ -15,15 +15,12 @@ from modse_jax.moe.experts.expert_weights import ExpertWeights
 
 ARRAYS = ("y", "dx", "dw_gate", "dw_up", "dw_down")
 
-
 PADDING_ROWS = 13
 
-
-# Of an array's norm, and of the root mean square of its elements: what rounding to bfloat16 between
-# the matmuls explains, as in expert_ffn.check_kernels.
+# Rounding to bfloat16 between the matmuls explains errors up to these limits, as in
+# select.self_test_kernels. They are relative to an array's norm, and to the root mean square of its
+# elements.
 NORM_LIMIT = 0.02
-
-
 ELEMENT_LIMIT = 0.3
 
 
@@ -108,7 +105,7 @@ def find_faults(
     widths: Sequence[int],
     rows: Sequence[int],
 ) -> list[dict]:
-    """Returns the parts of the arrays that are wrong: array, expert, and where within the expert.
+    """Returns the parts of the arrays that are wrong: array, expert, and position in its part.
 
     Rows and columns are counted from the first of the expert's part of the array; of weight
     gradients one of the two axes is the hidden units. The expert of padding rows is "padding".

@@ -1,6 +1,6 @@
-"""The results file of a run: one JSON object a line, appended and synced as soon as it is known.
+"""The results file of a run: one JSON object per line, synced to disk as soon as it is known.
 
-A run that is cut off at any point leaves a file that `read` and table.format_table accept.
+A run that is interrupted at any point leaves a file that `read` and table.format_tables accept.
 """
 
 import json
@@ -15,7 +15,13 @@ class Writer:
     """Appends results to a file, and prints them."""
 
     def __init__(self, path: str | os.PathLike, started: float, **common):
-        """Args: started: time.time() when the run began. common: fields of every line."""
+        """Prepares to append.
+
+        Args:
+            path: of the file.
+            started: time.time() when the run began.
+            common: fields of every line.
+        """
         self.path = pathlib.Path(path)
         self.started = started
         self.common = common
@@ -32,9 +38,10 @@ class Writer:
 
 
 def read(path: str | os.PathLike) -> list[dict]:
-    """Returns the lines of a results file. A last line that was cut off is left out.
+    """Returns the lines of a results file. An incomplete last line is left out.
 
-    Raises UserError if the file cannot be read or holds something else.
+    Raises:
+        UserError: the file cannot be read or contains something else.
     """
     try:
         lines = pathlib.Path(path).read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The phases of a run, in order of worth: what is learned early decides what comes after."""
+"""The phases of a run, most informative first, because early results decide what comes later."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,27 +10,22 @@ from modse_jax.runtime import chips
 # matmuls of our sizes chooses cuBLAS mostly. One phase runs with it on (`autotuned`).
 NO_TRITON_MATMULS = "--xla_gpu_enable_triton_gemm=false"
 
-
 # Loops with data-dependent trip counts are recorded in CUDA graphs, so that the host does not wait
 # for each of their conditions; or they are not.
 LOOPS_IN_GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE"
 
-
 LOOPS_BY_HOST = "--xla_gpu_enable_command_buffer=-WHILE"
-
 
 CUDNN_RAGGED_DOT = "--xla_gpu_experimental_use_ragged_dot_fusion=true"
 
-
 # The phases of which a result is a measurement.
 MEASURING = ("kernels", "layer", "ragged_dot", "step")
-
 
 DUMP_AUTOTUNING = "--xla_gpu_dump_autotune_results_to={folder}/autotuning-{name}.pbtxt"
 
 
 class Phase(NamedTuple):
-    """A process of its own that runs one function of phases.py."""
+    """A separate process that runs one function of phases.py."""
 
     name: str
     kind: str  # the function's name in phases.PHASES
@@ -41,7 +36,7 @@ class Phase(NamedTuple):
 
 
 def facts() -> Phase:
-    """The first phase: its results say which of the others can run."""
+    """Returns the first phase, whose results decide which of the others can run."""
     return Phase("facts", "facts", {}, expected_seconds=5, limit_seconds=60)
 
 
@@ -58,11 +53,11 @@ def kernel_phases(chip: str, backends: Sequence[str], tiny: bool = False) -> lis
 
 
 def step_phases(chip: str, backends: Sequence[str], tiny: bool = False) -> list[Phase]:
-    """Returns the timings of whole steps, and the reference lines.
+    """Returns the timings of training steps, and the reference lines.
 
     Args:
         chip: a name in chips.CHIPS, "gpu" or "cpu".
-        backends: kernel backends whose kernels are right, the fastest first.
+        backends: kernel backends with correct kernels, fastest first.
     """
     if tiny:
         return [_step(chip, "reference", "blocks"), _ragged_dot(chip)]
@@ -76,7 +71,7 @@ def step_phases(chip: str, backends: Sequence[str], tiny: bool = False) -> list[
         _ragged_dot(chip),
         *[_step(chip, backend, "splash") for backend in backends[1:]],
     ]
-    # XLA for TPU compiles `blocked` for minutes.
+    # XLA for TPU needs minutes to compile `blocked`.
     blocked = [_layer("blocked", ""), _step(chip, "blocked", "splash")]
     slow = [phase._replace(expected_seconds=180, limit_seconds=400) for phase in blocked]
     return _without_repeats(phases + slow)
@@ -160,7 +155,7 @@ def _is_gpu(chip: str) -> bool:
 
 
 def _without_repeats(phases: Sequence[Phase]) -> list[Phase]:
-    """Keeps the first of those with the same name."""
+    """Returns the first of the phases with the same name."""
     unique: dict[str, Phase] = {}
     for phase in phases:
         unique.setdefault(phase.name, phase)

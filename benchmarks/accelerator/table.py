@@ -1,10 +1,10 @@
-"""Tables of a results file, complete or cut off."""
+"""Tables of the results of a run, complete or interrupted."""
 
 from collections.abc import Sequence
 
 
 def format_tables(rows: Sequence[dict]) -> str:
-    """Returns the facts, and one table each of kernels, layers, steps and what did not run."""
+    """Returns the facts, tables of kernels, layers and steps, and the phases that did not run."""
     sections = [
         _format_facts(rows),
         _format_kernels(rows),
@@ -54,7 +54,10 @@ def _format_kernels(rows: Sequence[dict]) -> str:
 
 
 def _format_layers(rows: Sequence[dict]) -> str:
-    """MoDSE over equal widths is the time per FLOP of one over that of the other."""
+    """Returns the table of layers.
+
+    The ratio to equal widths is the time per FLOP of MoDSE over that of equal widths.
+    """
     measured = {
         (row["name"], row["backend"], row["case"], row["what"]): row
         for row in _find(rows, "layer")

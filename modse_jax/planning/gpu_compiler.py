@@ -384,6 +384,25 @@ _COLLECTIVES = {
 }  # fmt: skip
 
 
+# A thunk in XLA's list, indented below the thunk that contains it:
+#     003: kCopy         [source        | sink        ] kCopy
+_THUNK_LINE = re.compile(r"( *)(\d+): (k\w+)")
+
+# A loop in the HLO program, and its trip count if XLA knows it:
+#   %while.658 = (s32[], f32[4]{0}) while(%t), ..., backend_config={"known_trip_count":{"n":"3"}}
+_LOOP_LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .* while\((.*)", re.MULTILINE)
+_KNOWN_TRIP_COUNT = re.compile(r'known_trip_count":\s*\{"n":\s*"(\d+)"')
+
+# The metadata of a thunk, on several lines:
+#   thunk_metadata {
+#     thunk_info { profile_annotation: "while.658" thunk_id: 66 }
+#     thunk_kind: "kWhile"
+#   }
+_METADATA_BLOCK = re.compile(r"thunk_metadata \{(.*?)\n\}", re.DOTALL)
+_ANNOTATION = re.compile(r'profile_annotation: "([^"]*)"')
+_THUNK_ID = re.compile(r"thunk_id: (\d+)")
+
+
 class _Thunk(NamedTuple):
     kind: str
     number: int
@@ -430,7 +449,7 @@ def count_launches(thunks: str, metadata: str, hlo: str, iterations: float = 1.0
         hlo: the optimized program.
         iterations: as in `read_launches`.
     """
-    trip_counts = _trip_counts(metadata, hlo)
+    trip_counts = _read_trip_counts(metadata, hlo)
     total = collections.Counter()
 
     def visit(thunk: _Thunk, times: float, in_graph: bool) -> None:
@@ -482,7 +501,7 @@ def _parse_thunks(text: str) -> list[_Thunk]:
         if line.strip() in ("condition:", "body:"):
             in_condition = line.strip() == "condition:"
             continue
-        match = re.match(r"( *)(\d+): (k\w+)", line)
+        match = _THUNK_LINE.match(line)
         if not match:
             continue
         thunk = _Thunk(match.group(3), int(match.group(2)), len(match.group(1)), [], [])
@@ -495,17 +514,17 @@ def _parse_thunks(text: str) -> list[_Thunk]:
     return root.children
 
 
-def _trip_counts(metadata: str, hlo: str) -> dict[int, int]:
+def _read_trip_counts(metadata: str, hlo: str) -> dict[int, int]:
     """Returns {thunk: trip count} of the loops whose trip count XLA knows."""
     known = {}
-    for name, rest in re.findall(r"^\s*(?:ROOT )?%?([\w.\-]+) = .* while\((.*)", hlo, re.MULTILINE):
-        count = re.search(r'known_trip_count":\s*\{"n":\s*"(\d+)"', rest)
+    for name, rest in _LOOP_LINE.findall(hlo):
+        count = _KNOWN_TRIP_COUNT.search(rest)
         if count:
             known[name] = int(count.group(1))
     counts = {}
-    for block in re.findall(r"thunk_metadata \{(.*?)\n\}", metadata, re.DOTALL):
-        name = re.search(r'profile_annotation: "([^"]*)"', block)
-        number = re.search(r"thunk_id: (\d+)", block)
+    for block in _METADATA_BLOCK.findall(metadata):
+        name = _ANNOTATION.search(block)
+        number = _THUNK_ID.search(block)
         if "kWhile" in block and name and number and name.group(1) in known:
             counts[int(number.group(1))] = known[name.group(1)]
     return counts

@@ -1,4 +1,4 @@
-"""benchmarks/accelerator without an accelerator: a rehearsal, the search for faults, the schedule, and bad input."""
+"""benchmarks.accelerator without an accelerator: rehearsal, faults, schedule and bad input."""
 
 import importlib.metadata
 import json
@@ -39,7 +39,7 @@ sys.meta_path.insert(0, Guard())
 
 
 def list_other_packages() -> set[str]:
-    """Importable names of installed packages that REQUIRED does not bring."""
+    """Returns the importable names of installed packages that REQUIRED does not depend on."""
 
     def canonical(name):
         return re.sub(r"[-_.]+", "-", name).lower()
@@ -77,7 +77,7 @@ def run_command(*arguments, **environment):
 
 
 def make_run(tmp_path, script, seconds=60.0):
-    """A run whose phases are a script that gets their arguments."""
+    """Returns a run whose phases are a script that receives their arguments."""
     writer = results.Writer(tmp_path / "results.jsonl", time.time())
     writer.path.touch()
     return __main__.Run(writer, seconds, command=[sys.executable, "-c", script])
@@ -161,7 +161,7 @@ WIDTHS, ROWS = (24, 8, 16, 8), (5, 0, 30, 9)
 
 
 def run_in_jax(inputs):
-    """What reference.run_layer computes, by jax from the slow reference."""
+    """Computes the same arrays as reference.run_layer, with jax and the slow reference."""
     x_ND, weights, dy_ND = inputs
     rows_E = jnp.asarray(ROWS)
     y_ND, pull = jax.vjp(lambda x, w: reference_ffn.reference(x, rows_E, w, WIDTHS), x_ND, weights)
@@ -262,7 +262,7 @@ def test_a_backend_with_wrong_kernels_is_reported(monkeypatch):
 # ---- phases in processes of their own ----
 
 
-def test_what_a_phase_wrote_before_it_was_stopped_is_kept(tmp_path):
+def test_results_of_a_phase_that_is_stopped_later_are_saved(tmp_path):
     script = """
 import json, sys, time
 with open(json.loads(sys.argv[1])["path"], "a") as file:
@@ -335,7 +335,7 @@ def test_an_interrupted_run_prints_its_tables(tmp_path):
 # ---- the schedule ----
 
 
-def test_phases_are_in_order_of_worth():
+def test_the_most_informative_phases_come_first():
     names = [p.name for p in schedule.kernel_phases("h100", ["pallas_gpu", "pallas_triton"])]
     assert names == [
         "kernels pallas_gpu",
@@ -358,7 +358,7 @@ def test_phases_are_in_order_of_worth():
     assert all("xla_gpu" not in p.flags for p in schedule.step_phases("v5p", ["pallas_tpu"]))
 
 
-def test_wrong_kernels_take_no_part_in_steps_and_the_fastest_go_first():
+def test_steps_leave_out_backends_with_wrong_kernels_and_begin_with_the_fastest():
     def kernels(backend, correct):
         return {"phase": "kernels", "backend": backend, "correct": correct}
 
@@ -386,7 +386,7 @@ def test_steps_are_300mx8_or_its_equal_width_twin():
 # ---- results files and bad input ----
 
 
-def test_a_cut_off_line_is_left_out_and_another_file_is_refused(tmp_path):
+def test_an_incomplete_line_is_left_out_and_another_file_is_refused(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text('{"phase": "facts"}\n{"phase": "st')
     assert results.read(path) == [{"phase": "facts"}]
@@ -434,7 +434,7 @@ def test_a_results_file_is_never_overwritten(tmp_path):
     assert results.read(path) == [{"phase": "facts"}]
 
 
-def test_a_machine_without_an_accelerator_is_told_so(tmp_path):
+def test_a_machine_without_an_accelerator_or_enough_devices_is_refused(tmp_path):
     script = """
 import json, sys
 with open(json.loads(sys.argv[1])["path"], "a") as file:

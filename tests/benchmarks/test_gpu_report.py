@@ -8,9 +8,8 @@ import pytest
 from benchmarks import gpu_report
 from modse_jax.errors import UserError
 
-DUMPS = (
-    pathlib.Path(__file__).parents[1] / "fixtures" / "gpu_dump"
-)  # of real compilations, shortened
+# Dumps of real compilations, shortened.
+DUMPS = pathlib.Path(__file__).parents[1] / "fixtures" / "gpu_dump"
 
 
 def test_mosaic_kernels_are_read_from_their_dump():
@@ -47,14 +46,14 @@ def test_triton_kernels_are_read_from_xlas_dump_and_log():
     ]
 
 
-def test_what_a_dump_does_not_say_is_not_guessed(tmp_path):
-    """Zero spills must never be concluded from a missing report."""
+def test_numbers_that_a_dump_does_not_contain_are_none(tmp_path):
+    """A missing report must never read as zero spills."""
     shutil.copy(DUMPS / "triton" / "module_0001.jit_run.13.ptx", tmp_path)
     (facts,) = gpu_report.kernel_facts(tmp_path)
     assert facts.spill_bytes is facts.registers is facts.shared_memory_bytes is None
 
 
-def test_the_largest_sort_of_a_program():
+def test_the_largest_sort_of_a_program_is_found():
     hlo = """
   %sort.1 = (s32[16,4]{1,0}, f32[16,4]{1,0}) sort(%a, %b), dimensions={1}
   ROOT %sort.2 = s32[100]{0} sort(%c), dimensions={0}

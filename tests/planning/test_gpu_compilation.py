@@ -58,7 +58,7 @@ def test_kernels_compile_without_spills(tmp_path, backend, gpu, model, matmul, n
 
 
 def test_the_step_of_the_auto_backend_never_waits_for_the_device(tmp_path):
-    """Deterministic 300Mx8, batch 16 x 4,096, cuDNN attention. Memory and sorts are bounded, too."""
+    """Deterministic 300Mx8, batch 16 x 4,096, cuDNN attention; memory and sorts are bounded."""
     row = compile_case(tmp_path, "step", "auto", "h100", "300Mx8", "cudnn")
     launches = row["launches"]
     assert launches["open_loops"] == 0

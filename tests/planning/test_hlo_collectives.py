@@ -1,4 +1,4 @@
-"""What a step sends between devices, counted from the text of its HLO program."""
+"""Bytes that a step sends between devices, counted from the text of its HLO program."""
 
 import functools
 import re

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import faults
 from modse_jax.config import device_mesh
 from modse_jax.config.options import DataConfig, MeshConfig
 from modse_jax.data import batching, prepared_data, training_data
@@ -27,6 +26,7 @@ from modse_jax.runtime.lock import Lock
 from modse_jax.runtime.signals import StopRequest
 from modse_jax.training import loop, run_logs, state_arrays, train_step, validation
 from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
+from tests.helpers import faults
 from tests.helpers.configs import tiny_config
 from tests.helpers.runs import config_for, state_of
 from tests.helpers.steps import batch, initial_state
