@@ -24,7 +24,7 @@ from modse_jax.model.attention import attention_layer
 from modse_jax.moe import dispatch, expert_widths, router
 from modse_jax.moe.experts import block_sizes, expert_weights, select
 from modse_jax.runtime import sharding
-from modse_jax.training import losses, optimizer, train_step
+from modse_jax.training import losses, optimizer, train_step, train_step_cpu
 
 SHAPES = flags.DEFINE_list("shapes", ["A", "A-modse", "B"], "built-in shapes to time")
 
@@ -148,7 +148,9 @@ def parts(ours: Ours) -> dict:
             (x, head),
         ),
         "optimiser": (
-            lambda state, good: train_step.apply_update(rule, state.params, 0.5, state, good, True),
+            lambda state, good: train_step_cpu.apply_update_in_place(
+                rule, state.params, 0.5, state.params, state.opt_state, good
+            ),
             (ours.state, jnp.asarray(True)),
         ),
     }

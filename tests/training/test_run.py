@@ -232,7 +232,9 @@ def test_a_run_goes_on_on_another_mesh(finished, tmp_path, capsys):
     )
     assert loop.train(moved, str(tmp_path / "run")) == ExitCode.FINISHED
     assert "resuming step 6 of 8" in capsys.readouterr().out
-    rows = [r for r in run_logs.read_log(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]
+    rows = [
+        r for r in run_logs.read_log(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"
+    ]
     assert rows[-1]["step"] == 8 and rows[-1]["loss"] < rows[0]["loss"]
     assert state_of(tmp_path / "run", config, 8).params["blocks"]["moe"]["w_gate"].shape == (
         2,
@@ -252,7 +254,9 @@ def test_steps_without_a_config_are_not_resumed_under_another(corpus, tmp_path):
 def test_evaluation_does_not_depend_on_the_batch_size(finished):
     config, workdir = finished
     results = [scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, n, ()) for n in (1, 3, 8)]
-    logged = [r for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "validation"][-1]
+    logged = [
+        r for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "validation"
+    ][-1]
     for r in results:
         assert r["loss"]["loss"] == pytest.approx(logged["loss"], rel=1e-6)
         assert r["loss"]["bits_per_byte"] == pytest.approx(logged["bits_per_byte"], rel=1e-6)

@@ -16,7 +16,7 @@ from modse_jax.config.options import MeshConfig
 from modse_jax.errors import UserError
 from modse_jax.model import accounting
 from modse_jax.runtime import sharding
-from modse_jax.training import metrics, optimizer, train_step
+from modse_jax.training import metrics, optimizer, train_step, train_step_cpu
 from tests.helpers.configs import tiny_config
 from tests.helpers.steps import assert_close, batch, initial_state
 
@@ -71,7 +71,9 @@ def test_a_slice_that_cannot_send_rows_says_what_would_do(text, error, message, 
     def fail(compiler_options):
         raise jax.errors.JaxRuntimeError(text)
 
-    monkeypatch.setattr(train_step, "_lowered", lambda *_: types.SimpleNamespace(compile=fail))
+    monkeypatch.setattr(
+        train_step, "lower_train_step", lambda *_: types.SimpleNamespace(compile=fail)
+    )
     with pytest.raises(error, match=message):
         train_step.compile_train_step(tiny_config(), None)
 
@@ -103,8 +105,9 @@ def test_an_update_is_optaxs_or_none(in_place, clip, good):
         opt_state=rule.update(grads, state.opt_state, state.params)[1]
     )  # moments that are not 0
     limit = clip * optax.global_norm(grads)
+    update = train_step_cpu.apply_update_in_place if in_place else train_step.apply_update
     got = jax.jit(
-        lambda: train_step.apply_update(rule, grads, clip, state, jnp.asarray(good), in_place)
+        lambda: update(rule, grads, clip, state.params, state.opt_state, jnp.asarray(good))
     )()
     clipped = optax.clip_by_global_norm(limit).update(grads, optax.EmptyState())[0]
     updates, opt_state = rule.update(clipped, state.opt_state, state.params)
