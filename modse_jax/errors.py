@@ -1,4 +1,4 @@
-"""Exceptions and exit codes shared by the whole package."""
+"""Exceptions and exit codes shared by all of the package."""
 
 import enum
 

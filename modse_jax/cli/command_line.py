@@ -1,4 +1,4 @@
-"""Runs a command: parses its flags, and turns errors into one line and an exit code."""
+"""Runs a command: parses its flags, and reports errors as one line and an exit code."""
 
 import errno
 import os

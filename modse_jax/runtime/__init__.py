@@ -1,1 +1,1 @@
-"""Services for every layer above: devices, processes, signals, files and locks. Imports no models."""
+"""Services for every layer above: devices, processes, signals, files, locks. Imports no models."""

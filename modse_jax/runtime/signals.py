@@ -14,7 +14,7 @@ from modse_jax.runtime import processes
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 # A second signal within this many seconds is the same request: make and schedulers send a signal
-# to a process and to its whole group, so it arrives twice.
+# to a process and to all of its group, so it arrives twice.
 SAME_SIGNAL_SECONDS = 0.5
 
 

@@ -287,7 +287,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the last save is on disk, then deletes the steps that are not kept.
+        """Waits until the last save is on disk, then deletes obsolete steps.
 
         Raises:
           RunError: the save failed.
@@ -356,7 +356,7 @@ class Checkpoints:
         )
 
     def _prune(self) -> None:
-        """Deletes the intact steps that are not kept.
+        """Deletes obsolete steps; see `_obsolete_steps`.
 
         They are first moved to trash/, so that a kill at any moment leaves every step either intact
         in its place or in trash/.

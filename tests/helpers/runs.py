@@ -1,4 +1,4 @@
-"""TODO"""
+"""Helpers for tests of training runs, in this process or as a user starts them."""
 
 import os
 import pathlib
@@ -7,6 +7,7 @@ import sys
 
 import jax
 
+from modse_jax.config.options import Config
 from modse_jax.training import train_step
 from modse_jax.training.checkpointing import Checkpoints
 from tests.conftest import CACHE_OPTIONS, FASTER_TO_COMPILE
@@ -14,7 +15,7 @@ from tests.helpers.configs import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-
+# Options that make a run small enough for a test.
 OVERRIDES = dict(
     model=dict(dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300, unroll=1),
     moe=dict(width=12, widths="(20,4,12,12)", num_experts=4, backend="reference"),
@@ -25,17 +26,18 @@ OVERRIDES = dict(
 )
 
 
-def config_for(corpus, **sections):
+def config_for(corpus: pathlib.Path, **sections) -> Config:
+    """Returns the tiny config with a folder of text files as its data."""
     sections.setdefault("data", {})["source"] = f"text:{corpus}"
     return tiny_config(**sections)
 
 
-def state_of(workdir, config, step=0):
+def state_of(workdir: pathlib.Path, config: Config, step: int = 0) -> train_step.State:
+    """Returns a saved state on the host; step 0 is the newest."""
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        ),
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device),
         jax.eval_shape(lambda: train_step.init_state(config)),
     )
     state, reason = checkpoints.restore(step or checkpoints.steps()[-1], abstract)
@@ -44,34 +46,50 @@ def state_of(workdir, config, step=0):
     return jax.device_get(state)
 
 
-# ---- the scripts, as a user calls them -------------------------------------------------------------------------------
-
-
-def command(script, *args, devices=2, wait=True):
-    env = {
+def environment(devices: int = 2) -> dict[str, str]:
+    """Returns environment variables for a process that compiles fast on CPU devices."""
+    cache = {name.upper(): str(value) for name, value in CACHE_OPTIONS.items()}
+    return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "XLA_FLAGS": FASTER_TO_COMPILE,
-        **{name.upper(): str(value) for name, value in CACHE_OPTIONS.items()},
+        **cache,
     }
+
+
+def command(script: str, *args: str, devices: int = 2, wait: bool = True):
+    """Runs a script of this repository as a user does.
+
+    Returns:
+      (stdout, stderr, exit code), or the process without waiting for it.
+    """
     process = subprocess.Popen(
         [sys.executable, script, *args],
         cwd=ROOT,
-        env=env,
+        env=environment(devices),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    return process.communicate(timeout=240) + (process.returncode,) if wait else process
+    if not wait:
+        return process
+    stdout, stderr = process.communicate(timeout=240)
+    return stdout, stderr, process.returncode
 
 
-def overrides(**extra):
-    values = {f"{s}.{k}": v for s, section in OVERRIDES.items() for k, v in section.items()} | extra
-    return [f"--config.{k}={v}" for k, v in values.items()]
+def overrides(**extra) -> list[str]:
+    """Returns OVERRIDES, changed by `extra` ({"section.option": value}), as flags."""
+    values = {
+        f"{section}.{option}": value
+        for section, options in OVERRIDES.items()
+        for option, value in options.items()
+    }
+    return [f"--config.{name}={value}" for name, value in {**values, **extra}.items()]
 
 
-def train_args(corpus, workdir, **extra):
+def train_args(corpus: pathlib.Path, workdir: pathlib.Path, **extra) -> list[str]:
+    """Returns the arguments of train.py for a small run."""
     flags = overrides(**{"data.source": f"text:{corpus}", **extra})
     return ["--config=configs/tiny.py", f"--workdir={workdir}", *flags]

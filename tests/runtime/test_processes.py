@@ -1,4 +1,4 @@
-"""Two processes that train as one: the same losses as one process, one of them killed, one of them told otherwise."""
+"""Two processes that train as one: equal losses, a killed process, and differing options."""
 
 import dataclasses
 import json
@@ -21,11 +21,11 @@ from tests.helpers.configs import tiny_config
 from tests.helpers.runs import command, config_for, train_args
 
 
-def start(*each):
-    """Two processes of one device each; `each`: the arguments of each."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+def start(*arguments_of_each):
+    """Starts train.py in two connected processes of one device each."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
     return [
         command(
             "train.py",
@@ -36,18 +36,23 @@ def start(*each):
             devices=1,
             wait=False,
         )
-        for i, args in enumerate(each)
+        for i, args in enumerate(arguments_of_each)
     ]
 
 
 def finish(running):
-    texts = [p.communicate(timeout=200) for p in running]
-    return [p.returncode for p in running], [out for out, _ in texts], [err for _, err in texts]
+    """Waits for processes. Returns their exit codes, outputs and errors."""
+    texts = [process.communicate(timeout=200) for process in running]
+    codes = [process.returncode for process in running]
+    return codes, [out for out, _ in texts], [err for _, err in texts]
 
 
 def test_two_processes_killed_then_finished_then_evaluated_by_one(corpus, tmp_path):
-    """kill -9 of the second: the first says so and ends. One process goes on: the losses of one that was left alone.
-    (Both again: tests/slurm.sh.)"""
+    """After kill -9 of process 1, process 0 reports it and ends.
+
+    A single process resumes, with the losses of an uninterrupted run. (tests/slurm.sh
+    resumes with two processes.)
+    """
     extra = {
         "mesh.fsdp": 2,
         "training.steps": 24,
@@ -63,7 +68,7 @@ def test_two_processes_killed_then_finished_then_evaluated_by_one(corpus, tmp_pa
     codes, outs, errors = finish(running)
     assert codes[1] == -signal.SIGKILL and codes[0] in (1, -signal.SIGABRT), errors[0]
     assert "another process has ended" in errors[0] or "another task died" in errors[0], errors[0]
-    assert "step 4/24" in outs[0] and "step" not in outs[1]  # one speaks
+    assert "step 4/24" in outs[0] and "step" not in outs[1]  # only the main process prints
 
     config = from_dict(json.loads((tmp_path / "two" / "config.json").read_text()))
     config = dataclasses.replace(config, mesh=MeshConfig(1, 2))  # of this process's eight devices
@@ -97,7 +102,7 @@ def test_processes_that_disagree_stop_before_anything_is_written(corpus, tmp_pat
         ("", "", None),
     ],
 )
-def test_what_is_wrong_on_one_process_stops_all(mine, other, message, monkeypatch):
+def test_error_on_one_process_is_raised_on_all(mine, other, message, monkeypatch):
     monkeypatch.setattr(processes, "is_multi_process", lambda: True)
     monkeypatch.setattr(processes, "gather", lambda text: [text, other])
 
@@ -117,46 +122,44 @@ def test_what_is_wrong_on_one_process_stops_all(mine, other, message, monkeypatc
             processes.on_all_processes(work)
 
 
-def test_every_process_reads_its_rows(corpus, tmp_path):
+def test_rows_of_all_processes_make_the_batch(corpus, tmp_path):
     config = config_for(corpus)
     data = loader.load(config, tmp_path / "run")
-    every, parts = (
-        next(loader.train_batches(data, config, 3)),
-        [next(loader.train_batches(data, config, 3, rows)) for rows in (range(5), range(5, 8))],
-    )
+    batch = next(loader.train_batches(data, config, 3))
+    parts = [next(loader.train_batches(data, config, 3, rows)) for rows in (range(5), range(5, 8))]
     for name in ("tokens", "segments"):
-        np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), every[name])
+        joined = np.concatenate([part[name] for part in parts])
+        np.testing.assert_array_equal(joined, batch[name])
     (dataset,) = data.datasets
-    held = [
+    validation_batches = [
         list(loader.validation_batches(dataset, 8, 300, rows=rows))
         for rows in ((), range(4), range(4, 8))
     ]
-    for whole, *halves in zip(*held):
-        np.testing.assert_array_equal(
-            np.concatenate([h["tokens"] for h in halves]), whole["tokens"]
-        )
+    for whole, *halves in zip(*validation_batches):
+        joined = np.concatenate([half["tokens"] for half in halves])
+        np.testing.assert_array_equal(joined, whole["tokens"])
     mesh = device_mesh.build_mesh(config)
     assert sharding.local_rows(mesh, 16) == list(range(16))
-    np.testing.assert_array_equal(sharding.shard_batch(mesh, every, 8)["tokens"], every["tokens"])
+    np.testing.assert_array_equal(sharding.shard_batch(mesh, batch, 8)["tokens"], batch["tokens"])
 
 
-def test_a_stop_is_agreed_a_step_later(monkeypatch):
-    flag = StopRequest()
-    flag.enter_loop(device_mesh.build_mesh(tiny_config()))
-    flag.requested = True
-    assert flag.requested_anywhere()
+def test_several_processes_agree_to_stop_one_step_later(monkeypatch):
+    stop = StopRequest()
+    stop.enter_loop(device_mesh.build_mesh(tiny_config()))
+    stop.requested = True
+    assert stop.requested_anywhere()
     monkeypatch.setattr(processes, "is_multi_process", lambda: True)
-    assert [flag.requested_anywhere(), flag.requested_anywhere()] == [False, True]
+    assert [stop.requested_anywhere(), stop.requested_anywhere()] == [False, True]
 
 
 @pytest.mark.parametrize("given", [("localhost:1",), ("", 2), ("", 0, 0)])
-def test_half_a_set_of_process_flags_is_refused(given):
+def test_incomplete_process_flags_are_refused(given):
     with pytest.raises(UserError, match="go together"):
         processes.start(*given)
 
 
 @pytest.mark.parametrize(
-    "environment, told",
+    "environment, found",
     [
         ({}, False),
         ({"SLURM_NTASKS": "2"}, False),
@@ -167,8 +170,8 @@ def test_half_a_set_of_process_flags_is_refused(given):
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
     ],
 )
-def test_launchers_are_recognised(environment, told, monkeypatch):
-    """A batch script of Slurm is not one of its tasks: only srun starts those."""
+def test_launchers_are_recognized(environment, found, monkeypatch):
+    """A Slurm batch script is not itself a task; only srun starts tasks."""
     calls = []
     monkeypatch.setattr(processes.jax.distributed, "initialize", lambda *a, **k: calls.append(a))
     for name in (
@@ -183,4 +186,4 @@ def test_launchers_are_recognised(environment, told, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes.faulthandler, "disable", lambda: None)
     processes.start()
-    assert bool(calls) == told
+    assert bool(calls) == found

@@ -1,4 +1,4 @@
-"""Chunked cross-entropy against all logits at once."""
+"""The chunked cross-entropy equals the one that holds the logits of all positions."""
 
 import jax
 import jax.numpy as jnp
@@ -9,42 +9,40 @@ from modse_jax.training import losses
 
 
 @pytest.mark.parametrize("chunk", [1, 6, 10, 1000])
-def test_chunks_change_nothing(chunk):
+def test_chunked_loss_and_gradients_match_the_reference(chunk):
     rng = np.random.default_rng(0)
-    x, w = (
-        jnp.asarray(rng.normal(size=(2, 7, 4)), jnp.float32),
-        jnp.asarray(rng.normal(size=(4, 11)), jnp.float32),
-    )
-    targets, weights = (
-        jnp.asarray(rng.integers(0, 11, (2, 7))),
-        jnp.asarray(rng.integers(0, 2, (2, 7)), jnp.float32),
-    )
-    weights = weights / 3
+    x_BLD = jnp.asarray(rng.normal(size=(2, 7, 4)), jnp.float32)
+    w_DV = jnp.asarray(rng.normal(size=(4, 11)), jnp.float32)
+    targets_BL = jnp.asarray(rng.integers(0, 11, (2, 7)))
+    weights_BL = jnp.asarray(rng.integers(0, 2, (2, 7)), jnp.float32) / 3
 
-    def both(f):
-        return jax.jit(jax.value_and_grad(lambda x, w: 5 * f(x, w), argnums=(0, 1)))(x, w)
+    def chunked(x_BLD, w_DV):
+        return 5 * losses.cross_entropy(x_BLD, w_DV, targets_BL, weights_BL, chunk)
 
-    got = both(lambda x, w: losses.cross_entropy(x, w, targets, weights, chunk))
-    want = both(lambda x, w: losses.reference_cross_entropy(x, w, targets, weights))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-    value = losses.cross_entropy(
-        x, w, targets, weights, chunk
-    )  # without a gradient another path runs
-    np.testing.assert_allclose(5 * value, want[0], rtol=1e-5)
+    def reference(x_BLD, w_DV):
+        return 5 * losses.reference_cross_entropy(x_BLD, w_DV, targets_BL, weights_BL)
+
+    def value_and_gradients(function):
+        return jax.jit(jax.value_and_grad(function, argnums=(0, 1)))(x_BLD, w_DV)
+
+    actual = value_and_gradients(chunked)
+    expected = value_and_gradients(reference)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    # Without a gradient the loss is computed by a different function.
+    np.testing.assert_allclose(chunked(x_BLD, w_DV), expected[0], rtol=1e-5)
 
 
-def test_what_has_no_weight_does_not_count_even_nan():
-    x = jnp.ones((1, 4, 3)).at[0, 2:].set(jnp.nan)
-    w, targets, weights = (
-        jnp.ones((3, 5)),
-        jnp.zeros((1, 4), jnp.int32),
-        jnp.array([[1.0, 1, 0, 0]]),
-    )
-    value, (dx, dw) = jax.jit(
-        jax.value_and_grad(
-            lambda x, w: losses.cross_entropy(x, w, targets, weights, 2), argnums=(0, 1)
-        )
-    )(x, w)
+def test_positions_of_weight_zero_do_not_count_even_if_nan():
+    x_BLD = jnp.ones((1, 4, 3)).at[0, 2:].set(jnp.nan)
+    w_DV = jnp.ones((3, 5))
+    targets_BL = jnp.zeros((1, 4), jnp.int32)
+    weights_BL = jnp.array([[1.0, 1, 0, 0]])
+
+    def loss(x_BLD, w_DV):
+        return losses.cross_entropy(x_BLD, w_DV, targets_BL, weights_BL, 2)
+
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x_BLD, w_DV)
     assert float(value) == pytest.approx(2 * np.log(5))
-    assert bool(jnp.isfinite(dx).all() & jnp.isfinite(dw).all())
+    for gradient in gradients:
+        assert bool(jnp.isfinite(gradient).all())

@@ -1,4 +1,4 @@
-"""Damage, faults and signals: nothing lost, nothing silently wrong. The long form is `make faults`."""
+"""Damage, faults and signals lose nothing and are never silent. `make faults` tests more."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def at(state, step):
 
 @pytest.fixture(scope="module")
 def saved(state, tmp_path_factory):
-    """Three steps, as a run leaves them."""
+    """Returns a directory with three checkpoints, as a run leaves them."""
     root = tmp_path_factory.mktemp("saved") / "checkpoints"
     checkpoints = Checkpoints(root, 3)
     for step in (1, 2, 3):
@@ -75,7 +75,7 @@ def accept(step, meta):
     pass
 
 
-def test_every_kind_of_damage_to_every_kind_of_file_is_found(saved, tmp_path):
+def test_every_kind_of_damage_to_every_file_is_found(saved, tmp_path):
     cases = faults.damages(saved / "00000003", saved / "00000002", random.Random(0))
     found = {True: 0, False: 0}
     for name, file, damage in cases:
@@ -88,7 +88,7 @@ def test_every_kind_of_damage_to_every_kind_of_file_is_found(saved, tmp_path):
     assert found[True] >= 150 and not integrity.verify(saved / "00000003", REWRITTEN)
 
 
-def test_a_damaged_step_gives_way_to_the_one_before_and_is_set_aside(copy, state):
+def test_damaged_step_is_set_aside_and_the_previous_one_restored(copy, state):
     faults.flip(next((copy / "00000003" / "state" / "d").iterdir()), random.Random(1))
     checkpoints = Checkpoints(copy, 3)
     found = checkpoints.newest(accept)
@@ -108,7 +108,7 @@ def test_a_damaged_step_gives_way_to_the_one_before_and_is_set_aside(copy, state
     assert not integrity.verify(copy / "00000003", REWRITTEN)
 
 
-def test_with_every_step_damaged_the_run_refuses_to_start_every_time(copy):
+def test_run_never_starts_over_if_every_step_is_damaged(copy):
     for step in (1, 2, 3):
         (copy / f"{step:08}" / "meta" / "metadata").write_text("")
     before = sorted(copy.rglob("*"))
@@ -124,10 +124,8 @@ def test_with_every_step_damaged_the_run_refuses_to_start_every_time(copy):
         Checkpoints(copy, 3).newest(accept)
 
 
-def test_arrays_that_are_not_what_was_saved_are_found_though_their_files_are_whole(
-    copy, state, monkeypatch
-):
-    """A wrong copy to the host, or a wrong restore, leaves files whose hashes are right."""
+def test_fingerprints_find_changed_arrays_in_intact_files(copy, state, monkeypatch):
+    """A wrong copy to the host, or a wrong restore, is not visible in the hashes of files."""
     right = state_arrays.compute_fingerprints
     monkeypatch.setattr(
         state_arrays,
@@ -140,7 +138,7 @@ def test_arrays_that_are_not_what_was_saved_are_found_though_their_files_are_who
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "uint8"])
-def test_a_fingerprint_sees_every_bit_and_no_mesh(dtype):
+def test_fingerprint_depends_on_every_element_but_not_on_the_mesh(dtype):
     array = jnp.asarray(np.random.default_rng(0).integers(0, 2, (8, 6)), dtype)
     plain = int(jax.jit(state_arrays.fingerprint)(array))
     for sizes in ((8, 1, 1), (1, 2, 1), (2, 2, 2)):
@@ -149,18 +147,12 @@ def test_a_fingerprint_sees_every_bit_and_no_mesh(dtype):
         there = jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
         assert int(jax.jit(state_arrays.fingerprint)(there)) == plain
     for place in ((0, 0), (3, 2), (7, 5)):
-        assert (
-            int(
-                jax.jit(state_arrays.fingerprint)(
-                    array.at[place].set((1 - array[place]).astype(array.dtype))
-                )
-            )
-            != plain
-        )
+        changed = array.at[place].set((1 - array[place]).astype(array.dtype))
+        assert int(jax.jit(state_arrays.fingerprint)(changed)) != plain
     assert int(jax.jit(state_arrays.fingerprint)(array[::-1])) != plain
 
 
-def test_what_is_kept(tmp_path, state):
+def test_newest_best_and_every_nth_step_are_kept(tmp_path, state):
     checkpoints = Checkpoints(tmp_path, 2, keep_every=4)
     for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, 1.5), (6, None)):
         checkpoints.save(at(state, step), {"validation_loss": loss})
@@ -172,7 +164,7 @@ def test_what_is_kept(tmp_path, state):
     assert checkpoints.steps() == [4, 6, 7] and not (tmp_path / "trash").exists()
 
 
-def test_a_step_that_lost_a_file_does_not_count_as_one_of_the_two_kept(copy, state):
+def test_step_without_a_file_does_not_count_as_kept(copy, state):
     (copy / "00000003" / "state" / "_METADATA").unlink()
     checkpoints = Checkpoints(copy, 2)
     checkpoints.save(at(state, 4), NOTHING)
@@ -180,7 +172,7 @@ def test_a_step_that_lost_a_file_does_not_count_as_one_of_the_two_kept(copy, sta
     assert {2, 4} <= set(checkpoints.steps())
 
 
-def test_a_save_that_fails_in_the_background_is_told_and_leaves_nothing(copy, state, monkeypatch):
+def test_failed_background_save_is_reported_and_leaves_nothing(copy, state, monkeypatch):
     checkpoints = Checkpoints(copy, 3)
 
     def full(*_):
@@ -200,7 +192,7 @@ def test_a_save_that_fails_in_the_background_is_told_and_leaves_nothing(copy, st
     assert checkpoints.steps() == [2, 3, 4]
 
 
-def test_no_room_and_not_finite_are_refused_before_anything_is_written(copy, state, monkeypatch):
+def test_save_without_space_or_of_nonfinite_state_writes_nothing(copy, state, monkeypatch):
     checkpoints = Checkpoints(copy, 3)
     bad = state._replace(
         params={**state.params, "head": np.full_like(state.params["head"], np.nan)}
@@ -223,7 +215,7 @@ def test_symlinks_are_refused(copy, tmp_path):
         files.read_json(file)
 
 
-def test_a_second_writer_is_refused_by_name(tmp_path):
+def test_second_writer_is_refused_and_the_first_is_named(tmp_path):
     path = tmp_path / "run" / "checkpoints" / ".lock"
     first = Lock(path, "run is in use")
     with pytest.raises(UserError, match=rf"run is in use by process {os.getpid()} on .*, since 20"):
@@ -236,7 +228,7 @@ def test_a_second_writer_is_refused_by_name(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_an_old_step_with_a_flipped_bit_is_not_counted_and_stops_nothing(copy, state):
+def test_old_step_with_a_flipped_bit_does_not_count_as_kept(copy, state):
     faults.flip(copy / "00000002" / "meta" / "metadata", random.Random(0))
     checkpoints = Checkpoints(copy, 2)
     checkpoints.save(at(state, 4), NOTHING)
@@ -244,10 +236,10 @@ def test_an_old_step_with_a_flipped_bit_is_not_counted_and_stops_nothing(copy, s
     assert {3, 4} <= set(checkpoints.steps()) and not checkpoints.verify(3)
 
 
-# ---- steps -----------------------------------------------------------------------------------------------------------
+# ---- steps ----
 
 
-def test_a_spike_changes_nothing_and_what_is_not_finite_stays_out_of_the_median():
+def test_spikes_change_nothing_and_nonfinite_norms_are_not_in_the_median():
     config = tiny_config(training=dict(spike_factor=3.0, spike_window=8))
     step, state = jax.jit(train_step.make_train_step(config)), initial_state(config)
     b = batch(config)
@@ -274,7 +266,7 @@ def test_a_spike_changes_nothing_and_what_is_not_finite_stays_out_of_the_median(
     assert int(step(few, b)[1].fault) == 0  # one step is no median
 
 
-def test_a_step_that_runs_twice_is_compared_bit_by_bit():
+def test_replayed_step_is_compared_bit_by_bit():
     config = tiny_config()
     state, b = initial_state(config), batch(config)
     step = jax.jit(train_step.make_train_step(config))
@@ -294,17 +286,17 @@ def test_a_step_that_runs_twice_is_compared_bit_by_bit():
     assert not replay_check.run_twice(faulty, state, b)[2]
 
 
-# ---- runs ------------------------------------------------------------------------------------------------------------
+# ---- runs ----
 
 
-def test_a_rewind_happens_once_skips_data_and_is_remembered(corpus, tmp_path, capsys):
+def test_rewind_happens_once_and_its_skipped_data_stays_skipped(corpus, tmp_path, capsys):
     config = config_for(
         corpus, training=dict(steps=8, checkpoint_every=2, log_every=1, replay_check=3)
     )
     workdir = tmp_path / "run"
     first = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=6))
     assert loop.train(first, str(workdir)) == ExitCode.FINISHED
-    # Steps 2 and 4 are kept beside 6: keep is 3.
+    # Checkpoint.keep is 3, so steps 2 and 4 exist beside 6.
     with pytest.raises(UserError, match=r"step 5 is not saved; saved: 2, 4, 6"):
         loop.train(
             dataclasses.replace(
@@ -341,9 +333,7 @@ def test_a_rewind_happens_once_skips_data_and_is_remembered(corpus, tmp_path, ca
     assert meta["skipped_data"] == [[4, 3]]
 
 
-def test_one_step_that_is_not_finite_is_logged_with_its_records(
-    corpus, tmp_path, monkeypatch, capsys
-):
+def test_nonfinite_step_is_logged_with_its_records(corpus, tmp_path, monkeypatch, capsys):
     config = config_for(corpus, training=dict(steps=6))
     monkeypatch.setattr(
         train_step,
@@ -365,7 +355,7 @@ def test_one_step_that_is_not_finite_is_logged_with_its_records(
     )
 
 
-def test_a_signal_during_validation_saves_and_the_next_start_validates(
+def test_signal_during_validation_saves_and_the_next_start_validates(
     corpus, tmp_path, monkeypatch, capsys
 ):
     config, workdir = config_for(corpus, training=dict(steps=3)), tmp_path / "run"
@@ -387,9 +377,10 @@ def test_a_signal_during_validation_saves_and_the_next_start_validates(
     )
 
 
-def test_a_run_killed_while_it_prepared_its_data_starts_again(corpus, tmp_path):
+def test_run_killed_while_preparing_data_starts_again(corpus, tmp_path):
     code = (
-        "from modse_jax.data import prepare; import os, sys; prepare._finish = lambda *a: os.kill(os.getpid(), 9)\n"
+        "from modse_jax.data import prepare; import os, sys\n"
+        "prepare._finish = lambda *a: os.kill(os.getpid(), 9)\n"
         "sys.argv[0] = 'train.py'; from modse_jax.cli import train_command; train_command.run()"
     )
     changes = {**faults.SMALL, "data.source": f"text:{corpus}", "training.steps": 2}
@@ -415,7 +406,7 @@ def test_a_run_killed_while_it_prepared_its_data_starts_again(corpus, tmp_path):
     )
 
 
-def test_a_signal_before_the_first_step_loses_nothing(corpus, tmp_path, monkeypatch, capsys):
+def test_signal_before_the_first_step_frees_the_lock(corpus, tmp_path, monkeypatch, capsys):
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -425,20 +416,20 @@ def test_a_signal_before_the_first_step_loses_nothing(corpus, tmp_path, monkeypa
     Lock(tmp_path / "run" / "checkpoints" / ".lock", "").release()  # it is free again
 
 
-def test_a_second_signal_leaves_at_once_but_an_echo_does_not(monkeypatch):
+def test_second_signal_exits_at_once_unless_it_is_a_repeat(monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
     stop = StopRequest()
     stop.enter_loop(device_mesh.build_mesh(tiny_config()))
     os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGTERM)  # as make passes on what its whole group has got
+    os.kill(os.getpid(), signal.SIGTERM)  # make sends it twice
     assert stop.requested_anywhere() and not left
     monkeypatch.setattr(signals, "SAME_SIGNAL_SECONDS", 0)
     os.kill(os.getpid(), signal.SIGINT)
     assert left == [130]
 
 
-def test_a_hang_prints_every_stack_and_ends(tmp_path):
+def test_watchdog_prints_every_stack_and_exits(tmp_path):
     code = (
         "from modse_jax.runtime import watchdog; import time; watchdog.reset(0.01); time.sleep(60)"
     )
@@ -456,7 +447,7 @@ def test_a_hang_prints_every_stack_and_ends(tmp_path):
     )
 
 
-def test_a_log_that_cannot_be_written_stops_the_run(corpus, tmp_path, monkeypatch):
+def test_full_disk_under_the_logs_stops_the_run(corpus, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     config = config_for(corpus)
     monkeypatch.setattr(run_logs, "BOARD_ROOM", usage.free * 2)
@@ -464,7 +455,7 @@ def test_a_log_that_cannot_be_written_stops_the_run(corpus, tmp_path, monkeypatc
         loop.train(config, str(tmp_path / "run"))
 
 
-def test_a_step_that_needs_more_memory_than_there_is_is_refused(corpus, tmp_path, monkeypatch):
+def test_step_that_needs_too_much_memory_is_refused(corpus, tmp_path, monkeypatch):
     real = os.sysconf
     monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PHYS_PAGES" else real(name))
     with pytest.raises(
@@ -475,7 +466,7 @@ def test_a_step_that_needs_more_memory_than_there_is_is_refused(corpus, tmp_path
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_verify_says_which_steps_are_good(copy):
+def test_verify_reports_damaged_steps(copy):
     text, sound = scoring.verify(str(copy.parent))
     assert sound and text.count("good") == 3
     faults.flip(copy / "00000002" / "meta" / "metadata", random.Random(0))
@@ -504,6 +495,6 @@ def test_bit_flips_in_prepared_data_are_never_silent(corpus, tmp_path):
             next(loader.train_batches(broken, config, 0))
 
 
-def test_killed_at_random_moments_a_run_ends_as_if_left_alone(tmp_path):
+def test_run_killed_at_random_moments_ends_like_an_uninterrupted_run(tmp_path):
     result = faults.kills(tmp_path, 5, random.Random(0))
     assert result["kills"] == 5 and result["equal_to_the_uninterrupted_run"]
