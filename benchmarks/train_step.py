@@ -130,8 +130,10 @@ def list_parts(step: OwnStep) -> dict[str, tuple[Callable, tuple]]:
         chunk = config.training.loss_chunk
         return losses.cross_entropy(x_BLD, head, targets_BL, weights_BL, chunk)
 
-    def update(state: train_step.State, good: jax.Array) -> train_step.State:
-        return train_step.apply_update(rule, state.params, 0.5, state, good, True)
+    apply_update = train_step.select_update(None)
+
+    def update(state: train_step.State, good: jax.Array) -> Any:
+        return apply_update(rule, state.params, 0.5, state.params, state.opt_state, good)
 
     return {
         "attention": _attention_part(config, x_BLD),

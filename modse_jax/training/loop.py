@@ -1,62 +1,53 @@
-"""The training run, read top to bottom."""
+"""The training loop."""
 
-import base64
 import contextlib
-import dataclasses
-import functools
-import importlib.metadata
-import json
-import math
-import os
 import pathlib
-import platform
-import shutil
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
-import tqdm
+import numpy as np
 
-from modse_jax.config import device_mesh
-from modse_jax.config.loading import (
-    RESUMABLE,
-    RESUMABLE_ANY_MESH,
-    differences,
-    from_dict,
-    to_flat_dict,
-)
 from modse_jax.config.options import Config
-from modse_jax.data import batching, data_card, tokenizers, training_data
-from modse_jax.errors import ExitCode, RunError, UserError
-from modse_jax.model import accounting, kernel_selection
-from modse_jax.moe import expert_placement
-from modse_jax.runtime import files, memory_usage, peak_rate, processes, sharding, watchdog
-from modse_jax.runtime.lock import Lock
+from modse_jax.data import batching, prepared_data
+from modse_jax.errors import ExitCode, RunError
+from modse_jax.runtime import processes, sharding, watchdog
 from modse_jax.runtime.signals import Stopped, StopRequest
-from modse_jax.training import metrics, run_logs, train_step, validation
-from modse_jax.training.checkpointing import Checkpoints, Found
-
-# What a run that was killed early may leave before it writes config.json, which says that the workdir holds a run.
-BEFORE_CONFIG = {
-    "data",
-    "data.partial",
-    "data.preparing",
-    "checkpoints",
-    "environment.json",
-    "environment.json.tmp",
-    "config.json.tmp",
-}
+from modse_jax.training import (
+    console,
+    metrics,
+    replay_check,
+    restore,
+    run_logs,
+    startup,
+    train_step,
+    validation,
+    validation_schedule,
+)
+from modse_jax.training.startup import StartedRun
+from modse_jax.training.step_timer import StepTimer
+from modse_jax.training.train_step import Batch, Metrics
 
 
 def train(config: Config, workdir: str) -> ExitCode:
-    """Trains until training.steps, or resumes; returns the exit code. Raises UserError before anything is written, and
-    RunError where a run that had begun cannot go on."""
-    workdir = pathlib.Path(workdir).expanduser().absolute()
-    stop, locks = StopRequest(), contextlib.ExitStack()
+    """Trains until `training.steps`, resuming from the newest checkpoint in the workdir if any.
+
+    Returns:
+      FINISHED, DIVERGED, or STOPPED (by a signal; the same call resumes).
+
+    Raises:
+      UserError: the run cannot start. Nothing has been written.
+      RunError: the run had begun and cannot continue.
+    """
+    workdir_path = pathlib.Path(workdir).expanduser().absolute()
+    stop = StopRequest()
     try:
-        with locks:
-            return _train(config, workdir, stop, locks)
+        with contextlib.ExitStack() as cleanup:
+            run = _start(config, workdir_path, stop, cleanup)
+            if run is None:
+                return ExitCode.FINISHED
+            return _train_to_end(run, stop)
     except Stopped:
         print(
             "stopped before the first step; nothing is lost: run the same command to go on",
@@ -68,483 +59,290 @@ def train(config: Config, workdir: str) -> ExitCode:
         watchdog.cancel()
 
 
-def _train(config, workdir, stop, locks):
-    t, started = config.training, time.monotonic()
+def _start(
+    config: Config, workdir_path: pathlib.Path, stop: StopRequest, cleanup: contextlib.ExitStack
+) -> "Run | None":
+    """Returns the run; None if it is finished already."""
+    started = startup.start_run(config, workdir_path, cleanup)
+    if started is None:
+        return None
+    return Run(started, stop)
 
-    # ---- checks: nothing is written before all of them pass, on every process ----------------------------------------
-    mesh, placement, abstract, kernels = processes.on_all_processes(
-        lambda: _checked(config, workdir)
-    )
-    processes.assert_same(
-        {
-            **{name: repr(value) for name, value in to_flat_dict(config).items()},
-            "--workdir": str(workdir),
-            "the code of modse_jax": processes.source_digest(),
+
+def _train_to_end(run: "Run", stop: StopRequest) -> ExitCode:
+    """Trains step by step. Returns how the run ended."""
+    stop.enter_loop(run.mesh)
+    if run.is_validation_missing and run.validate() is None:
+        return run.finish(ExitCode.STOPPED)
+    while not run.is_complete:
+        run.train_step()
+        # Queried once per step, because a signal may arrive between two queries.
+        is_stopping = stop.requested_anywhere()
+        is_saving = run.is_checkpoint_due or is_stopping
+        if run.is_validation_due or is_saving:
+            run.report()
+        if run.has_diverged:
+            return run.finish(ExitCode.DIVERGED)
+
+        run.timer.pause()
+        validation_loss = None
+        if run.is_validation_due and not is_stopping:
+            validation_loss = run.validate()
+            is_stopping = validation_loss is None
+        if is_saving or is_stopping:
+            run.save(validation_loss)
+        if is_stopping:
+            return run.finish(ExitCode.STOPPED)
+        run.timer.resume()
+    return run.finish(ExitCode.FINISHED)
+
+
+class Run:
+    """A training run: its state, and everything that is done with it after a step.
+
+    Attributes:
+      step: number of completed steps.
+      state: the state after `step` steps.
+      is_validation_missing: an earlier process was interrupted before it validated this state.
+      has_diverged: too many steps in a row were not finite.
+      timer: measures the duration of steps.
+    """
+
+    def __init__(self, started: StartedRun, stop: StopRequest) -> None:
+        """Opens the logs and the data stream.
+
+        Args:
+          started: the run from `startup.start_run`.
+          stop: a request to stop, which interrupts validation.
+        """
+        context = started.context
+        self.step = started.step
+        self.state = started.state
+        self.is_validation_missing = started.is_validation_missing
+        self.has_diverged = False
+        self._context = context
+        self._config = context.config
+        self._options = context.config.training
+        self._stop = stop
+        self._unreported: tuple[int, Metrics] | None = None
+        self._logs = _open_logs(context.workdir, self.step)
+        self._progress_bar = console.open_progress_bar(self.step, self._options.steps)
+        self._batches = batching.train_batches(
+            context.data,
+            context.config,
+            self._batch_number(self.step),
+            sharding.local_rows(self.mesh, self._options.batch_size),
+        )
+        self.timer = StepTimer(self.step)
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The device mesh."""
+        return self._context.setup.mesh
+
+    @property
+    def is_complete(self) -> bool:
+        """True after the last step."""
+        return self.step >= self._options.steps
+
+    @property
+    def is_validation_due(self) -> bool:
+        """True if the current step is to be validated."""
+        return validation_schedule.is_validation_step(self.step, self._options)
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """True if the current step is to be saved."""
+        return self.is_complete or self.step % self._options.checkpoint_every == 0
+
+    # ---- training ----------------------------------------------------------------------------
+
+    def train_step(self) -> None:
+        """Starts one training step, then reports the step before it.
+
+        Reading the results of a step waits for it. Doing so only when the next step is under way
+        never leaves the devices idle.
+        """
+        watchdog.reset(self._options.hang_minutes)
+        rows = self.timer.next_item(self._batches)
+        batch = sharding.shard_batch(self.mesh, rows, self._options.batch_size)
+        results = self._execute_step(batch)
+        self.step += 1
+        self.report()
+        self._unreported = (self.step, results)
+        self._context.checkpoints.poll()
+
+    def _execute_step(self, batch: Batch) -> Metrics:
+        compiled_step = self._context.compiled_step.program
+        replay_every = self._options.replay_check
+        if not replay_every or (self.step + 1) % replay_every != 0:
+            self.state, results = compiled_step(self.state, batch)
+            return results
+        self.state, results, is_same = replay_check.run_twice(compiled_step, self.state, batch)
+        if not is_same:
+            raise RunError(
+                f"step {self.step + 1} gave other bits when run again: faulty hardware, or an "
+                "operation that is not deterministic; checkpoints hold earlier steps. Try other "
+                "devices"
+            )
+        return results
+
+    def report(self) -> None:
+        """Waits for the last step that has not been reported, if any, and logs it if due."""
+        if self._unreported is None:
+            return
+        step, results = self._unreported
+        self._unreported = None
+        if results.fault:
+            self._log_fault(step, results)
+        self.has_diverged = int(results.nonfinite_in_a_row) >= self._options.max_nonfinite_steps
+        is_last = step == self._options.steps
+        if step % self._options.log_every == 0 or is_last or self.has_diverged:
+            self._log_metrics(step, jax.device_get(results))
+        self._progress_bar.update()
+
+    def _log_fault(self, step: int, results: Metrics) -> None:
+        """Logs a step that made no update, with the data records of its batch."""
+        records = batching.record_ids(
+            self._context.data, self._config, self._batch_number(step - 1)
+        )
+        event = {
+            "step": step,
+            "fault": train_step.FAULTS[int(results.fault)],
+            "loss": str(results.loss),
+            "grad_norm": str(results.grad_norm),
+            "records": records,
         }
-    )
-    say = _say if processes.is_main_process() else _silent
-    processes.on_all_processes(
-        lambda: _lock(workdir, locks) if processes.is_main_process() else None
-    )
+        self._logs.event(event)
+        console.log(
+            f"step {step} changed nothing: {event['fault']}, loss {event['loss']}, "
+            f"grad {event['grad_norm']}, records {records}"
+        )
 
-    # ---- data -------------------------------------------------------------------------------------------------------
-    data = processes.on_all_processes(lambda: training_data.load(config, workdir), first_alone=True)
-    processes.assert_same({"the data": data.fingerprint})
-    for dataset in data.datasets:
-        say(data_card.summarize_card(dataset.card))
+    def _log_metrics(self, step: int, results: Metrics) -> None:
+        interval = self.timer.restart(step)
+        data = self._context.data
+        batches_taken = self._batch_number(step)
+        row = metrics.train_row(
+            self._config,
+            step,
+            results,
+            interval.seconds_per_step,
+            data.training_bytes_per_token,
+            self._context.peak_flops,
+        )
+        row["data_wait"] = interval.data_wait
+        row["epochs"] = batching.epochs(data, self._config, batches_taken)
+        if len(data.datasets) > 1:
+            row["tokens_by_source"] = batching.tokens_by_dataset(data, self._config, batches_taken)
+        layers = metrics.routing_by_layer(
+            results.statistics, self._config.widths, self._context.setup.placement
+        )
+        self._logs.write(row, layers)
+        console.log(metrics.console_line(row, layers, self._options.steps))
 
-    # ---- state: of the newest sound checkpoint, or a fresh one -------------------------------------------------------
-    checkpoints = Checkpoints(
-        workdir / "checkpoints",
-        config.checkpoint.keep,
-        config.checkpoint.keep_every,
-        order=expert_placement.hidden_unit_order(config.widths, placement),
-    )
-    locks.callback(checkpoints.settle)
-    meta = {
-        "config": dataclasses.asdict(config),
-        "data": data.fingerprint,
-        "tokenizer": tokenizers.fingerprint(data.tokenizer),
-        "tokenizer_model": _text(data.tokenizer.serialize()),
-        "cards": [dataset.card for dataset in data.datasets],
-        "code": processes.source_digest(),
-        "devices": mesh.size,
-        "skipped_data": [],
-        "validation_loss": None,
-    }
-    latest, state, damaged, rewind_to = _restored(checkpoints, abstract, meta, t.rewind)
-    finished = latest >= t.steps
+    def _batch_number(self, step: int) -> int:
+        return restore.next_batch_number(step, self._context.metadata["skipped_data"])
 
-    # ---- compile ----------------------------------------------------------------------------------------------------
-    if not finished:
-        compile_start = time.monotonic()
-        compiled_step = train_step.compile_train_step(config, mesh)
-        seconds = time.monotonic() - compile_start
-        processes.on_all_processes(lambda: _check_memory(compiled_step, mesh))
-    score = train_step.jitted_score_step(config, mesh)
-    peak = peak_rate.peak_flops(mesh.devices.flat)
+    # ---- validation --------------------------------------------------------------------------
 
-    # ---- workdir: from here on the run writes ------------------------------------------------------------------------
-    for line in checkpoints.start_writing(damaged, rewind_to):
-        say(line)
-    validated = processes.broadcast_from_main(lambda: _validated(workdir, latest, t))
-    if finished and validated:
-        say(f"finished: {workdir} holds step {latest} of {t.steps}; nothing to do")
-        checkpoints.close()
-        return ExitCode.FINISHED
-    if processes.is_main_process():
-        _write_json(workdir / "environment.json", _environment())
-        _write_json(workdir / "config.json", dataclasses.asdict(config))
-    if latest:
-        say(f"resuming step {latest} of {t.steps} from {workdir / 'checkpoints'}")
-    else:
-        say(f"starting at step 0 in an empty workdir, {workdir}")
-        state = train_step.init_sharded_state(config, mesh)
-    if not finished:
-        say(parameter_table(config))
-        say(kernels.line())
-        say(memory_line(compiled_step, abstract, seconds))
-    processes.wait_for_all()
+    def validate(self) -> float | None:
+        """Computes and logs the validation loss.
 
-    # ---- loop -------------------------------------------------------------------------------------------------------
-    writer = _writer(workdir, latest)
-    bar = tqdm.tqdm(
-        total=t.steps,
-        initial=latest,
-        unit="step",
-        disable=None if processes.is_main_process() else True,
-        dynamic_ncols=True,
-    )
-    batches = batching.train_batches(
-        data, config, _batch_number(latest, meta), sharding.local_rows(mesh, t.batch_size)
-    )
-    step, pending, code = latest, None, ExitCode.FINISHED
-    interval_start, interval_first, waited = time.perf_counter(), latest, 0.0
-
-    def read(step, values):
-        """Waits for a step; logs it where due; True where the run has diverged."""
-        nonlocal interval_start, interval_first, waited
-        if values.fault:
-            event = {
-                "step": step,
-                "fault": train_step.FAULTS[int(values.fault)],
-                "loss": str(values.loss),
-                "grad_norm": str(values.grad_norm),
-                "records": batching.record_ids(data, config, _batch_number(step - 1, meta)),
-            }
-            writer.event(event)
-            say(
-                f"step {step} changed nothing: {event['fault']}, loss {event['loss']}, grad {event['grad_norm']}, "
-                f"records {event['records']}"
-            )
-        diverged = int(values.nonfinite_in_a_row) >= t.max_nonfinite_steps
-        if step % t.log_every == 0 or step == t.steps or diverged:
-            values = jax.device_get(values)
-            now, taken = time.perf_counter(), _batch_number(step, meta)
-            seconds, share_waited = (
-                (now - interval_start) / (step - interval_first),
-                waited / (now - interval_start),
-            )
-            interval_start, interval_first, waited = now, step, 0.0
-            row = metrics.train_row(
-                config, step, values, seconds, data.training_bytes_per_token, peak
-            )
-            row |= {"data_wait": share_waited, "epochs": batching.epochs(data, config, taken)}
-            if len(data.datasets) > 1:
-                row["tokens_by_source"] = batching.tokens_by_dataset(data, config, taken)
-            layers = metrics.routing_by_layer(values.statistics, config.widths, placement)
-            writer.write(row, layers)
-            say(metrics.console_line(row, layers, t.steps))
-        bar.update()
-        return diverged
-
-    def validate():
-        """Held-out loss, logged; None where a signal came meanwhile: the next start makes up for it."""
-        size, scored = config.evaluation.batch_size, {}
+        Returns:
+          The loss in nats per token. None if a signal arrived meanwhile; then nothing is logged,
+          and the next start of this run validates.
+        """
         try:
-            for dataset in data.datasets:
-                held = _until_asked(
-                    stop,
-                    t.hang_minutes,
-                    batching.validation_batches(
-                        dataset, size, config.model.vocab_size, rows=sharding.local_rows(mesh, size)
-                    ),
+            scored = {
+                dataset.name: validation.run(
+                    self._context.score_step,
+                    self.state.params,
+                    self._validation_batches(dataset),
+                    dataset,
+                    whole=True,
                 )
-                placed = (sharding.shard_batch(mesh, b, size) for b in held)
-                scored[dataset.name] = validation.run(
-                    score, state.params, placed, dataset, whole=True
-                )
+                for dataset in self._context.data.datasets
+            }
         except Stopped:
             return None
-        result, routing = validation.together(scored)
-        writer.write(
-            {"step": step, "split": "validation", **result},
-            metrics.routing_by_layer(routing, config.widths, placement),
+        result, statistics = validation.together(scored)
+        layers = metrics.routing_by_layer(
+            statistics, self._config.widths, self._context.setup.placement
         )
-        say(
-            f"step {step}/{t.steps}  validation loss {result['loss']:.4f}  {result['bits_per_byte']:.4f} bits/byte"
+        self._logs.write({"step": self.step, "split": "validation", **result}, layers)
+        console.log(
+            f"step {self.step}/{self._options.steps}  validation loss {result['loss']:.4f}  "
+            f"{result['bits_per_byte']:.4f} bits/byte"
         )
         return result["loss"]
 
-    stop.enter_loop(mesh)
-    if not validated and validate() is None:
-        code = ExitCode.STOPPED
-    while step < t.steps and code == ExitCode.FINISHED:
-        watchdog.reset(t.hang_minutes)
-        begin = time.perf_counter()
-        rows = next(batches)
-        waited += time.perf_counter() - begin
-        batch = sharding.shard_batch(mesh, rows, t.batch_size)
-        if t.replay_check and (step + 1) % t.replay_check == 0:
-            state, values, same = train_step.run_twice(compiled_step, state, batch)
-            if not same:
-                raise RunError(
-                    f"step {step + 1} gave other bits when run again: faulty hardware, or an operation that "
-                    "is not deterministic; checkpoints hold earlier steps. Try other devices"
-                )
-        else:
-            state, values = compiled_step(state, batch)
-        step += 1
-
-        # Step n is read once step n + 1 is under way, so that reading never leaves the device idle.
-        diverged = pending is not None and read(*pending)
-        pending = (step, values)
-        checkpoints.poll()
-        last, stopping = (
-            step == t.steps,
-            stop.requested_anywhere(),
-        )  # once: a signal may come at any line
-        save = last or stopping or step % t.checkpoint_every == 0
-        if not diverged and (_due(step, t) or save):
-            diverged = read(*pending)
-            pending = None
-        if diverged:
-            code = ExitCode.DIVERGED
-            break
-
-        pause = time.perf_counter()
-        validation_loss = validate() if _due(step, t) and not stopping else None
-        stopping = stopping or (_due(step, t) and validation_loss is None)
-        if save or stopping:
-            checkpoints.save(state, {**meta, "validation_loss": validation_loss})
-        if stopping:
-            code = ExitCode.STOPPED
-            break
-        interval_start += time.perf_counter() - pause
-
-    # ---- end --------------------------------------------------------------------------------------------------------
-    bar.close()
-    checkpoints.close()
-    writer.close()
-    saved = max(checkpoints.steps(), default=0)
-    say(
-        {
-            ExitCode.FINISHED: f"finished step {step} in {metrics.duration(time.monotonic() - started)}: {workdir}",
-            ExitCode.STOPPED: f"stopped at step {step}, saved step {saved}; run the same command to go on",
-            ExitCode.DIVERGED: f"diverged: {t.max_nonfinite_steps} steps in a row were not finite, up to step {step}; the last "
-            f"good checkpoint is step {saved}. Lower optimizer.learning_rate, or look at the records in "
-            "events.jsonl and skip them with training.rewind",
-        }[code],
-        file=sys.stderr if code == ExitCode.DIVERGED else sys.stdout,
-    )
-    return code
-
-
-def _lock(workdir, locks):
-    """This process as the only writer of the workdir, until `locks` closes; without a trace where it closes on bad
-    input."""
-    lock = Lock(workdir / "checkpoints" / ".lock", f"{workdir} is in use")
-    locks.push(
-        lambda kind, *_: lock.release(
-            leave_no_trace=kind is not None and issubclass(kind, UserError)
+    def _validation_batches(self, dataset: prepared_data.Dataset) -> Iterator[dict[str, jax.Array]]:
+        """Yields the sharded validation batches of a dataset. Raises Stopped after a signal."""
+        size = self._config.evaluation.batch_size
+        batches: Iterator[dict[str, np.ndarray]] = batching.validation_batches(
+            dataset,
+            size,
+            self._config.model.vocab_size,
+            rows=sharding.local_rows(self.mesh, size),
         )
-    )
+        for batch in batches:
+            watchdog.reset(self._options.hang_minutes)
+            # Several processes must score the same number of batches, so none of them stops here.
+            if self._stop.requested and not processes.is_multi_process():
+                raise Stopped
+            yield sharding.shard_batch(self.mesh, batch, size)
 
+    # ---- saving and the end ------------------------------------------------------------------
 
-def _restored(checkpoints, abstract, meta, rewind):
-    """(step, state, damaged steps, step rewound to or 0) of the newest sound checkpoint, or of the one that
-    training.rewind names; step 0 and no state where there is none. meta: gets the ranges of data to skip."""
-    found = checkpoints.newest(functools.partial(_check_meta, meta))
-    damaged, rewind_to = found.damaged, 0
-    if rewind and list(rewind) not in found.meta.get("skipped_data", []):
-        rewind_to = rewind[0]
-        if rewind_to not in checkpoints.steps():
-            raise UserError(
-                f"training.rewind={rewind}: step {rewind_to} is not saved; saved: "
-                f"{', '.join(map(str, checkpoints.steps())) or 'none'}"
+    def save(self, validation_loss: float | None) -> None:
+        """Starts to save a checkpoint of the current step.
+
+        Args:
+          validation_loss: that of the current step; None if it was not validated.
+        """
+        metadata = {**self._context.metadata, "validation_loss": validation_loss}
+        self._context.checkpoints.save(self.state, metadata)
+
+    def finish(self, code: ExitCode) -> ExitCode:
+        """Completes the last save, closes the logs and prints how the run ended. Returns `code`."""
+        self._progress_bar.close()
+        self._context.checkpoints.close()
+        self._logs.close()
+        file = sys.stderr if code == ExitCode.DIVERGED else sys.stdout
+        console.log(self._final_message(code), file=file)
+        return code
+
+    def _final_message(self, code: ExitCode) -> str:
+        if code == ExitCode.FINISHED:
+            duration = metrics.duration(time.monotonic() - self._context.started_at)
+            return f"finished step {self.step} in {duration}: {self._context.workdir}"
+        saved_step = max(self._context.checkpoints.steps(), default=0)
+        if code == ExitCode.STOPPED:
+            return (
+                f"stopped at step {self.step}, saved step {saved_step}; run the same command to "
+                "go on"
             )
-        if reason := processes.broadcast_from_main(lambda: checkpoints.verify(rewind_to)):
-            raise UserError(
-                f"training.rewind={rewind}: checkpoint {rewind_to} is damaged: {reason}"
-            )
-        found = Found(rewind_to, checkpoints.meta(rewind_to), [])
-        damaged = [d for d in damaged if d[0] < rewind_to]
-    while found.step:
-        state, reason = checkpoints.restore(found.step, abstract)
-        if not reason:
-            meta["skipped_data"] = found.meta["skipped_data"] + (
-                [list(rewind)] if rewind_to else []
-            )
-            return found.step, state, damaged, rewind_to
-        damaged.append([found.step, reason])
-        found = checkpoints.newest(functools.partial(_check_meta, meta), before=found.step)
-        damaged += found.damaged
-    return 0, None, damaged, 0
+        return (
+            f"diverged: {self._options.max_nonfinite_steps} steps in a row were not finite, up to "
+            f"step {self.step}; the last good checkpoint is step {saved_step}. Lower "
+            "optimizer.learning_rate, or look at the records in events.jsonl and skip them with "
+            "training.rewind"
+        )
 
 
-def _check_meta(meta, step, saved):
-    """Raises UserError where a step was trained on other data, or with another tokenizer, than `meta` says."""
-    for name in ("tokenizer", "data"):
-        if saved[name] != meta[name]:
-            raise UserError(
-                f"checkpoint {step} was trained with other data ({name} {saved[name]!r}), now "
-                f"{meta[name]!r}; restore the data it was trained on, or use another --workdir"
-            )
+def _open_logs(workdir: pathlib.Path, step: int) -> run_logs.RunLogWriter | run_logs.NullWriter:
+    """Opens the logs on the main process.
 
-
-def _batch_number(step, meta):
-    """Which batch of data the step after `step` takes: ranges that a rewind skipped lie between."""
-    return step + sum(count for first, count in meta["skipped_data"] if step >= first)
-
-
-def _writer(workdir, latest):
+    Raises:
+      RunError: the disk is full, or the logs cannot be written.
+    """
     if not processes.is_main_process():
         return run_logs.NullWriter()
     try:
-        return run_logs.RunLogWriter(workdir, latest)
+        return run_logs.RunLogWriter(workdir, step)
     except OSError as error:
         raise RunError(
-            f"cannot write the logs of {workdir}: {error.strerror}; make room and run the same command "
-            "again"
+            f"cannot write the logs of {workdir}: {error.strerror}; make room and run the same "
+            "command again"
         ) from None
-
-
-def _text(model):
-    return base64.b64encode(model).decode()
-
-
-def _due(step, t):
-    return step == t.steps or bool(t.eval_every and step % t.eval_every == 0)
-
-
-def _validated(workdir, step, t):
-    """Whether no validation of that step is due and missing: a signal may have come in the middle of it."""
-    path = workdir / "metrics.jsonl"
-    rows = run_logs.read_log(path) if path.exists() else []
-    return (
-        not step
-        or not _due(step, t)
-        or any(r["step"] == step and r["split"] == "validation" for r in rows)
-    )
-
-
-def _until_asked(stop, hang_minutes, batches):
-    for batch in batches:
-        watchdog.reset(hang_minutes)
-        if (
-            stop.requested and not processes.is_multi_process()
-        ):  # several must end after the same batch
-            raise Stopped
-        yield batch
-
-
-def _check_memory(compiled, mesh):
-    needed, device = memory_usage.peak_bytes(compiled), mesh.devices.flat[0]
-    if needed is None:
-        return
-    if device.platform == "cpu":  # the devices of a process share one memory
-        needed *= len(mesh.local_devices)
-        room = memory_usage.host_memory_bytes()
-    else:
-        room = (device.memory_stats() or {}).get("bytes_limit", needed)
-    if needed > room:
-        raise UserError(
-            f"a step needs about {needed / 2**30:.1f} GiB on {device.device_kind}, which has "
-            f"{room / 2**30:.1f}; lower training.batch_size or raise training.gradient_accumulation, set "
-            "model.remat=full, or share parameters with mesh.fsdp"
-        )
-
-
-def _checked(config, workdir):
-    """(mesh, placement, abstract state, kernels), after every check that can be made before data is read."""
-    mesh = device_mesh.build_mesh(config)
-    placement = device_mesh.place_experts_on_mesh(config, mesh)
-    kernels = kernel_selection.check_kernels(config, mesh)
-    evaluation = kernel_selection.for_evaluation(config)
-    if (evaluation.moe.backend, evaluation.model.attention) != (
-        config.moe.backend,
-        config.model.attention,
-    ):
-        kernel_selection.check_kernels(evaluation, mesh)  # validation takes others than training
-    _check_workdir(workdir, config)
-    training_data.check_source(config, workdir)
-    abstract = train_step.state_shapes(config, mesh)
-    _check_space(workdir, abstract, config)
-    return mesh, placement, abstract, kernels
-
-
-def _say(text, file=None):
-    tqdm.tqdm.write(text, file=file)  # above the bar, where there is one
-
-
-def _silent(text, file=None):
-    pass
-
-
-def parameter_table(config: Config) -> str:
-    p = accounting.count_parameters(config)
-    lines = [f"  {name:12} {count:>15,}" for name, count in p._asdict().items()]
-    return "\n".join(
-        [
-            "parameters",
-            *lines,
-            f"  {'total':12} {p.total:>15,}",
-            f"  {'active':12} {accounting.active_parameters(config):>15,}  at equal load; widths "
-            f"{', '.join(map(str, config.widths[:16]))}{' ...' if len(config.widths) > 16 else ''}",
-        ]
-    )
-
-
-def memory_line(compiled, abstract, seconds: float) -> str:
-    state = sum(
-        math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-        for a in jax.tree.leaves(abstract)
-    )
-    peak = memory_usage.peak_bytes(compiled) or state
-    return (
-        f"memory per device: state {state / 2**20:,.0f} MiB, at most about {peak / 2**20:,.0f} MiB in a step; "
-        f"compiled in {seconds:.0f} s"
-    )
-
-
-def _check_workdir(workdir, config):
-    """A workdir is new, empty, or holds this config but for what may change on resuming."""
-    saved = workdir / "config.json"
-    if saved.exists():
-        try:
-            old = from_dict(json.loads(saved.read_text()))
-        except (ValueError, UserError) as error:
-            raise UserError(
-                f"{saved} is not a config of this version ({error}); use another --workdir"
-            ) from None
-        by_device = config.moe.capacity_factor or config.moe.balance_loss_scope == "device"
-        free = RESUMABLE if by_device else RESUMABLE + RESUMABLE_ANY_MESH
-        changed = [line for line in differences(old, config) if line.split(":")[0] not in free]
-        if changed:
-            raise UserError(
-                f"{workdir} holds another config ({'; '.join(changed)}); use another --workdir, or the "
-                f"config it was started with"
-            )
-    elif workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; name a directory")
-    elif any((workdir / "checkpoints").glob("[0-9]*")) or any(
-        (workdir / "checkpoints" / "quarantine").glob("*")
-    ):
-        raise UserError(
-            f"{workdir} holds checkpoints but no config.json to compare with; each step's meta holds its "
-            f"config: restore the file, or use another --workdir"
-        )
-    elif workdir.exists() and any(p.name not in BEFORE_CONFIG for p in workdir.iterdir()):
-        raise UserError(
-            f"--workdir={workdir} is not empty and holds no run (no config.json); name another directory"
-        )
-    parent = next(p for p in (workdir, *workdir.parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(
-            f"--workdir={workdir} cannot be made: {parent} is not a directory that may be written"
-        )
-
-
-def _check_space(workdir, abstract, config):
-    state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(abstract))
-    needed = (config.checkpoint.keep + 1) * state
-    parent = next(p for p in (workdir, *workdir.parents) if p.exists())
-    held = 0  # by steps that new ones will replace
-    for file in (workdir / "checkpoints").glob("[0-9]*/**/*"):
-        with contextlib.suppress(FileNotFoundError):  # of a run that is at work: the lock will tell
-            held += file.stat().st_size
-    free = shutil.disk_usage(parent).free
-    if free + held < needed:
-        raise UserError(
-            f"--workdir={workdir} has {free / 2**20:,.0f} MiB free, but {config.checkpoint.keep + 1} "
-            f"checkpoints of {state / 2**20:,.0f} MiB need {needed / 2**20:,.0f} MiB; free some space, "
-            f"lower checkpoint.keep, or use another --workdir"
-        )
-
-
-def _write_json(path, value):
-    files.write_atomically(path, json.dumps(value, indent=2) + "\n")
-
-
-def _environment():
-    def git(*args):
-        try:
-            return subprocess.run(
-                ["git", *args],
-                capture_output=True,
-                text=True,
-                check=True,
-                cwd=pathlib.Path(__file__).parent,
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    packages = (
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "grain",
-        "tensorflow-datasets",
-        "numpy",
-    )
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_changes": git("status", "--porcelain").splitlines(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }

@@ -1,39 +1,77 @@
-"""One training step and one validation step: pure functions of state and batch.
+"""The training step and the scoring step: pure functions of a state or parameters and a batch.
 
-Legend: B batch, L predicted tokens; a record has L + 1 tokens, since every token but the first is predicted.
+A training step computes the loss and its gradients, clips them, and applies AdamW. A step whose
+loss or gradients are not finite, or whose gradient norm is a spike, changes nothing but counters.
+
+Legend: B batch, L predicted tokens, D model dimension, K top-k. A record has L + 1 tokens, written
+L1 in names, because every token except the first is predicted.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from modse_jax.config.options import Config
 from modse_jax.errors import UserError
 from modse_jax.model import kernel_selection, transformer
 from modse_jax.moe.router import RouterStatistics
 from modse_jax.runtime import gpu_options, sharding
-from modse_jax.training import losses, optimizer
+from modse_jax.training import losses, optimizer, train_step_cpu
+
+Params = dict[str, Any]  # nested, with arrays as leaves
+Batch = dict[str, jax.Array]  # "tokens" and "segments", int32 [B, L + 1]
+ScoreStep = Callable[[Params, Batch], tuple]
+
+# XLA's message for a TPU slice that has no ragged all-to-all.
+NO_RAGGED_ALL_TO_ALL = "Ragged all-to-all is currently not supported"
+
+# Names of the values of `Metrics.fault`.
+FAULTS = ("none", "not finite", "spike")
+FAULT_NOT_FINITE = FAULTS.index("not finite")
+FAULT_SPIKE = FAULTS.index("spike")
 
 
 class State(NamedTuple):
-    """Everything a run is, apart from its config: what a checkpoint holds."""
+    """Everything that training changes; a checkpoint holds exactly this.
 
-    step: jax.Array  # int32: steps done, and so the position in the data
-    params: dict
+    Attributes:
+      step: int32, number of completed steps, which also determines the position in the data.
+      params: parameters of the model.
+      opt_state: state of the optimizer.
+      skipped: int32, number of steps that made no update.
+      nonfinite_in_a_row: int32, number of consecutive steps that were not finite, up to now.
+      norms: float32, gradient norms of the last `training.spike_window` steps; NaN for steps that
+        were not finite or have not happened yet.
+    """
+
+    step: jax.Array
+    params: Params
     opt_state: optax.OptState
-    skipped: jax.Array  # int32: steps whose update was not made, not being finite or being a spike
-    nonfinite_in_a_row: jax.Array  # int32
-    norms: (
-        jax.Array
-    )  # float32: finite gradient norms of the last training.spike_window steps, else NaN
+    skipped: jax.Array
+    nonfinite_in_a_row: jax.Array
+    norms: jax.Array
 
 
 class Metrics(NamedTuple):
-    """Of one step. `loss` is cross-entropy alone, nats per predicted token."""
+    """Results of one training step.
+
+    Attributes:
+      loss: cross-entropy without auxiliary losses, nats per predicted token.
+      balance_loss: load-balancing loss, without its weight.
+      z_loss: router z-loss, without its weight.
+      grad_norm: global norm of the gradients before clipping.
+      learning_rate: the learning rate of this step.
+      targets: number of predicted tokens in the batch.
+      skipped: as in `State`, after this step.
+      nonfinite_in_a_row: as in `State`, after this step.
+      fault: index into `FAULTS`.
+      statistics: routing statistics, with a leading axis of layers.
+    """
 
     loss: jax.Array
     balance_loss: jax.Array
@@ -43,83 +81,156 @@ class Metrics(NamedTuple):
     targets: jax.Array
     skipped: jax.Array
     nonfinite_in_a_row: jax.Array
-    fault: jax.Array  # of this step: an index into FAULTS
+    fault: jax.Array
     statistics: RouterStatistics
 
 
-FAULTS = ("none", "not finite", "spike")
+TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
 
 
-def init_state(config: Config, mesh=None) -> State:
-    _, params = nnx.split(transformer.build_model(config, mesh))
-    params = nnx.to_pure_dict(params)
-    step, skipped, in_a_row = (
-        jnp.zeros((), jnp.int32) for _ in range(3)
-    )  # three buffers: a state is donated
+class LossTerms(NamedTuple):
+    """The parts of a loss before weighting, and the routing statistics."""
+
+    cross_entropy: jax.Array
+    balance_loss: jax.Array
+    z_loss: jax.Array
+    statistics: RouterStatistics
+
+
+class LossFunction(Protocol):
+    """Returns the weighted loss of a micro-batch, and its parts."""
+
+    def __call__(
+        self, params: Params, batch: Batch, num_targets: jax.Array
+    ) -> tuple[jax.Array, LossTerms]:
+        """`num_targets` counts the predicted tokens of the batch, over all micro-batches."""
+        ...
+
+
+class Gradients(NamedTuple):
+    """Gradients of a batch, the parts of its loss, and its number of predicted tokens."""
+
+    grads: Params
+    terms: LossTerms
+    num_targets: jax.Array
+
+
+class Targets(NamedTuple):
+    """Inputs and targets of next-token prediction, all [B, L]."""
+
+    inputs_BL: jax.Array
+    segments_BL: jax.Array
+    targets_BL: jax.Array
+    weights_BL: jax.Array
+
+
+class Update(NamedTuple):
+    """Parameters and optimizer state after an update."""
+
+    params: Params
+    opt_state: optax.OptState
+
+
+# ---- state -----------------------------------------------------------------------------------
+
+
+def init_state(config: Config, mesh: Mesh | None = None) -> State:
+    """Returns the state before the first step. It depends only on the config, not on the mesh."""
+    _, model_params = nnx.split(transformer.build_model(config, mesh))
+    params = nnx.to_pure_dict(model_params)
+    # A state is donated to the step, so no two of its arrays may share a buffer.
+    step = jnp.zeros((), jnp.int32)
+    skipped = jnp.zeros((), jnp.int32)
+    nonfinite_in_a_row = jnp.zeros((), jnp.int32)
     norms = jnp.full((config.training.spike_window,), jnp.nan, jnp.float32)
-    return State(
-        step, params, optimizer.build_optimizer(config).init(params), skipped, in_a_row, norms
-    )
+    opt_state = optimizer.build_optimizer(config).init(params)
+    return State(step, params, opt_state, skipped, nonfinite_in_a_row, norms)
 
 
-def state_shapes(config: Config, mesh) -> State:
-    """Shapes, types and shardings of the state on a mesh; no memory."""
+def state_shapes(config: Config, mesh: Mesh) -> State:
+    """Returns the state with shapes, types and shardings in place of arrays; allocates nothing."""
     state = jax.eval_shape(lambda: init_state(config, mesh))
     return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        lambda array, target: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=target),
         state,
         sharding.parameter_shardings(mesh, state),
     )
 
 
-def init_sharded_state(config: Config, mesh) -> State:
-    """The initial state, made where it belongs."""
-    return jax.jit(lambda: init_state(config, mesh), out_shardings=_places(config, mesh))()
+def init_sharded_state(config: Config, mesh: Mesh) -> State:
+    """Returns the initial state. Each device initializes only its own shards."""
+    shardings = state_shardings(config, mesh)
+    return jax.jit(lambda: init_state(config, mesh), out_shardings=shardings)()
 
 
-def compile_train_step(config: Config, mesh, options: dict | None = None):
-    """The compiled training step of a config on a mesh, its state donated: what is run, planned and timed.
+def state_shardings(config: Config, mesh: Mesh) -> State:
+    """Returns the state with shardings in place of arrays."""
+    return jax.tree.map(lambda array: array.sharding, state_shapes(config, mesh))
 
-    Args: options: of XLA, besides those of gpu_options on GPU.
-    Raises: UserError where a TPU slice cannot send rows, which only its compiler knows."""
-    options = {**compiler_options(mesh), **(options or {})}
+
+# ---- compilation -----------------------------------------------------------------------------
+
+
+def compile_train_step(
+    config: Config, mesh: Mesh, options: dict[str, str | int] | None = None
+) -> jax.stages.Compiled:
+    """Compiles the training step, which donates its state. Training, planning and timing share it.
+
+    Args:
+      config: the config.
+      mesh: the mesh.
+      options: additional XLA compiler options, which override those of `compiler_options`.
+
+    Raises:
+      UserError: the TPU slice does not support ragged all-to-all. Only its compiler can tell.
+    """
+    all_options = {**compiler_options(mesh), **(options or {})}
     try:
-        return _lowered(config, mesh).compile(compiler_options=options or None)
+        return lower_train_step(config, mesh).compile(compiler_options=all_options or None)
     except jax.errors.JaxRuntimeError as error:
-        if "Ragged all-to-all is currently not supported" not in str(error):
+        if NO_RAGGED_ALL_TO_ALL not in str(error):
             raise
         raise UserError(
-            "this TPU slice has no ragged all-to-all (its links do not close rings); take another "
-            "topology, or moe.exchange=gather"
+            "this TPU slice has no ragged all-to-all (its links do not close rings); choose "
+            "another topology, or moe.exchange=gather"
         ) from None
 
 
-def compiler_options(mesh) -> dict[str, str | int]:
-    """Returns XLA's options for programs on a mesh (None: on the default device)."""
-    return gpu_options.compiler_options(
-        mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
-    )
+def compiler_options(mesh: Mesh | None) -> dict[str, str | int]:
+    """Returns XLA's options for programs on a mesh; None stands for the default device."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return gpu_options.compiler_options(device)
 
 
-def _lowered(config, mesh):
+def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
+    """Traces the training step for a mesh."""
     shape = (config.training.batch_size, config.data.sequence_length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
     step = jax.jit(
         make_train_step(config, mesh),
         donate_argnums=0,
-        out_shardings=(_places(config, mesh), sharding.replicated(mesh)),
+        out_shardings=(state_shardings(config, mesh), sharding.replicated(mesh)),
     )
     return step.lower(state_shapes(config, mesh), {"tokens": tokens, "segments": tokens})
 
 
-def _places(config, mesh):
-    return jax.tree.map(lambda a: a.sharding, state_shapes(config, mesh))
+# ---- loss and gradients ----------------------------------------------------------------------
 
 
-def inputs_and_targets(tokens_BL1, segments_BL1):
-    """(inputs, their segments, targets, weights) [B, L]: a target counts where it continues its input's document."""
-    weights_BL = (segments_BL1[:, 1:] == segments_BL1[:, :-1]) & (segments_BL1[:, 1:] > 0)
-    return (
+def inputs_and_targets(tokens_BL1: jax.Array, segments_BL1: jax.Array) -> Targets:
+    """Splits packed records into inputs and targets.
+
+    Args:
+      tokens_BL1: token ids.
+      segments_BL1: the document of each token within its record, counted from 1; 0 is padding.
+
+    Returns:
+      The inputs and targets. A target has weight 1 if it belongs to the same document as its
+      input, else 0.
+    """
+    same_document_BL = segments_BL1[:, 1:] == segments_BL1[:, :-1]
+    weights_BL = same_document_BL & (segments_BL1[:, 1:] > 0)
+    return Targets(
         tokens_BL1[:, :-1],
         segments_BL1[:, :-1],
         tokens_BL1[:, 1:],
@@ -127,164 +238,177 @@ def inputs_and_targets(tokens_BL1, segments_BL1):
     )
 
 
-def make_loss(config: Config, mesh=None) -> Callable:
-    """loss(params, batch, all_targets) -> (total, (cross-entropy, balance loss, z-loss, statistics)) of a micro-batch;
-    all_targets: predicted tokens of the whole batch, over which the cross-entropy is a mean."""
+def make_loss(config: Config, mesh: Mesh | None = None) -> LossFunction:
+    """Returns the loss function of a micro-batch.
+
+    The cross-entropy is normalized by the number of targets of the batch, and the auxiliary
+    losses are divided by the number of micro-batches. So the losses of all micro-batches add up to
+    the loss of the batch.
+    """
     graph, _ = transformer.build_abstract_model(config, mesh)
     micro_batches = config.training.gradient_accumulation
 
-    def loss_function(params, batch, all_targets):
-        inputs, segments, targets, weights = inputs_and_targets(batch["tokens"], batch["segments"])
+    def loss_function(
+        params: Params, batch: Batch, num_targets: jax.Array
+    ) -> tuple[jax.Array, LossTerms]:
+        split = inputs_and_targets(batch["tokens"], batch["segments"])
         model = nnx.merge(graph, params)
-        x_BLD, out = model.hidden(inputs, segments)
-        loss = losses.cross_entropy(
+        x_BLD, out = model.hidden(split.inputs_BL, split.segments_BL)
+        cross_entropy = losses.cross_entropy(
             x_BLD,
             model.head_weight(),
-            targets,
-            weights / all_targets,
+            split.targets_BL,
+            split.weights_BL / num_targets,
             config.training.loss_chunk,
             mesh,
         )
-        balance, z = out.balance_loss / micro_batches, out.z_loss / micro_batches
-        total = loss + config.moe.balance_loss_weight * balance + config.moe.z_loss_weight * z
-        return total, (loss, balance, z, out.statistics)
+        balance_loss = out.balance_loss / micro_batches
+        z_loss = out.z_loss / micro_batches
+        total = (
+            cross_entropy
+            + config.moe.balance_loss_weight * balance_loss
+            + config.moe.z_loss_weight * z_loss
+        )
+        return total, LossTerms(cross_entropy, balance_loss, z_loss, out.statistics)
 
     return loss_function
 
 
-def make_train_step(config: Config, mesh=None) -> Callable:
-    """step(state, batch) -> (state, metrics), to be jitted with the state donated.
+def compute_gradients(
+    loss_function: LossFunction, params: Params, batch: Batch, micro_batches: int
+) -> Gradients:
+    """Computes gradients, summed over micro-batches.
 
-    `batch` is {"tokens", "segments"}, int32 [B, L + 1].
-
-    Micro-batches are summed with one global normaliser, so accumulation equals one large batch, but for the balance
-    loss, which is the mean over micro-batches of the loss within each.
+    The result equals that of one large batch, except for the load-balancing loss: it is the mean
+    over micro-batches of the loss within each.
     """
+    value_and_grad = jax.value_and_grad(loss_function, has_aux=True)
+    weights_BL = inputs_and_targets(batch["tokens"], batch["segments"]).weights_BL
+    num_targets = jnp.maximum(jnp.sum(weights_BL), 1)
+    # Consecutive rows belong to different micro-batches, so that every device has rows of each
+    # micro-batch.
+    pieces = jax.tree.map(
+        lambda a: a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1), batch
+    )
+    first_piece = jax.tree.map(lambda a: a[0], pieces)
+    if micro_batches == 1:
+        (_, terms), grads = value_and_grad(params, first_piece, num_targets)
+        return Gradients(grads, terms, num_targets)
+
+    def accumulate(sums: tuple[Params, LossTerms], piece: Batch) -> tuple[tuple, None]:
+        (_, terms), grads = value_and_grad(params, piece, num_targets)
+        return jax.tree.map(jnp.add, sums, (grads, terms)), None
+
+    shapes = jax.eval_shape(lambda: value_and_grad(params, first_piece, num_targets))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    (_, zero_terms), zero_grads = zeros
+    (grads, terms), _ = jax.lax.scan(accumulate, (zero_grads, zero_terms), pieces)
+    return Gradients(grads, terms, num_targets)
+
+
+# ---- training step ---------------------------------------------------------------------------
+
+
+def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
+    """Returns step(state, batch) -> (state, metrics), to be jitted with the state donated."""
     loss_function = make_loss(config, mesh)
-    update_rule, schedule = optimizer.build_optimizer(config), optimizer.learning_rate(config)
+    rule = optimizer.build_optimizer(config)
+    schedule = optimizer.learning_rate(config)
+    update = select_update(mesh)
     micro_batches = config.training.gradient_accumulation
 
-    def gradient(params, batch):
-        all_targets = jnp.maximum(
-            jnp.sum(inputs_and_targets(batch["tokens"], batch["segments"])[3]), 1
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        grads, terms, num_targets = compute_gradients(
+            loss_function, state.params, batch, micro_batches
         )
-        micro = jax.tree.map(
-            lambda a: a.reshape(-1, micro_batches, *a.shape[1:]).swapaxes(0, 1), batch
-        )
-
-        def one(grads_and_aux, piece):
-            (_, aux), grads = jax.value_and_grad(loss_function, has_aux=True)(
-                params, piece, all_targets
-            )
-            return jax.tree.map(jnp.add, grads_and_aux, (grads, aux)), None
-
-        first = jax.tree.map(lambda a: a[0], micro)
-        if micro_batches == 1:
-            (_, aux), grads = jax.value_and_grad(loss_function, has_aux=True)(
-                params, first, all_targets
-            )
-            return grads, aux, all_targets
-        zeros = jax.tree.map(
-            lambda a: jnp.zeros(a.shape, a.dtype),
-            jax.eval_shape(
-                lambda: jax.value_and_grad(loss_function, has_aux=True)(params, first, all_targets)
-            ),
-        )
-        (grads, aux), _ = jax.lax.scan(one, (zeros[1], zeros[0][1]), micro)
-        return grads, aux, all_targets
-
-    def step(state: State, batch) -> tuple[State, Metrics]:
-        grads, (loss, balance, z, statistics), targets = gradient(state.params, batch)
         grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        spike = finite & _is_spike(grad_norm, state.norms, config.training.spike_factor)
-        clip = jnp.minimum(1, config.optimizer.grad_clip / grad_norm)
-        # One NaN in Adam's moments never leaves them: a bad step changes nothing but its counters.
-        params, opt_state = apply_update(
-            update_rule, grads, clip, state, finite & ~spike, sharding.chip_name(mesh) == "cpu"
+        finite = jnp.isfinite(terms.cross_entropy) & jnp.isfinite(grad_norm)
+        spike = finite & is_spike(grad_norm, state.norms, config.training.spike_factor)
+        clip_factor = jnp.minimum(1, config.optimizer.grad_clip / grad_norm)
+        params, opt_state = update(
+            rule, grads, clip_factor, state.params, state.opt_state, finite & ~spike
         )
         skipped = state.skipped + (~finite | spike)
-        in_a_row = jnp.where(finite, 0, state.nonfinite_in_a_row + 1)
-        # A spike is remembered, so that a norm that stays high becomes the usual one; what is not finite never is.
-        norms = state.norms.at[state.step % state.norms.size].set(
-            jnp.where(finite, grad_norm, jnp.nan)
+        nonfinite_in_a_row = jnp.where(finite, 0, state.nonfinite_in_a_row + 1)
+        # The norm of a spike is recorded, so that a norm that stays high becomes the usual one.
+        slot = state.step % state.norms.size
+        norms = state.norms.at[slot].set(jnp.where(finite, grad_norm, jnp.nan))
+        new_state = State(state.step + 1, params, opt_state, skipped, nonfinite_in_a_row, norms)
+        metrics = Metrics(
+            loss=terms.cross_entropy,
+            balance_loss=terms.balance_loss,
+            z_loss=terms.z_loss,
+            grad_norm=grad_norm,
+            # The optimizer's own counter does not advance in a skipped step.
+            learning_rate=schedule(state.step - state.skipped),
+            targets=num_targets,
+            skipped=skipped,
+            nonfinite_in_a_row=nonfinite_in_a_row,
+            fault=jnp.where(finite, spike.astype(jnp.int32) * FAULT_SPIKE, FAULT_NOT_FINITE),
+            statistics=terms.statistics,
         )
-        new = State(state.step + 1, params, opt_state, skipped, in_a_row, norms)
-        rate = schedule(state.step - state.skipped)  # Adam's count stands still in a skipped step
-        fault = jnp.where(finite, spike.astype(jnp.int32) * 2, 1)
-        return new, Metrics(
-            loss, balance, z, grad_norm, rate, targets, skipped, in_a_row, fault, statistics
-        )
+        return new_state, metrics
 
     return step
 
 
-def apply_update(
-    rule: optax.GradientTransformation, grads, clip, state: State, good, in_place: bool = False
-):
-    """(params, opt_state) after a step by the gradients times `clip`, or as they were where the step is not `good`.
+def is_spike(norm: jax.Array, previous_norms: jax.Array, factor: float) -> jax.Array:
+    """Returns whether a gradient norm is more than `factor` times the median of previous norms.
 
-    in_place: by loops of at most one turn, for CPU, where XLA has no fusion of several outputs: new parameters and new
-    moments are each computed from the old moments, and unless one waits for the other both moments are copied first.
-    Gradients and moments depend on the turn, or XLA would take what is the same in every turn out of the loop.
+    False until a quarter of the window of previous norms is known, and always if `factor` is 0.
+    OLMo-core and MaxText compare with the mean and the standard deviation instead. The median is
+    used here because spikes themselves do not move it.
     """
-
-    def rule_of(params, opt_state, scale):
-        return rule.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
-
-    if not in_place:
-        updates, opt_state = rule_of(state.params, state.opt_state, clip)
-        new, old = (
-            (optax.apply_updates(state.params, updates), opt_state),
-            (state.params, state.opt_state),
-        )
-        return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
-
-    def params_turn(carry):
-        turn, params = carry
-        one = 1 / (turn + 1)
-        moments = jax.tree.map(lambda a: a * one.astype(a.dtype), state.opt_state)
-        return turn + 1, optax.apply_updates(params, rule_of(params, moments, clip * one)[0])
-
-    turns, params = jax.lax.while_loop(
-        lambda carry: carry[0] < good, params_turn, (jnp.int32(0), state.params)
-    )
-    return params, jax.lax.fori_loop(
-        0,
-        turns,
-        lambda turn, opt_state: rule_of(params, opt_state, clip / (turn + 1))[1],
-        state.opt_state,
-    )
-
-
-def _is_spike(norm, norms, factor):
-    """Whether a gradient norm is `factor` times the median of those before it, once a quarter of the window is known.
-    Differs from OLMo-core and MaxText (mean and deviation): a median is not moved by the spikes it is to find."""
     if not factor:
         return jnp.zeros((), bool)
-    known = jnp.sum(~jnp.isnan(norms)) >= max(1, norms.size // 4)
-    return known & (norm > factor * jnp.nanmedian(norms))
+    num_known = jnp.sum(~jnp.isnan(previous_norms))
+    enough_known = num_known >= max(1, previous_norms.size // 4)
+    return enough_known & (norm > factor * jnp.nanmedian(previous_norms))
 
 
-def run_twice(train_step: Callable, state: State, batch) -> tuple[State, Metrics, bool]:
-    """(state, metrics, whether a second run of the same step gave the same bits). Needs room for a second state."""
-    twin = jax.tree.map(jnp.copy, state)
-    state, metrics = train_step(state, batch)
-    again = train_step(twin, batch)[0]
-    return state, metrics, bool(_same_bits(state, again))
+def select_update(mesh: Mesh | None) -> Callable[..., tuple[Params, optax.OptState]]:
+    """Returns the implementation of `apply_update` for the devices of a mesh."""
+    if sharding.chip_name(mesh) == "cpu":
+        return train_step_cpu.apply_update_in_place
+    return apply_update
 
 
-@jax.jit
-def _same_bits(a, b):
-    def same(x, y):
-        x, y = (jax.lax.bitcast_convert_type(v, jnp.uint32) for v in (x, y))
-        return jnp.all(x == y)
+def apply_update(
+    rule: optax.GradientTransformation,
+    grads: Params,
+    clip_factor: jax.Array | float,
+    params: Params,
+    opt_state: optax.OptState,
+    is_good: jax.Array,
+) -> Update:
+    """Applies an optimizer update, unless the step is bad.
 
-    return jnp.all(jnp.stack(jax.tree.leaves(jax.tree.map(same, a, b))))
+    A single NaN in Adam's moments would stay in them forever, so a bad step must change neither
+    the parameters nor the moments.
+
+    Args:
+      rule: the optimizer.
+      grads: gradients before clipping.
+      clip_factor: factor by which the gradients are multiplied.
+      params: parameters before the update.
+      opt_state: optimizer state before the update.
+      is_good: bool; if False, `params` and `opt_state` are returned unchanged.
+    """
+    clipped = jax.tree.map(lambda g: g * clip_factor, grads)
+    updates, new_opt_state = rule.update(clipped, opt_state, params)
+    new_params = optax.apply_updates(params, updates)
+    return jax.tree.map(
+        lambda new, old: jnp.where(is_good, new, old),
+        Update(new_params, new_opt_state),
+        Update(params, opt_state),
+    )
 
 
-def jitted_score_step(config: Config, mesh, trace: bool = False) -> Callable:
-    """Returns `make_score_step` under jax.jit, its results on every device."""
+# ---- scoring step ----------------------------------------------------------------------------
+
+
+def jitted_score_step(config: Config, mesh: Mesh, trace: bool = False) -> ScoreStep:
+    """Returns `make_score_step` under jax.jit. Its results are replicated over all devices."""
     return jax.jit(
         make_score_step(config, mesh, trace),
         out_shardings=sharding.replicated(mesh),
@@ -292,18 +416,30 @@ def jitted_score_step(config: Config, mesh, trace: bool = False) -> Callable:
     )
 
 
-def make_score_step(config: Config, mesh=None, trace: bool = False) -> Callable:
-    """score(params, batch) -> (nll_BL nats, weights_BL, router statistics), dropless whatever the config says; with
-    trace also (inputs_BL, targets_BL, gates and expert ids [layers, B, L, K])."""
+def make_score_step(config: Config, mesh: Mesh | None = None, trace: bool = False) -> ScoreStep:
+    """Returns score(params, batch), which evaluates the model without dropping tokens.
+
+    Args:
+      config: the config. Its capacity factor is ignored.
+      mesh: the mesh.
+      trace: also return each token's routing.
+
+    Returns:
+      A function that returns (nll_BL in nats, weights_BL, routing statistics); with `trace` also
+      (inputs_BL, targets_BL, gates, expert ids), the last two [layers, B, L, K].
+    """
     graph, _ = transformer.build_abstract_model(kernel_selection.for_evaluation(config), mesh)
 
-    def score(params, batch):
-        inputs, segments, targets, weights = inputs_and_targets(batch["tokens"], batch["segments"])
+    def score(params: Params, batch: Batch) -> tuple:
+        split = inputs_and_targets(batch["tokens"], batch["segments"])
         model = nnx.merge(graph, params)
-        x_BLD, out = model.hidden(inputs, segments, trace)
-        nll_BL = losses.nll(x_BLD, model.head_weight(), targets, config.training.loss_chunk, mesh)
-        return (nll_BL, weights, out.statistics) + (
-            (inputs, targets, *out.choices) if trace else ()
+        x_BLD, out = model.hidden(split.inputs_BL, split.segments_BL, trace)
+        nll_BL = losses.nll(
+            x_BLD, model.head_weight(), split.targets_BL, config.training.loss_chunk, mesh
         )
+        scores = (nll_BL, split.weights_BL, out.statistics)
+        if not trace:
+            return scores
+        return (*scores, split.inputs_BL, split.targets_BL, *out.choices)
 
     return score

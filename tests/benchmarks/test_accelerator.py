@@ -230,7 +230,9 @@ class FakeKernels:
         return 1
 
     def run(self, x_ND, rows_E, weights, placement):
-        y_ND = reference_ffn.reference(x_ND, rows_E, expert_weights.ExpertWeights(*weights), placement.widths[0])
+        y_ND = reference_ffn.reference(
+            x_ND, rows_E, expert_weights.ExpertWeights(*weights), placement.widths[0]
+        )
         return y_ND.at[8:16].multiply(self.factor)
 
     def forward(self, x_ND, rows_E, weights, shard, placement, tiles, interpret, keep):

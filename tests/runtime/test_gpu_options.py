@@ -63,7 +63,7 @@ def test_the_step_and_the_score_step_are_compiled_with_them(monkeypatch):
     config = dataclasses.replace(tiny_config(), mesh=MeshConfig(1, 1, 1))
     mesh = device_mesh.build_mesh(config, jax.devices()[:1])
     monkeypatch.setattr(
-        train_step, "_lowered", lambda config, mesh: jax.jit(lambda a: a + 1).lower(1.0)
+        train_step, "lower_train_step", lambda config, mesh: jax.jit(lambda a: a + 1).lower(1.0)
     )
     with pytest.raises(
         jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"

@@ -24,7 +24,15 @@ from modse_jax.evaluation import model_loading
 from modse_jax.runtime import files, integrity, signals
 from modse_jax.runtime.lock import Lock
 from modse_jax.runtime.signals import StopRequest
-from modse_jax.training import loop, run_logs, state_arrays, train_step, validation
+from modse_jax.training import (
+    loop,
+    replay_check,
+    restore,
+    run_logs,
+    state_arrays,
+    train_step,
+    validation,
+)
 from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
 from tests.helpers import faults
 from tests.helpers.configs import tiny_config
@@ -264,7 +272,7 @@ def test_replayed_step_is_compared_bit_by_bit():
     state, b = initial_state(config), batch(config)
     step = jax.jit(train_step.make_train_step(config))
     once = step(state, b)[0]
-    twice, _, same = train_step.run_twice(step, state, b)
+    twice, _, same = replay_check.run_twice(step, state, b)
     assert same
     for a, c in zip(jax.tree.leaves(once), jax.tree.leaves(twice)):
         np.testing.assert_array_equal(a, c)
@@ -276,7 +284,7 @@ def test_replayed_step_is_compared_bit_by_bit():
             params={**new.params, "head": new.params["head"].at[0, 0].add(next(calls))}
         ), m
 
-    assert not train_step.run_twice(faulty, state, b)[2]
+    assert not replay_check.run_twice(faulty, state, b)[2]
 
 
 # ---- runs ----
@@ -311,8 +319,8 @@ def test_rewind_happens_once_and_its_skipped_data_stays_skipped(corpus, tmp_path
     meta = json.loads((workdir / "checkpoints" / "00000008" / "meta" / "metadata").read_text())
     assert (
         meta["skipped_data"] == [[4, 3]]
-        and loop._batch_number(4, meta) == 7
-        and loop._batch_number(3, meta) == 3
+        and restore.next_batch_number(4, meta["skipped_data"]) == 7
+        and restore.next_batch_number(3, meta["skipped_data"]) == 3
     )
     rows = [
         r["step"] for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "train"

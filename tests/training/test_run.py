@@ -1,15 +1,21 @@
-"""Whole runs: resume, signals, evaluation, report; and every bad input in one line, exit code 2, nothing written."""
+"""Runs from start to end: resuming, signals, evaluation, reports, and the refusal of bad input.
+
+Bad input ends in a message of one line and exit code 2, and leaves nothing behind.
+"""
 
 import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,128 +27,148 @@ from modse_jax.data import batching, data_card, training_data
 from modse_jax.errors import ExitCode, UserError
 from modse_jax.evaluation import model_loading, scoring
 from modse_jax.report import analysis, demo_summary, pages, routing_statistics
-from modse_jax.runtime import malloc
+from modse_jax.runtime import malloc, sharding
 from modse_jax.training import loop, metrics, run_logs, train_step
 from modse_jax.training.checkpointing import Checkpoints
 from tests.helpers.runs import ROOT, command, config_for, state_of, train_args
 
 
-def test_a_resumed_run_equals_the_straight_one_bit_for_bit(corpus, tmp_path, capsys):
+def change(config: Config, section: str, **options: Any) -> Config:
+    """Returns a config with other values in one section."""
+    changed = dataclasses.replace(getattr(config, section), **options)
+    return dataclasses.replace(config, **{section: changed})
+
+
+def read_rows(workdir: pathlib.Path, split: str) -> list[dict]:
+    """Returns the rows of metrics.jsonl for a split."""
+    rows = run_logs.read_log(workdir / "metrics.jsonl")
+    return [row for row in rows if row["split"] == split]
+
+
+def test_resumed_run_equals_an_uninterrupted_run_bit_for_bit(corpus, tmp_path, capsys, monkeypatch):
     config = config_for(corpus, training=dict(eval_every=3))
-    assert loop.train(config, str(tmp_path / "straight")) == ExitCode.FINISHED
-    short = dataclasses.replace(
-        config, training=dataclasses.replace(config.training, checkpoint_every=2, log_every=1)
-    )
+    straight = tmp_path / "straight"
     cut = tmp_path / "cut"
-    # The schedule ends at training.steps, so a run is cut short by its signal, not by fewer steps.
-    calls = {"left": 4}
-    read = metrics.train_row
+    assert loop.train(config, str(straight)) == ExitCode.FINISHED
+    often_saved = change(config, "training", checkpoint_every=2, log_every=1)
+    # The learning rate depends on training.steps, so a signal interrupts the run, not fewer steps.
+    original = metrics.train_row
+    calls = itertools.count(1)
 
-    def stop_at_four(*args):
-        calls["left"] -= 1
-        if calls["left"] == 0:
+    def send_signal_in_fourth_call(*args):
+        if next(calls) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return read(*args)
+        return original(*args)
 
-    metrics.train_row = stop_at_four
-    try:
-        assert loop.train(short, str(cut)) == ExitCode.STOPPED
-    finally:
-        metrics.train_row = read
-    assert max(int(p.name) for p in (cut / "checkpoints").iterdir() if p.name.isdigit()) in (4, 5)
-    with open(cut / "metrics.jsonl", "a") as file:  # what a killed run leaves past its checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "train_row", send_signal_in_fourth_call)
+        assert loop.train(often_saved, str(cut)) == ExitCode.STOPPED
+    names = [path.name for path in (cut / "checkpoints").iterdir()]
+    assert max(int(name) for name in names if name.isdigit()) in (4, 5)
+    with open(cut / "metrics.jsonl", "a") as file:  # lines of a killed run after its checkpoint
         file.write('{"step": 6, "split": "train"}\n{"step": 6, "spl')
-    assert loop.train(short, str(cut)) == ExitCode.FINISHED
-    out = capsys.readouterr().out
-    assert "resuming step" in out and "experts: reference; attention: blocks\n" in out
-    for a, b in zip(
-        jax.tree.leaves(state_of(tmp_path / "straight", config)),
-        jax.tree.leaves(state_of(cut, config)),
-    ):
-        np.testing.assert_array_equal(a, b)
+    assert loop.train(often_saved, str(cut)) == ExitCode.FINISHED
+    output = capsys.readouterr().out
+    assert "resuming step" in output
+    assert "experts: reference; attention: blocks\n" in output
+    expected = jax.tree.leaves(state_of(straight, config))
+    for one, other in zip(expected, jax.tree.leaves(state_of(cut, config)), strict=True):
+        np.testing.assert_array_equal(one, other)
     rows = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows if r["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert len((cut / "metrics.discarded.jsonl").read_text().splitlines()) == 2
-    same = {(r["step"], r["split"]): r["loss"] for r in rows}
-    for r in run_logs.read_log(tmp_path / "straight" / "metrics.jsonl"):
-        assert same[r["step"], r["split"]] == r["loss"]
+    losses = {(row["step"], row["split"]): row["loss"] for row in rows}
+    for row in run_logs.read_log(straight / "metrics.jsonl"):
+        assert losses[row["step"], row["split"]] == row["loss"]
 
-    assert loop.train(short, str(cut)) == ExitCode.FINISHED
+    assert loop.train(often_saved, str(cut)) == ExitCode.FINISHED
     assert "finished" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"holds another config \(moe.top_k: 2 -> 1\)"):
-        loop.train(
-            dataclasses.replace(short, moe=dataclasses.replace(short.moe, top_k=1)), str(cut)
-        )
+        loop.train(change(often_saved, "moe", top_k=1), str(cut))
+
+
+class FinishedRun(NamedTuple):
+    """A finished run, and the "section.option" names that it and its evaluation read."""
+
+    config: Config
+    workdir: pathlib.Path
+    options_read: set[str]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run, shared by the tests that only look at it."""
+    """A finished run, shared by tests that do not change it."""
     root = tmp_path_factory.mktemp("finished")
-    (root / "corpus").mkdir()
-    for i in range(16):
-        (root / "corpus" / f"{i}.txt").write_text(
-            f"line {i} of some text, said again and again\n" * 40
-        )
-    config = config_for(root / "corpus")
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    with options_read() as read:
+    corpus = root / "corpus"
+    corpus.mkdir()
+    for number in range(16):
+        line = f"line {number} of some text, said again and again\n"
+        (corpus / f"{number}.txt").write_text(line * 40)
+    config = config_for(corpus)
+    workdir = root / "run"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with record_options_read() as options_read:
         device_mesh.request_determinism(config)
-        loop.train(config, str(root / "run"))
-        scoring.evaluate(str(root / "run"), 0, ("sample",), 0, 0, ())
-    READ.update(read)
-    for s, handler in before.items():
-        signal.signal(s, handler)
-    return config, root / "run"
+        loop.train(config, str(workdir))
+        scoring.evaluate(str(workdir), 0, ("sample",), 0, 0, ())
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return FinishedRun(config, workdir, options_read)
 
 
-READ = set()
+# Modules that read every option, whether anything uses it or not.
+READ_EVERY_OPTION = ("options.py", "checks.py", "loading.py", "option_fields.py", "reference.py")
 
 
 @contextlib.contextmanager
-def options_read():
-    """Collects "section.option" for every option that the package, config.py apart, reads meanwhile."""
-    read, package = set(), str(ROOT / "modse_jax")
-
-    def recording(section, cls):
-        names = {f.name for f in dataclasses.fields(cls)}
-
-        def get(self, name):
-            file = sys._getframe(1).f_code.co_filename
-            if name in names and file.startswith(package) and not file.endswith("config.py"):
-                read.add(f"{section}.{name}".removeprefix("."))
-            return object.__getattribute__(self, name)
-
-        return get
-
-    classes = {
-        f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)
-    } | {"": Config}
-    for section, cls in classes.items():
-        cls.__getattribute__ = recording(section, cls)
+def record_options_read() -> Iterator[set[str]]:
+    """Collects "section.option" of every option that the package reads meanwhile."""
+    found: set[str] = set()
+    sections = {"": Config}
+    for field in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(field.type):
+            sections[field.name] = field.type
+    for section, config_class in sections.items():
+        config_class.__getattribute__ = recording_getter(section, config_class, found)
     try:
-        yield read
+        yield found
     finally:
-        for cls in classes.values():
-            del cls.__getattribute__
+        for config_class in sections.values():
+            del config_class.__getattribute__
+
+
+def recording_getter(section: str, config_class: type, found: set[str]) -> Callable:
+    """Returns a __getattribute__ that adds options to `found` when the package reads them."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    package = ROOT / "modse_jax"
+
+    def get(self, name):
+        reader = pathlib.Path(sys._getframe(1).f_code.co_filename)
+        reads_all = reader.parent == package / "config" and reader.name in READ_EVERY_OPTION
+        if name in names and reader.is_relative_to(package) and not reads_all:
+            found.add(f"{section}.{name}".removeprefix("."))
+        return object.__getattribute__(self, name)
+
+    return get
 
 
 def test_every_option_is_read_by_a_run(finished):
-    """A dead option is a promise not kept. What a run of this config has no use for is named here, with its reader."""
-    elsewhere = {
+    """No option is without effect. Options that this config does not use are listed here."""
+    read_elsewhere = {
+        # Config.widths and the checks of options:
         "moe.width",
         "moe.widths",
-        "moe.pairs",  # config.py: Config.widths and its checks
+        "moe.pairs",
+        # moe/layer.py, if the experts are sharded:
         "moe.exchange",
-    }  # moe/layer.py, where there are several shards of experts
-    every = {path for path, field in fields() if not dataclasses.is_dataclass(field.type)}
-    assert every - READ - elsewhere == set()
+    }
+    options = {path for path, field in fields() if not dataclasses.is_dataclass(field.type)}
+    assert options - finished.options_read - read_elsewhere == set()
 
 
-def test_what_a_run_leaves(finished):
-    config, workdir = finished
-    train = [r for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "train"]
-    assert list(train[0]) == [
+def test_run_leaves_metrics_routing_config_environment_and_checkpoints(finished):
+    config, workdir, _ = finished
+    assert list(read_rows(workdir, "train")[0]) == [
         "step",
         "split",
         "tokens",
@@ -160,90 +186,75 @@ def test_what_a_run_leaves(finished):
         "data_wait",
         "epochs",
     ]
-    held = [r for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "validation"]
-    assert len(held) == 1 and {"loss", "bits_per_byte"} <= set(held[0])
-    routing = run_logs.read_log(workdir / "routing.jsonl")
-    assert {r["layer"] for r in routing} == {0, 1}
-    for r in routing:
-        if r["split"] == "train":
-            assert sum(r["tokens_per_expert"]) == 2 * np.sum(r["tokens_per_expert_by_choice"][0])
-        assert min(config.widths) <= r["count_weighted_width"] <= max(config.widths)
-        assert set(r["straggler"]) == {"in_use", "pairs", "sorted", "one_per_device", "columns"}
-        assert (
-            r["straggler"]["in_use"]
-            == r["straggler"]["columns"]
-            == 1
-            <= r["straggler"]["pairs"]
-            <= 2
-        )
-        assert 1 <= r["max_over_mean"] <= 4 and 0 <= r["entropy"] <= np.log(4) + 1e-6
-    assert json.loads((workdir / "config.json").read_text()) == json.loads(
-        json.dumps(dataclasses.asdict(config))
-    )
+    (validation_row,) = read_rows(workdir, "validation")
+    assert {"loss", "bits_per_byte"} <= set(validation_row)
+    saved_config = json.loads((workdir / "config.json").read_text())
+    assert saved_config == json.loads(json.dumps(dataclasses.asdict(config)))
     environment = json.loads((workdir / "environment.json").read_text())
     assert {"versions", "devices", "git_commit", "command"} <= set(environment)
     assert list((workdir / "tensorboard").glob("events*"))
-    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {
-        "00000003",
-        "00000006",
-        ".lock",
-    }
+    names = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert names == {"00000003", "00000006", ".lock"}
 
 
-def test_a_checkpoint_holds_its_own_step_though_training_went_on(finished):
-    """It is written in the background while the next steps reuse the donated buffers of its state."""
-    config, workdir = finished
+def test_logged_routing_is_consistent(finished):
+    config, workdir, _ = finished
+    rows = run_logs.read_log(workdir / "routing.jsonl")
+    assert {row["layer"] for row in rows} == {0, 1}
+    for row in rows:
+        if row["split"] == "train":
+            first_choices = np.sum(row["tokens_per_expert_by_choice"][0])
+            assert sum(row["tokens_per_expert"]) == 2 * first_choices
+        assert min(config.widths) <= row["count_weighted_width"] <= max(config.widths)
+        straggler = row["straggler"]
+        assert set(straggler) == {"in_use", "pairs", "sorted", "one_per_device", "columns"}
+        assert straggler["in_use"] == straggler["columns"] == 1
+        assert 1 <= straggler["pairs"] <= 2
+        assert 1 <= row["max_over_mean"] <= 4
+        assert 0 <= row["entropy"] <= np.log(4) + 1e-6
+
+
+def test_checkpoint_holds_its_own_step_although_training_continued(finished):
+    """It is written in the background while later steps reuse the donated buffers of its state."""
+    config, workdir, _ = finished
     data = training_data.load(config, workdir)
-    step, state = (
-        jax.jit(train_step.make_train_step(config)),
-        jax.jit(lambda: train_step.init_state(config))(),
-    )
+    step = jax.jit(train_step.make_train_step(config))
+    state = jax.jit(lambda: train_step.init_state(config))()
     for batch in itertools.islice(batching.train_batches(data, config, 0), 3):
         state, _ = step(state, batch)
     saved = state_of(workdir, config, 3)
-    for a, b in zip(jax.tree.leaves(saved), jax.tree.leaves(jax.device_get(state))):
-        np.testing.assert_allclose(a, b, atol=1e-4)
-    after = state_of(workdir, config, 6)
-    assert np.abs(after.params["head"] - saved.params["head"]).max() > 1e-3
+    expected = jax.tree.leaves(jax.device_get(state))
+    for one, other in zip(jax.tree.leaves(saved), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    later = state_of(workdir, config, 6)
+    assert np.abs(later.params["head"] - saved.params["head"]).max() > 1e-3
 
 
-def test_a_run_goes_on_on_another_mesh(finished, tmp_path, capsys):
-    """From 8 devices with all parameters to shards of every expert's columns; and its report shows them."""
-    config, workdir = finished
-    capped = dataclasses.replace(config, moe=dataclasses.replace(config.moe, capacity_factor=2.0))
-    (tmp_path / "capped").mkdir()
-    (tmp_path / "capped" / "config.json").write_text(json.dumps(dataclasses.asdict(capped)))
-    with pytest.raises(
-        UserError, match="holds another config .mesh.data: -1 -> 8"
-    ):  # it would drop other tokens
-        loop.train(dataclasses.replace(capped, mesh=MeshConfig(8)), str(tmp_path / "capped"))
-    local = dataclasses.replace(
-        config, moe=dataclasses.replace(config.moe, balance_loss_scope="device")
-    )
-    (tmp_path / "capped" / "config.json").write_text(json.dumps(dataclasses.asdict(local)))
-    with pytest.raises(UserError, match="holds another config .mesh.data: -1 -> 8"):  # another loss
-        loop.train(dataclasses.replace(local, mesh=MeshConfig(8)), str(tmp_path / "capped"))
-    shutil.copytree(workdir, tmp_path / "run")
-    moved = dataclasses.replace(
-        config,
-        mesh=MeshConfig(1, 2, 2),
-        moe=dataclasses.replace(config.moe, placement="columns"),
-        training=dataclasses.replace(config.training, steps=8),
-    )
-    assert loop.train(moved, str(tmp_path / "run")) == ExitCode.FINISHED
+@pytest.mark.parametrize("options", [{"capacity_factor": 2.0}, {"balance_loss_scope": "device"}])
+def test_mesh_may_not_change_if_the_loss_depends_on_it(options, finished, tmp_path):
+    config = change(finished.config, "moe", **options)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    with pytest.raises(UserError, match="holds another config .mesh.data: -1 -> 8"):
+        loop.train(dataclasses.replace(config, mesh=MeshConfig(8)), str(tmp_path))
+
+
+def test_run_resumes_on_another_mesh(finished, tmp_path, capsys):
+    """From 8 devices with replicated parameters to sharded hidden units of every expert."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished.workdir, workdir)
+    config = change(finished.config, "moe", placement="columns")
+    config = change(config, "training", steps=8)
+    config = dataclasses.replace(config, mesh=MeshConfig(1, 2, 2))
+    assert loop.train(config, str(workdir)) == ExitCode.FINISHED
     assert "resuming step 6 of 8" in capsys.readouterr().out
-    rows = [
-        r for r in run_logs.read_log(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"
-    ]
-    assert rows[-1]["step"] == 8 and rows[-1]["loss"] < rows[0]["loss"]
-    assert state_of(tmp_path / "run", config, 8).params["blocks"]["moe"]["w_gate"].shape == (
-        2,
-        16,
-        48,
-    )
+    rows = read_rows(workdir, "train")
+    assert rows[-1]["step"] == 8
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    experts = state_of(workdir, finished.config, 8).params["blocks"]["moe"]
+    assert experts["w_gate"].shape == (2, 16, 48)
 
 
-def test_steps_without_a_config_are_not_resumed_under_another(corpus, tmp_path):
+def test_checkpoints_without_a_config_are_not_resumed(corpus, tmp_path):
     (tmp_path / "run" / "checkpoints" / "00000003").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="holds checkpoints but no config.json"):
@@ -252,105 +263,124 @@ def test_steps_without_a_config_are_not_resumed_under_another(corpus, tmp_path):
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(finished):
-    config, workdir = finished
-    results = [scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, n, ()) for n in (1, 3, 8)]
-    logged = [
-        r for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "validation"
-    ][-1]
-    for r in results:
-        assert r["loss"]["loss"] == pytest.approx(logged["loss"], rel=1e-6)
-        assert r["loss"]["bits_per_byte"] == pytest.approx(logged["bits_per_byte"], rel=1e-6)
-        assert [x["tokens_per_expert"] for x in r["routing"]["layers"]] == [
-            x["tokens_per_expert"] for x in results[0]["routing"]["layers"]
-        ]
+    workdir = finished.workdir
+    results = [
+        scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, batch_size, ())
+        for batch_size in (1, 3, 8)
+    ]
+    logged = read_rows(workdir, "validation")[-1]
+    counts = [
+        [layer["tokens_per_expert"] for layer in result["routing"]["layers"]] for result in results
+    ]
+    for result in results:
+        for name in ("loss", "bits_per_byte"):
+            assert result["loss"][name] == pytest.approx(logged[name], rel=1e-6)
+    assert counts[1:] == counts[:-1]
 
 
 def test_samples_report_and_summary(finished):
-    config, workdir = finished
+    workdir = finished.workdir
     shown = []
-    result = scoring.evaluate(
-        str(workdir), 6, ("loss", "sample"), 0, 0, ("line", "x"), shown.append
-    )
-    assert [s["prompt"] for s in result["samples"]] == ["line", "x"]
-    assert len(shown) > 4 and "sample after 'line'\n  | line" in "".join(shown)
-    for sample in result["samples"]:  # what streamed is what is kept
-        assert (sample["prompt"] + sample["text"]).replace("\n", "\n  | ") in "".join(shown)
+    prompts = ("line", "x")
+    result = scoring.evaluate(str(workdir), 6, ("loss", "sample"), 0, 0, prompts, shown.append)
+    output = "".join(shown)
+    assert tuple(sample["prompt"] for sample in result["samples"]) == prompts
+    assert len(shown) > 4
+    assert "sample after 'line'\n  | line" in output
+    for sample in result["samples"]:  # the streamed text is the returned text
+        assert (sample["prompt"] + sample["text"]).replace("\n", "\n  | ") in output
     pages.write(str(workdir))
     page = (workdir / "report" / "index.html").read_text()
     for name in ("loss", "expert_load", "load_by_width", "balance", "straggler"):
-        assert (
-            workdir / "report" / f"{name}.png"
-        ).stat().st_size > 5000 and f'src="{name}.png"' in page
+        assert (workdir / "report" / f"{name}.png").stat().st_size > 5000
+        assert f'src="{name}.png"' in page
     assert "neighbours in size" in page
-    last = demo_summary.summary(workdir, time.time() - 60)
-    assert last["validation_bits_per_byte"] == result["loss"]["bits_per_byte"]
-    assert (
-        0 < last["gzip_bits_per_byte"] < 8
-        and 1 <= last["minutes"] < 2
-        and last["tokens_per_second"] > 0
-    )
-
-
-def test_evaluation_refuses_what_it_cannot_do(finished, tmp_path):
-    config, workdir = finished
-    for args, message in (
-        ((str(workdir), 5, ("loss",), 0, 0, ()), "--step=5 is not saved in .*; saved: 3, 6"),
-        ((str(workdir), 0, ("lose",), 0, 0, ()), "--suite=lose is unknown; suites: loss, routing"),
-        ((str(tmp_path), 0, ("loss",), 0, 0, ()), "holds no run"),
-        ((str(workdir), 0, ("sample",), 0, 0, ("x" * 99,)), "has 100 tokens"),
-    ):
-        with pytest.raises(UserError, match=message):
-            scoring.evaluate(*args)
-
-
-def test_checkpoints_of_another_shape_or_type_are_refused(finished):
-    config, workdir = finished
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    abstract = jax.eval_shape(lambda: train_step.init_state(config))
-    wrong = abstract._replace(step=jax.ShapeDtypeStruct((), np.float32))
-    with pytest.raises(
-        UserError, match=r"checkpoint 6 does not fit the model: step is \[\[\], 'int32'\] in the"
-    ):
-        checkpoints.restore(6, wrong)
-    wider = jax.eval_shape(
-        lambda: train_step.init_state(
-            dataclasses.replace(config, moe=dataclasses.replace(config.moe, gate_term="learned"))
-        )
-    )
-    with pytest.raises(UserError, match="arrays, but the model has"):
-        checkpoints.restore(6, wider)
-    checkpoints.close()
-
-
-def test_a_diverging_run_stops_with_its_last_good_checkpoint(corpus, tmp_path, monkeypatch):
-    config = config_for(corpus, training=dict(max_nonfinite_steps=2, steps=12))
-    make = train_step.make_train_step
-
-    def poisoned(config, mesh):
-        step = make(config, mesh)
-
-        def poison(state, batch):  # from step 4 on, every gradient is NaN
-            bad = jax.numpy.where(state.step >= 4, jax.numpy.nan, 1.0)
-            new, m = step(
-                state._replace(params=jax.tree.map(lambda p: p * bad, state.params)), batch
-            )
-            keep = jax.tree.map(
-                lambda a, b: jax.numpy.where(state.step >= 4, b, a), new.params, state.params
-            )
-            return new._replace(params=keep), m
-
-        return poison
-
-    monkeypatch.setattr(train_step, "make_train_step", poisoned)
-    assert loop.train(config, str(tmp_path / "run")) == ExitCode.DIVERGED
-    rows = run_logs.read_log(tmp_path / "run" / "metrics.jsonl")
-    assert rows[-1]["loss"] is None and rows[-1]["skipped_steps"] == 2
-    saved = state_of(tmp_path / "run", config)
-    assert int(saved.step) == 3 and all(np.isfinite(a).all() for a in jax.tree.leaves(saved.params))
+    summary = demo_summary.summary(workdir, time.time() - 60)
+    assert summary["validation_bits_per_byte"] == result["loss"]["bits_per_byte"]
+    assert 0 < summary["gzip_bits_per_byte"] < 8
+    assert 1 <= summary["minutes"] < 2
+    assert summary["tokens_per_second"] > 0
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "step, suites, prompts, message",
+    [
+        (5, ("loss",), (), "--step=5 is not saved in .*; saved: 3, 6"),
+        (0, ("lose",), (), "--suite=lose is unknown; suites: loss, routing"),
+        (0, ("sample",), ("x" * 99,), "has 100 tokens"),
+    ],
+)
+def test_evaluation_refuses_bad_arguments(step, suites, prompts, message, finished):
+    with pytest.raises(UserError, match=message):
+        scoring.evaluate(str(finished.workdir), step, suites, 0, 0, prompts)
+
+
+def test_evaluation_refuses_a_directory_without_a_run(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        scoring.evaluate(str(tmp_path), 0, ("loss",), 0, 0, ())
+
+
+def test_checkpoints_of_another_shape_or_type_are_refused(finished):
+    config, workdir, _ = finished
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    shapes = jax.eval_shape(lambda: train_step.init_state(config))
+    other_type = shapes._replace(step=jax.ShapeDtypeStruct((), np.float32))
+    message = r"checkpoint 6 does not fit the model: step is \[\[\], 'int32'\] in the"
+    with pytest.raises(UserError, match=message):
+        checkpoints.restore(6, other_type)
+    larger = change(config, "moe", gate_term="learned")
+    more_arrays = jax.eval_shape(lambda: train_step.init_state(larger))
+    with pytest.raises(UserError, match="arrays, but the model has"):
+        checkpoints.restore(6, more_arrays)
+    checkpoints.close()
+
+
+def test_diverging_run_stops_with_its_last_good_checkpoint(corpus, tmp_path, monkeypatch):
+    config = config_for(corpus, training=dict(max_nonfinite_steps=2, steps=12))
+    make_train_step = train_step.make_train_step
+
+    def make_poisoned_step(config, mesh):
+        step = make_train_step(config, mesh)
+
+        def poisoned_step(state, batch):  # from step 4 on, every gradient is NaN
+            is_poisoned = state.step >= 4
+            factor = jax.numpy.where(is_poisoned, jax.numpy.nan, 1.0)
+            poisoned = jax.tree.map(lambda array: array * factor, state.params)
+            new_state, results = step(state._replace(params=poisoned), batch)
+            params = jax.tree.map(
+                lambda new, old: jax.numpy.where(is_poisoned, old, new),
+                new_state.params,
+                state.params,
+            )
+            return new_state._replace(params=params), results
+
+        return poisoned_step
+
+    monkeypatch.setattr(train_step, "make_train_step", make_poisoned_step)
+    workdir = tmp_path / "run"
+    assert loop.train(config, str(workdir)) == ExitCode.DIVERGED
+    last_row = run_logs.read_log(workdir / "metrics.jsonl")[-1]
+    assert last_row["loss"] is None
+    assert last_row["skipped_steps"] == 2
+    saved = state_of(workdir, config)
+    assert int(saved.step) == 3
+    for array in jax.tree.leaves(saved.params):
+        assert np.isfinite(array).all()
+
+
+def assert_refused(arguments: list[str], message: str, workdir: pathlib.Path) -> None:
+    """Asserts that train.py ends with one line of error and exit code 2, and writes nothing."""
+    _, error_output, code = command("train.py", *arguments)
+    lines = [line for line in error_output.splitlines() if line.strip()]
+    assert code == 2, error_output
+    assert len(lines) == 1, error_output
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
     [
         ({"modle.dim": 8}, "modle"),
         ({"model.dimm": 8}, "Did you mean"),
@@ -359,17 +389,30 @@ def test_a_diverging_run_stops_with_its_last_good_checkpoint(corpus, tmp_path, m
         ({"training.batch_size": 3}, "does not divide over mesh.data=2"),
     ],
 )
-def test_bad_options_end_in_one_line(change, message, corpus, tmp_path):
-    out, err, code = command("train.py", *train_args(corpus, tmp_path / "run", **change))
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert (
-        code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
-    ), err
-    assert not (tmp_path / "run").exists()
+def test_bad_options_are_refused_in_one_line(options, message, corpus, tmp_path):
+    workdir = tmp_path / "run"
+    assert_refused(train_args(corpus, workdir, **options), message, workdir)
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "arguments, message",
+    [
+        (["--config=configs/no.py", "--workdir={tmp}/run"], "no.py"),
+        (["--config=configs/tiny.py"], "workdir"),
+        (
+            ["--config=configs/tiny.py", "--workdir={tmp}/run", "stray"],
+            "unexpected argument 'stray'",
+        ),
+        (["--config=configs/tiny.py", "--workdir={tmp}/run", "--nonsense=1"], "nonsense"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(arguments, message, tmp_path):
+    formatted = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert_refused(formatted, message, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "sections, message",
     [
         (dict(training=dict(batch_size=4000)), "fewer than training.batch_size=4000"),
         (dict(data=dict(tokenizer="sentencepiece:/no/file")), "does not exist"),
@@ -383,15 +426,15 @@ def test_bad_options_end_in_one_line(change, message, corpus, tmp_path):
         ),
     ],
 )
-def test_what_a_run_cannot_do_is_found_before_anything_is_written(
-    change, message, corpus, tmp_path
+def test_impossible_runs_are_refused_before_anything_is_written(
+    sections, message, corpus, tmp_path
 ):
     with pytest.raises(UserError, match=re.escape(message)):
-        loop.train(config_for(corpus, **change), str(tmp_path / "run"))
+        loop.train(config_for(corpus, **sections), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_workdirs_that_hold_something_else_are_left_alone(corpus, tmp_path):
+def test_workdirs_with_other_contents_are_refused_and_not_changed(corpus, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
@@ -402,57 +445,63 @@ def test_workdirs_that_hold_something_else_are_left_alone(corpus, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["--config=configs/no.py", "--workdir={tmp}/run"], "no.py"),
-        (["--config=configs/tiny.py"], "workdir"),
-        (
-            ["--config=configs/tiny.py", "--workdir={tmp}/run", "stray"],
-            "unexpected argument 'stray'",
-        ),
-        (["--config=configs/tiny.py", "--workdir={tmp}/run", "--nonsense=1"], "nonsense"),
-    ],
-)
-def test_bad_calls_end_in_one_line(args, message, tmp_path):
-    _, err, code = command("train.py", *(a.format(tmp=tmp_path) for a in args))
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert code == 2 and len(lines) == 1 and message in lines[0], err
-    assert not (tmp_path / "run").exists()
+# ---- analyses --------------------------------------------------------------------------------
 
 
-# ---- analyses --------------------------------------------------------------------------------------------------------
+def count_choices(ids_YTK: np.ndarray, num_experts: int) -> np.ndarray:
+    """Returns [layers, K, E]: how often each expert is the k-th choice of a token."""
+    is_chosen_YTKE = ids_YTK[..., None] == np.arange(num_experts)
+    return is_chosen_YTKE.sum(axis=1)
 
 
-def test_traces_count_what_the_layers_count(finished):
-    """A second way to the same numbers: every token's experts, summed, are the statistics of the forward pass."""
-    _, workdir = finished
+def trace_all_tokens(run: model_loading.LoadedModel) -> np.ndarray:
+    """Returns the experts (layers, tokens, K) of every validation token, predicting or not."""
+    score = train_step.jitted_score_step(run.config, run.mesh, trace=True)
+    (dataset,) = run.data.datasets
+    ids_by_batch = []
+    for batch in batching.validation_batches(dataset, 8, run.config.model.vocab_size):
+        *_, ids_YBLK = score(run.params, sharding.shard_batch(run.mesh, batch, 8))
+        is_token_BL = batch["segments"][:, :-1] > 0
+        ids_by_batch.append(np.asarray(ids_YBLK)[:, is_token_BL])
+    return np.concatenate(ids_by_batch, axis=1)
+
+
+def test_traced_choices_add_up_to_the_routing_statistics(finished):
+    """The statistics also count tokens that predict nothing, which a trace leaves out."""
+    workdir = str(finished.workdir)
     run = model_loading.load_model(workdir, 0, 8)
     trace = analysis.trace(run, 0, 8)
-    result = scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, 8, ())
-    counts = routing_statistics.counts_of(trace, run.config.widths)
-    assert counts.counts_YKE.tolist() != [
-        x["tokens_per_expert_by_choice"] for x in result["routing"]["layers"]
-    ]
+    result = scoring.evaluate(workdir, 0, ("loss", "routing"), 0, 8, ())
+    layers = result["routing"]["layers"]
+    counts_YKE = np.array([layer["tokens_per_expert_by_choice"] for layer in layers])
+    np.testing.assert_array_equal(count_choices(trace_all_tokens(run), 4), counts_YKE)
+
+    traced = routing_statistics.counts_of(trace, run.config.widths)
+    np.testing.assert_array_equal(traced.counts_YKE, count_choices(trace.ids_YTK, 4))
+    assert (traced.counts_YKE <= counts_YKE).all()
+    predicted = result["loss"]["tokens"]
     assert trace.nll_T.mean() == pytest.approx(result["loss"]["loss"], rel=1e-5)
-    assert len(trace.nll_T) == result["loss"]["tokens"] and trace.ids_YTK.shape == (
-        2,
-        len(trace.nll_T),
-        2,
-    )
+    assert len(trace.nll_T) == predicted
+    assert trace.ids_YTK.shape == (2, predicted, 2)
     np.testing.assert_allclose(trace.gates_YTK.sum(axis=2), 1, atol=1e-5)
-    # The layers also count positions that predict nothing: the last of a document that ends in a record.
-    everything = np.array([x["tokens_per_expert_by_choice"] for x in result["routing"]["layers"]])
-    assert (counts.counts_YKE <= everything).all()
 
 
-def test_an_analysis_beside_a_baseline_and_an_earlier_step(finished, tmp_path):
-    config, workdir = finished
-    shutil.copytree(workdir, tmp_path / "baseline")
-    said = analysis.write(str(workdir), 0, (str(tmp_path / "baseline"),), 0, 4, 0)
-    assert "moved since step 3" in said and "by baseline" in said and "by the model itself" in said
-    out = workdir / "report" / "analysis"
-    assert {p.name for p in out.iterdir()} >= {
+def test_analysis_compares_with_a_baseline_and_an_earlier_step(finished, tmp_path):
+    """The baseline is a copy of the run itself."""
+    workdir = finished.workdir
+    baseline = tmp_path / "baseline"
+    shutil.copytree(workdir, baseline)
+    text = analysis.write(str(workdir), 0, (str(baseline),), 0, 4, 0)
+    for words in (
+        "moved since step 3",
+        "by baseline",
+        "by the model itself",
+        "neighbours in size",
+        "by source: ",
+    ):
+        assert words in text
+    folder = workdir / "report" / "analysis"
+    assert {path.name for path in folder.iterdir()} >= {
         "tokens_per_expert.png",
         "max_over_min.png",
         "coactivation.png",
@@ -467,26 +516,29 @@ def test_an_analysis_beside_a_baseline_and_an_earlier_step(finished, tmp_path):
         "by_source.png",
         "straggler.csv",
     }
-    rows = [line.split(",") for line in (out / "difficult.csv").read_text().splitlines()[1:]]
-    assert {(row[0], row[1]) for row in rows} == set(
-        itertools.product(("entries", "positions"), ("by baseline", "by the model itself"))
-    )
-    assert "neighbours in size" in said and "by source: " in said
-    assert all(float(row[5]) == 0 for row in rows)  # the baseline is the model itself
+    lines = (folder / "difficult.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines[1:]]
+    kinds = itertools.product(("entries", "positions"), ("by baseline", "by the model itself"))
+    assert {(row[0], row[1]) for row in rows} == set(kinds)
+    assert all(float(row[5]) == 0 for row in rows)  # the difference from the baseline
     pages.write(str(workdir))
     assert "analysis/difficult.png" in (workdir / "report" / "index.html").read_text()
-    assert "loss of the next" in (out / "text.html").read_text()
-    card = json.loads((tmp_path / "baseline" / "data" / "card.json").read_text())
+    assert "loss of the next" in (folder / "text.html").read_text()
+
+
+def test_analysis_refuses_a_baseline_with_other_data(finished, tmp_path):
+    baseline = tmp_path / "baseline"
+    shutil.copytree(finished.workdir, baseline)
+    path = baseline / "data" / "card.json"
+    card = json.loads(path.read_text())
     card["source"] = "other"
     card["fingerprint"] = data_card.card_fingerprint(card)
-    (tmp_path / "baseline" / "data" / "card.json").write_text(json.dumps(card))
-    with pytest.raises(
-        UserError, match="was prepared with source 'other'|was trained on other data"
-    ):
-        analysis.write(str(workdir), 0, (str(tmp_path / "baseline"),), 0, 4, 0)
+    path.write_text(json.dumps(card))
+    with pytest.raises(UserError, match="was prepared with source 'other'"):
+        analysis.write(str(finished.workdir), 0, (str(baseline),), 0, 4, 0)
 
 
-def test_scripts_start_themselves_anew_with_large_pages_once(monkeypatch):
+def test_scripts_restart_once_with_large_pages(monkeypatch):
     started = []
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(
@@ -495,4 +547,5 @@ def test_scripts_start_themselves_anew_with_large_pages_once(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     malloc.use_large_pages()
     malloc.use_large_pages()
-    assert started == [((sys.executable, [sys.executable, *sys.orig_argv[1:]]), malloc.LARGE_PAGES)]
+    expected_command = (sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    assert started == [(expected_command, malloc.LARGE_PAGES)]

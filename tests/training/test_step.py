@@ -1,4 +1,4 @@
-"""The training step: accumulation, non-finite gradients, and one step's numbers pinned."""
+"""The training step: its numbers, accumulation, clipping, bad steps, and how it is compiled."""
 
 import dataclasses
 import functools
@@ -12,47 +12,76 @@ import optax
 import pytest
 
 from modse_jax.config import device_mesh
-from modse_jax.config.options import MeshConfig
+from modse_jax.config.options import Config, MeshConfig
 from modse_jax.errors import UserError
 from modse_jax.model import accounting
 from modse_jax.runtime import sharding
-from modse_jax.training import metrics, optimizer, train_step
+from modse_jax.training import metrics, optimizer, train_step, train_step_cpu
 from tests.helpers.configs import tiny_config
 from tests.helpers.steps import assert_close, batch, initial_state
 
+# Loss, load-balancing loss, z-loss, gradient norm and parameter norm after one step.
+PINNED = [5.815792, 4.014061, 6.151933, 0.405583, 41.444678]
+
+UPDATES = {
+    "plain": train_step.apply_update,
+    "in place": train_step_cpu.apply_update_in_place,
+}
+
 
 @functools.cache
-def jitted_step(config):
+def jitted_step(config: Config) -> train_step.TrainStep:
     return jax.jit(train_step.make_train_step(config))
 
 
-def run(config):
+def run_one_step(config: Config) -> tuple[train_step.State, train_step.Metrics]:
+    """Returns state and metrics, on the host, after one step from the initial state."""
     return jax.device_get(jitted_step(config)(initial_state(config), batch(config)))
 
 
-def test_one_steps_numbers_are_pinned():
-    """If you meant to change the mathematics, put the new numbers here and say why in LOG.md; a refactor moves none."""
-    state, m = run(tiny_config(moe=dict(backend="blocked")))
-    norm = float(
-        np.sqrt(sum(np.sum(np.square(p, dtype=np.float64)) for p in jax.tree.leaves(state.params)))
-    )
-    got = [float(m.loss), float(m.balance_loss), float(m.z_loss), float(m.grad_norm), norm]
-    np.testing.assert_allclose(got, PINNED, rtol=2e-5)
+def first_moments(state: train_step.State) -> list[np.ndarray]:
+    """Returns Adam's first moments."""
+
+    def is_adam(node):
+        return isinstance(node, optax.ScaleByAdamState)
+
+    nodes = jax.tree.leaves(state.opt_state, is_leaf=is_adam)
+    (adam,) = [node for node in nodes if is_adam(node)]
+    return jax.tree.leaves(adam.mu)
 
 
-PINNED = [5.815792, 4.014061, 6.151933, 0.405583, 41.444678]
+def test_numbers_of_one_step_are_pinned():
+    """Refactoring does not change them.
+
+    If the mathematics is changed on purpose, put the new numbers here and explain them in LOG.md.
+    """
+    state, results = run_one_step(tiny_config(moe=dict(backend="blocked")))
+    squares = [
+        np.sum(np.square(array, dtype=np.float64)) for array in jax.tree.leaves(state.params)
+    ]
+    actual = [
+        float(results.loss),
+        float(results.balance_loss),
+        float(results.z_loss),
+        float(results.grad_norm),
+        float(np.sqrt(sum(squares))),
+    ]
+    np.testing.assert_allclose(actual, PINNED, rtol=2e-5)
 
 
 @pytest.mark.parametrize("capacity", [0.0, 0.5])
-def test_realised_flops_are_of_rows_that_were_multiplied(capacity):
-    """7 of 256 tokens are padding; half of an even share is dropped or more."""
+def test_realized_flops_count_only_routed_tokens(capacity):
+    """7 of 256 tokens are padding. With capacity 0.5, further tokens are dropped."""
     config = tiny_config(moe=dict(widths=(), pairs=False, capacity_factor=capacity))
-    m = run(config)[1]
-    row = metrics.train_row(config, 1, m, 2.0, 1.0, 1e9)
-    dropped = int(m.statistics.dropped.sum())
-    assert (dropped > 0) == (capacity > 0) and row["mfu_realised"] < row["mfu_nominal"]
-    width = 12 * (249 * 4 - dropped) / (256 * 4)  # two layers, two choices
-    flops = 256 * accounting.train_flops_per_token(config, 32, width)
+    _, results = run_one_step(config)
+    row = metrics.train_row(config, 1, results, 2.0, 1.0, 1e9)
+    dropped = int(results.statistics.dropped.sum())
+    assert (dropped > 0) == (capacity > 0)
+    assert row["mfu_realised"] < row["mfu_nominal"]
+    layers_times_k = 4
+    routed = 249 * layers_times_k - dropped
+    mean_width = 12 * routed / (256 * layers_times_k)
+    flops = 256 * accounting.train_flops_per_token(config, 32, mean_width)
     assert row["mfu_realised"] == pytest.approx(flops / 2e9, rel=1e-6)
 
 
@@ -60,137 +89,138 @@ def test_realised_flops_are_of_rows_that_were_multiplied(capacity):
     "text, error, message",
     [
         (
-            "INTERNAL: Ragged all-to-all is currently not supported in limited ICI routing settings",
+            "INTERNAL: Ragged all-to-all is currently not supported in limited ICI routing",
             UserError,
             "moe.exchange=gather",
         ),
         ("INTERNAL: something else", jax.errors.JaxRuntimeError, "something else"),
     ],
 )
-def test_a_slice_that_cannot_send_rows_says_what_would_do(text, error, message, monkeypatch):
+def test_slice_without_ragged_all_to_all_is_refused(text, error, message, monkeypatch):
     def fail(compiler_options):
         raise jax.errors.JaxRuntimeError(text)
 
-    monkeypatch.setattr(train_step, "_lowered", lambda *_: types.SimpleNamespace(compile=fail))
+    lowered = types.SimpleNamespace(compile=fail)
+    monkeypatch.setattr(train_step, "lower_train_step", lambda config, mesh: lowered)
     with pytest.raises(error, match=message):
         train_step.compile_train_step(tiny_config(), None)
 
 
 @pytest.mark.parametrize("chunk", [32, 256])
-def test_a_compiled_step_donates_stays_on_the_device_and_holds_no_logits(chunk):
-    """Of 256 tokens and 300 pieces, in chunks; all at once, the logits are found."""
+def test_compiled_step_donates_its_state_and_never_holds_all_logits(chunk):
+    """A chunk of all 256 tokens does hold them, which proves that the pattern finds them."""
     config = tiny_config(mesh=MeshConfig(1, 1, 1), training=dict(loss_chunk=chunk))
     mesh = device_mesh.build_mesh(config, jax.devices()[:1])
-    compiled, state = (
-        train_step.compile_train_step(config, mesh),
-        train_step.state_shapes(config, mesh),
-    )
+    compiled = train_step.compile_train_step(config, mesh)
     text = compiled.as_text()
-    assert bool(re.search(r"f32\[(256|8,32),300\]", text)) == (chunk == 256)
+    holds_all_logits = re.search(r"f32\[(256|8,32),300\]", text) is not None
+    assert holds_all_logits == (chunk == 256)
     assert not re.search("infeed|outfeed|send|recv|callback", text)
-    held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
-    assert compiled.memory_analysis().alias_size_in_bytes >= held
+    arrays = jax.tree.leaves(train_step.state_shapes(config, mesh))
+    state_bytes = sum(array.size * array.dtype.itemsize for array in arrays)
+    assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("clip,good", [(1.0, True), (0.01, True), (0.01, False)])
-def test_an_update_is_optaxs_or_none(in_place, clip, good):
-    config = tiny_config()
-    state, keys = initial_state(config), iter(jax.random.split(jax.random.key(0), 99))
+@pytest.mark.parametrize("name", UPDATES)
+@pytest.mark.parametrize("clip_factor, is_good", [(1.0, True), (0.01, True), (0.01, False)])
+def test_good_update_is_that_of_optax_and_bad_update_changes_nothing(name, clip_factor, is_good):
+    state = initial_state(tiny_config())
+    keys = iter(jax.random.split(jax.random.key(0), 99))
     grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), state.params)
-    rule = optimizer.build_optimizer(config)
-    state = state._replace(
-        opt_state=rule.update(grads, state.opt_state, state.params)[1]
-    )  # moments that are not 0
-    limit = clip * optax.global_norm(grads)
-    got = jax.jit(
-        lambda: train_step.apply_update(rule, grads, clip, state, jnp.asarray(good), in_place)
-    )()
-    clipped = optax.clip_by_global_norm(limit).update(grads, optax.EmptyState())[0]
-    updates, opt_state = rule.update(clipped, state.opt_state, state.params)
-    want = (
-        (optax.apply_updates(state.params, updates), opt_state)
-        if good
-        else (state.params, state.opt_state)
-    )
-    for a, b, before in zip(
-        *(jax.tree.leaves(t) for t in (got, want, (state.params, state.opt_state)))
-    ):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-        assert np.array_equal(a, before) == (not good)
+    rule = optimizer.build_optimizer(tiny_config())
+    # One update makes the moments nonzero.
+    _, opt_state = rule.update(grads, state.opt_state, state.params)
+    before = (state.params, opt_state)
+    update = UPDATES[name]
+    actual = jax.jit(lambda: update(rule, grads, clip_factor, *before, jnp.asarray(is_good)))()
+
+    expected = before
+    if is_good:
+        clip = optax.clip_by_global_norm(clip_factor * optax.global_norm(grads))
+        clipped, _ = clip.update(grads, optax.EmptyState())
+        updates, new_opt_state = rule.update(clipped, opt_state, state.params)
+        expected = (optax.apply_updates(state.params, updates), new_opt_state)
+    leaves = [jax.tree.leaves(tuple(tree)) for tree in (actual, expected, before)]
+    for actual_leaf, expected_leaf, old_leaf in zip(*leaves, strict=True):
+        np.testing.assert_allclose(actual_leaf, expected_leaf, rtol=1e-5, atol=1e-7)
+        assert np.array_equal(actual_leaf, old_leaf) == (not is_good)
 
 
-def test_a_steps_gradients_are_clipped():
-    """By Adam's first moment after one step: (1 - beta1) times the clipped gradients."""
-    loose, tight = (tiny_config(optimizer=dict(grad_clip=c)) for c in (100.0, 0.05))
-    (free, metrics), (clipped, same) = run(loose), run(tight)
-    assert metrics.grad_norm == same.grad_norm > 0.1
-    factor = 0.05 / metrics.grad_norm
-    moments = [
-        next(
-            s.mu
-            for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
-            if hasattr(s, "mu")
-        )
-        for state in (free, clipped)
-    ]
-    for a, b in zip(*map(jax.tree.leaves, moments)):
-        np.testing.assert_allclose(b, factor * a, rtol=1e-5, atol=1e-9)
+def test_update_in_place_is_selected_on_cpu_only(monkeypatch):
+    assert train_step.select_update(None) is train_step_cpu.apply_update_in_place
+    monkeypatch.setattr(sharding, "chip_name", lambda mesh: "h100")
+    assert train_step.select_update(None) is train_step.apply_update
+
+
+def test_gradients_are_clipped():
+    """Adam's first moment after one step is (1 - beta1) times the clipped gradients."""
+    state, results = run_one_step(tiny_config(optimizer=dict(grad_clip=100.0)))
+    clipped_state, clipped_results = run_one_step(tiny_config(optimizer=dict(grad_clip=0.05)))
+    assert results.grad_norm == clipped_results.grad_norm > 0.1
+    factor = 0.05 / results.grad_norm
+    moments = zip(first_moments(state), first_moments(clipped_state), strict=True)
+    for moment, clipped_moment in moments:
+        np.testing.assert_allclose(clipped_moment, factor * moment, rtol=1e-5, atol=1e-9)
 
 
 def test_accumulation_equals_one_large_batch():
-    """But for the balance loss, which is nonlinear in the batch, and so is off here."""
+    """Except for the load-balancing loss, which is nonlinear in the batch and so is off here."""
     config = tiny_config(moe=dict(balance_loss_weight=0.0, z_loss_weight=0.0))
-    many = dataclasses.replace(
-        config, training=dataclasses.replace(config.training, gradient_accumulation=4)
+    training = dataclasses.replace(config.training, gradient_accumulation=4)
+    state, results = run_one_step(config)
+    split_state, split_results = run_one_step(dataclasses.replace(config, training=training))
+    assert_close(
+        (split_results.loss, split_results.grad_norm), (results.loss, results.grad_norm), 1e-5
     )
-    (one_state, one), (split_state, split) = run(config), run(many)
-    assert_close((split.loss, split.grad_norm), (one.loss, one.grad_norm), 1e-5)
-    np.testing.assert_array_equal(split.statistics.counts_KE, one.statistics.counts_KE)
-    assert_close(split_state.params, one_state.params, 1e-5)
+    np.testing.assert_array_equal(split_results.statistics.counts_KE, results.statistics.counts_KE)
+    assert_close(split_state.params, state.params, 1e-5)
 
 
-def test_a_non_finite_step_changes_nothing_but_its_counters():
+def test_nonfinite_step_changes_only_counters():
     config = tiny_config()
-    state, step = initial_state(config), jitted_step(config)
-    bad = state._replace(
-        params={**state.params, "head": state.params["head"].at[0, 0].set(jnp.inf)}
-    )
-    after, metrics = jax.device_get(step(bad, batch(config)))
-    assert int(metrics.skipped) == int(metrics.nonfinite_in_a_row) == 1 and int(after.step) == 1
-    for a, b in zip(
-        jax.tree.leaves((after.params, after.opt_state)),
-        jax.tree.leaves((bad.params, bad.opt_state)),
-    ):
-        np.testing.assert_array_equal(a, b)
-    good, metrics = jax.device_get(step(after._replace(params=state.params), batch(config)))
-    assert int(metrics.skipped) == 1 and int(metrics.nonfinite_in_a_row) == 0
+    state = initial_state(config)
+    step = jitted_step(config)
+    bad_head = state.params["head"].at[0, 0].set(jnp.inf)
+    bad = state._replace(params={**state.params, "head": bad_head})
+    after, results = jax.device_get(step(bad, batch(config)))
+    assert int(results.skipped) == int(results.nonfinite_in_a_row) == 1
+    assert int(after.step) == 1
+    expected = jax.tree.leaves((bad.params, bad.opt_state))
+    actual = jax.tree.leaves((after.params, after.opt_state))
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+    repaired = after._replace(params=state.params)
+    good, results = jax.device_get(step(repaired, batch(config)))
+    assert int(results.skipped) == 1
+    assert int(results.nonfinite_in_a_row) == 0
     assert not np.array_equal(good.params["head"], state.params["head"])
 
 
 def test_scores_equal_the_training_loss_and_ignore_capacity():
     config = tiny_config()
-    state = initial_state(config)
-    b = batch(config)
-    nll, weights, _ = jax.jit(
-        train_step.make_score_step(tiny_config(moe=dict(capacity_factor=0.25)))
-    )(state.params, b)
-    _, metrics = run(config)
-    assert float((nll * weights).sum() / weights.sum()) == pytest.approx(
-        float(metrics.loss), rel=1e-5
-    )
-    _, capped = run(tiny_config(moe=dict(capacity_factor=0.5)))
-    assert int(capped.statistics.dropped.sum()) > 0 == int(metrics.statistics.dropped.sum())
+    limited = tiny_config(moe=dict(capacity_factor=0.25))
+    score = jax.jit(train_step.make_score_step(limited))
+    nll_BL, weights_BL, _ = score(initial_state(config).params, batch(config))
+    mean = float((nll_BL * weights_BL).sum() / weights_BL.sum())
+    _, results = run_one_step(config)
+    assert mean == pytest.approx(float(results.loss), rel=1e-5)
+    # Training with a capacity does drop tokens.
+    _, limited_results = run_one_step(tiny_config(moe=dict(capacity_factor=0.5)))
+    assert int(results.statistics.dropped.sum()) == 0
+    assert int(limited_results.statistics.dropped.sum()) > 0
 
 
-def test_targets_stay_inside_their_document():
-    tokens, segments = jnp.arange(8)[None], jnp.array([[1, 1, 1, 2, 2, 3, 0, 0]])
-    inputs, _, targets, weights = train_step.inputs_and_targets(tokens, segments)
-    assert weights.tolist() == [[1, 1, 0, 1, 0, 0, 0]]
-    assert targets.tolist() == [[1, 2, 3, 4, 5, 6, 7]] and inputs.shape == (1, 7)
+def test_targets_belong_to_the_document_of_their_input():
+    tokens = jnp.arange(8)[None]
+    segments = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0]])
+    split = train_step.inputs_and_targets(tokens, segments)
+    assert split.weights_BL.tolist() == [[1, 1, 0, 1, 0, 0, 0]]
+    assert split.targets_BL.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert split.inputs_BL.tolist() == [[0, 1, 2, 3, 4, 5, 6]]
 
 
-def test_the_schedule_is_the_papers():
+def test_learning_rate_schedule_is_that_of_the_paper():
     config = tiny_config(
         training=dict(steps=100),
         optimizer=dict(
@@ -208,26 +238,26 @@ def test_the_schedule_is_the_papers():
     assert float(rate(100)) == pytest.approx(3e-5)
 
 
-def test_only_matrices_decay():
+def test_only_weight_matrices_decay():
     config = tiny_config(moe=dict(gate_term="learned"))
-    decays = optimizer.weight_decay_mask(
-        jax.eval_shape(lambda: train_step.init_state(config)).params
-    )
-    assert not decays["final_norm"]["scale"] and not decays["blocks"]["moe_norm"]["scale"]
-    assert not decays["blocks"]["moe"]["router_noise_scale"]
-    assert (
-        decays["embedding"]
-        and decays["blocks"]["moe"]["w_down"]
-        and decays["blocks"]["moe"]["router_gate"]
-    )
+    params = jax.eval_shape(lambda: train_step.init_state(config)).params
+    decays = optimizer.weight_decay_mask(params)
+    blocks = decays["blocks"]
+    assert not decays["final_norm"]["scale"]
+    assert not blocks["moe_norm"]["scale"]
+    assert not blocks["moe"]["router_noise_scale"]
+    assert decays["embedding"]
+    assert blocks["moe"]["w_down"]
+    assert blocks["moe"]["router_gate"]
 
 
 def test_meshes_that_do_not_fit_are_refused():
-    with pytest.raises(
-        UserError,
-        match="mesh.data=9, mesh.fsdp=1, mesh.expert=1 make 9, but this process sees 8 cpu",
-    ):
+    message = "mesh.data=9, mesh.fsdp=1, mesh.expert=1 make 9, but this process sees 8 cpu"
+    with pytest.raises(UserError, match=message):
         device_mesh.build_mesh(tiny_config(mesh=MeshConfig(data=9)))
     with pytest.raises(UserError, match="=12 does not divide over mesh.data=8 "):
         device_mesh.build_mesh(tiny_config(training=dict(batch_size=12)))
+
+
+def test_batch_mesh_uses_as_many_devices_as_divide_the_batch():
     assert sharding.build_batch_mesh(12).size == 6

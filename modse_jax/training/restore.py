@@ -1,0 +1,88 @@
+"""The state from which a run resumes: the newest intact checkpoint, or the target of a rewind."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from modse_jax.errors import UserError
+from modse_jax.runtime import processes
+from modse_jax.training import run_metadata
+from modse_jax.training.checkpointing import Checkpoints, Found
+from modse_jax.training.train_step import State
+
+
+class Restored(NamedTuple):
+    """The state from which a run resumes.
+
+    Attributes:
+      step: number of completed steps; 0 if there are no checkpoints.
+      state: the state; None if there are no checkpoints.
+      damaged: [step, reason] for every damaged checkpoint that was found.
+      rewind_to: the step of `training.rewind`; 0 if the run is not rewound at this start.
+      skipped_data: [step, number of batches] of every rewind so far. After that step, that many
+        batches of data are skipped.
+    """
+
+    step: int
+    state: State | None
+    damaged: list[list]
+    rewind_to: int
+    skipped_data: list[list[int]]
+
+
+def restore_state(
+    checkpoints: Checkpoints,
+    state_shapes: State,
+    metadata: dict[str, Any],
+    rewind: Sequence[int],
+) -> Restored:
+    """Restores the newest intact checkpoint, or that of a rewind which has not been made yet.
+
+    Args:
+      checkpoints: the checkpoints of the workdir. Nothing is moved or deleted.
+      state_shapes: shapes, types and shardings of the state.
+      metadata: metadata of this run.
+      rewind: `training.rewind`: (step, number of batches to skip), or ().
+
+    Raises:
+      UserError: the step of the rewind is missing or damaged, all checkpoints are damaged, or a
+        checkpoint belongs to other data or to another model.
+    """
+    check = functools.partial(run_metadata.check_same_data, metadata)
+    found = checkpoints.newest(check)
+    damaged = found.damaged
+    rewind_to = 0
+    if rewind and list(rewind) not in found.meta.get("skipped_data", []):
+        rewind_to = rewind[0]
+        found = _find_rewind_target(checkpoints, rewind)
+        damaged = [entry for entry in damaged if entry[0] < rewind_to]
+    while found.step:
+        state, reason = checkpoints.restore(found.step, state_shapes)
+        if not reason:
+            skipped_data = found.meta["skipped_data"]
+            if rewind_to:
+                skipped_data = [*skipped_data, list(rewind)]
+            return Restored(found.step, state, damaged, rewind_to, skipped_data)
+        damaged.append([found.step, reason])
+        found = checkpoints.newest(check, before=found.step)
+        damaged += found.damaged
+    return Restored(0, None, damaged, 0, [])
+
+
+def _find_rewind_target(checkpoints: Checkpoints, rewind: Sequence[int]) -> Found:
+    step = rewind[0]
+    if step not in checkpoints.steps():
+        saved_steps = ", ".join(map(str, checkpoints.steps())) or "none"
+        raise UserError(f"training.rewind={rewind}: step {step} is not saved; saved: {saved_steps}")
+    reason = processes.broadcast_from_main(lambda: checkpoints.verify(step))
+    if reason:
+        raise UserError(f"training.rewind={rewind}: checkpoint {step} is damaged: {reason}")
+    return Found(step, checkpoints.meta(step), [])
+
+
+def next_batch_number(step: int, skipped_data: Sequence[Sequence[int]]) -> int:
+    """Returns the number of the data batch that the training step after `step` takes.
+
+    Without rewinds this is `step`; every rewind at or before it adds the batches it skipped.
+    """
+    return step + sum(count for first_step, count in skipped_data if step >= first_step)

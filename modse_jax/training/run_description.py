@@ -1,0 +1,92 @@
+"""Descriptions of a run: environment.json, the parameter table and the memory line."""
+
+import importlib.metadata
+import math
+import pathlib
+import platform
+import subprocess
+import sys
+
+import jax
+
+from modse_jax.config.options import Config
+from modse_jax.model import accounting
+from modse_jax.runtime import memory_usage
+from modse_jax.training.train_step import State
+
+MIB = 2**20
+
+# Packages whose versions are recorded.
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
+    "numpy",
+)
+
+WIDTHS_SHOWN = 16  # of the experts, in the parameter table
+
+
+def describe_environment() -> dict:
+    """Returns the contents of environment.json: everything outside the config that may matter."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [f"{device.platform} {device.device_kind}" for device in jax.devices()],
+        "git_commit": _git_output("rev-parse", "HEAD"),
+        "git_changes": _git_output("status", "--porcelain").splitlines(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _git_output(*arguments: str) -> str:
+    """Returns the output of a git command on this code, or "" without git or a repository."""
+    folder = pathlib.Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True, cwd=folder
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def parameter_table(config: Config) -> str:
+    """Returns the number of parameters by kind, in total, and active per token, as a table."""
+    counts = accounting.count_parameters(config)
+    active = accounting.active_parameters(config)
+    widths = ", ".join(map(str, config.widths[:WIDTHS_SHOWN]))
+    ellipsis = " ..." if len(config.widths) > WIDTHS_SHOWN else ""
+    lines = ["parameters"]
+    lines += [f"  {name:12} {count:>15,}" for name, count in counts._asdict().items()]
+    lines += [
+        f"  {'total':12} {counts.total:>15,}",
+        f"  {'active':12} {active:>15,}  at equal load; widths {widths}{ellipsis}",
+    ]
+    return "\n".join(lines)
+
+
+def memory_line(
+    compiled_step: jax.stages.Compiled, state_shapes: State, compile_seconds: float
+) -> str:
+    """Returns a line on the memory that a training step needs per device.
+
+    Args:
+      compiled_step: the compiled training step.
+      state_shapes: shapes, types and shardings of the state.
+      compile_seconds: duration of the compilation.
+    """
+    state = sum(
+        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+        for array in jax.tree.leaves(state_shapes)
+    )
+    peak = memory_usage.peak_bytes(compiled_step) or state
+    return (
+        f"memory per device: state {state / MIB:,.0f} MiB, at most about {peak / MIB:,.0f} MiB in "
+        f"a step; compiled in {compile_seconds:.0f} s"
+    )

@@ -1,0 +1,223 @@
+"""The start of a run, up to its first step: checks, data, restored state, compiled programs."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from modse_jax.config.options import Config
+from modse_jax.data import data_card, training_data
+from modse_jax.moe import expert_placement
+from modse_jax.runtime import files, peak_rate, processes
+from modse_jax.training import (
+    console,
+    preflight,
+    restore,
+    run_description,
+    run_metadata,
+    train_step,
+    validation_schedule,
+    workdir_checks,
+)
+from modse_jax.training.checkpointing import Checkpoints
+from modse_jax.training.preflight import Setup
+from modse_jax.training.train_step import ScoreStep, State
+
+
+class CompiledStep(NamedTuple):
+    """A compiled training step and the duration of its compilation."""
+
+    program: jax.stages.Compiled
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RunContext:
+    """Everything about a run that stays the same while it trains.
+
+    Attributes:
+      config: the config.
+      workdir: the directory of the run.
+      setup: mesh, placement and kernels.
+      data: the datasets and their mixture.
+      checkpoints: the checkpoints in the workdir.
+      metadata: metadata of every checkpoint, except the validation loss.
+      compiled_step: the compiled training step; None if no step is left.
+      score_step: the jitted scoring step for validation.
+      peak_flops: FLOP/s of all devices together; None if unknown.
+      started_at: `time.monotonic()` at the start.
+    """
+
+    config: Config
+    workdir: pathlib.Path
+    setup: Setup
+    data: training_data.TrainingData
+    checkpoints: Checkpoints
+    metadata: dict[str, Any]
+    compiled_step: CompiledStep | None
+    score_step: ScoreStep
+    peak_flops: float | None
+    started_at: float
+
+
+class PreparedRun(NamedTuple):
+    """A run that has passed all checks but has not changed its workdir yet."""
+
+    context: RunContext
+    restored: restore.Restored
+
+
+class StartedRun(NamedTuple):
+    """A run that is ready to train.
+
+    Attributes:
+      context: everything that stays the same.
+      step: number of steps that earlier processes completed.
+      state: the state after that many steps.
+      is_validation_missing: an earlier process was interrupted before it validated `state`.
+    """
+
+    context: RunContext
+    step: int
+    state: State
+    is_validation_missing: bool
+
+
+def start_run(
+    config: Config, workdir: pathlib.Path, cleanup: contextlib.ExitStack
+) -> StartedRun | None:
+    """Starts or resumes a run, up to its first step.
+
+    Checkpoints, logs and config.json are not touched before all checks have passed. Only the lock
+    file, and data that is prepared on the fly, are written earlier.
+
+    Args:
+      config: the config.
+      workdir: the directory of the run.
+      cleanup: frees the lock and waits for the last checkpoint when it closes.
+
+    Returns:
+      The run; None if the workdir holds the finished run already.
+
+    Raises:
+      UserError: a check failed.
+    """
+    context, restored = prepare_run(config, workdir, cleanup)
+    # From here on the run changes the workdir.
+    for message in context.checkpoints.start_writing(restored.damaged, restored.rewind_to):
+        console.log(message)
+    is_validation_missing = processes.broadcast_from_main(
+        lambda: validation_schedule.is_validation_missing(workdir, restored.step, config.training)
+    )
+    if restored.step >= config.training.steps and not is_validation_missing:
+        console.log(
+            f"finished: {workdir} holds step {restored.step} of {config.training.steps}; nothing "
+            "to do"
+        )
+        context.checkpoints.close()
+        return None
+    write_description(config, workdir)
+    state = first_state(context, restored)
+    log_description(context)
+    processes.wait_for_all()
+    return StartedRun(context, restored.step, state, is_validation_missing)
+
+
+def prepare_run(
+    config: Config, workdir: pathlib.Path, cleanup: contextlib.ExitStack
+) -> PreparedRun:
+    """Makes all checks, loads the data, restores the state and compiles the steps."""
+    started_at = time.monotonic()
+    setup = preflight.run_preflight_checks(config, workdir)
+    workdir_checks.lock_workdir(workdir, cleanup)
+    data = load_data(config, workdir)
+    checkpoints = open_checkpoints(config, workdir, setup)
+    cleanup.callback(checkpoints.settle)
+    metadata = run_metadata.build_metadata(config, data, setup.mesh)
+    restored = restore.restore_state(
+        checkpoints, setup.state_shapes, metadata, config.training.rewind
+    )
+    is_finished = restored.step >= config.training.steps
+    context = RunContext(
+        config=config,
+        workdir=workdir,
+        setup=setup,
+        data=data,
+        checkpoints=checkpoints,
+        metadata={**metadata, "skipped_data": restored.skipped_data},
+        compiled_step=None if is_finished else compile_step(config, setup),
+        score_step=train_step.jitted_score_step(config, setup.mesh),
+        peak_flops=peak_rate.peak_flops(setup.mesh.devices.flat),
+        started_at=started_at,
+    )
+    return PreparedRun(context, restored)
+
+
+def load_data(config: Config, workdir: pathlib.Path) -> training_data.TrainingData:
+    """Loads the data on every process; process 0 prepares it first if necessary."""
+    data = processes.on_all_processes(lambda: training_data.load(config, workdir), first_alone=True)
+    processes.assert_same({"the data": data.fingerprint})
+    for dataset in data.datasets:
+        console.log(data_card.summarize_card(dataset.card))
+    return data
+
+
+def open_checkpoints(config: Config, workdir: pathlib.Path, setup: Setup) -> Checkpoints:
+    """Opens the checkpoints of a workdir."""
+    return Checkpoints(
+        workdir / "checkpoints",
+        config.checkpoint.keep,
+        config.checkpoint.keep_every,
+        order=expert_placement.hidden_unit_order(config.widths, setup.placement),
+    )
+
+
+def compile_step(config: Config, setup: Setup) -> CompiledStep:
+    """Compiles the training step.
+
+    Raises:
+      UserError: it needs more memory than the devices of any process have.
+    """
+    start = time.monotonic()
+    program = train_step.compile_train_step(config, setup.mesh)
+    seconds = time.monotonic() - start
+    processes.on_all_processes(lambda: preflight.check_step_memory(program, setup.mesh))
+    return CompiledStep(program, seconds)
+
+
+def write_description(config: Config, workdir: pathlib.Path) -> None:
+    """Writes environment.json, then config.json, which marks the directory as that of a run."""
+    if not processes.is_main_process():
+        return
+    descriptions = {
+        "environment.json": run_description.describe_environment(),
+        "config.json": dataclasses.asdict(config),
+    }
+    for name, value in descriptions.items():
+        files.write_atomically(workdir / name, json.dumps(value, indent=2) + "\n")
+
+
+def first_state(context: RunContext, restored: restore.Restored) -> State:
+    """Returns the restored state, or the initial state if there is none."""
+    if restored.state is not None:
+        console.log(
+            f"resuming step {restored.step} of {context.config.training.steps} from "
+            f"{context.workdir / 'checkpoints'}"
+        )
+        return restored.state
+    console.log(f"starting at step 0 in an empty workdir, {context.workdir}")
+    return train_step.init_sharded_state(context.config, context.setup.mesh)
+
+
+def log_description(context: RunContext) -> None:
+    """Prints parameters, kernels and memory, unless no training step is left."""
+    if context.compiled_step is None:
+        return
+    program, seconds = context.compiled_step
+    console.log(run_description.parameter_table(context.config))
+    console.log(context.setup.kernels.line())
+    console.log(run_description.memory_line(program, context.setup.state_shapes, seconds))

@@ -1,0 +1,55 @@
+"""Measures the duration of training steps between two log lines."""
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Interval(NamedTuple):
+    """Averages over the steps since the last log line.
+
+    Attributes:
+      seconds_per_step: without the time of validation and saving.
+      data_wait: fraction of the time spent waiting for the next batch.
+    """
+
+    seconds_per_step: float
+    data_wait: float
+
+
+class StepTimer:
+    """Measures an interval of steps. It is running from its construction on."""
+
+    def __init__(self, step: int) -> None:
+        """Starts an interval after the given step."""
+        self._start = time.perf_counter()
+        self._first_step = step
+        self._waited = 0.0
+        self._paused_at = 0.0
+
+    def next_item(self, items: Iterator[Item]) -> Item:
+        """Returns the next item of an iterator and counts the time as waiting for data."""
+        begin = time.perf_counter()
+        item = next(items)
+        self._waited += time.perf_counter() - begin
+        return item
+
+    def pause(self) -> None:
+        """Excludes the time until `resume` from the interval."""
+        self._paused_at = time.perf_counter()
+
+    def resume(self) -> None:
+        """Continues after `pause`."""
+        self._start += time.perf_counter() - self._paused_at
+
+    def restart(self, step: int) -> Interval:
+        """Ends the interval after the given step and starts the next one."""
+        now = time.perf_counter()
+        elapsed = now - self._start
+        interval = Interval(elapsed / (step - self._first_step), self._waited / elapsed)
+        self._start = now
+        self._first_step = step
+        self._waited = 0.0
+        return interval
