@@ -1,9 +1,10 @@
 """The expert FFN in plain XLA, for every device: loops over blocks of an expert's routed tokens.
 
-    rows of x_ND, sorted by expert     | expert 0    |0| expert 2                  | padding |
-    expert 0: one block of exact fit   |[ single   ] |
-    expert 2: several blocks                         [full     ][full     ][tail     ]
-                                                                              ^^^ masked rows
+    rows of x_ND, sorted by expert   | expert 0    |1| expert 2                   | padding  |
+    expert 0: a single block         [single_block---]
+    expert 1: no rows, no block
+    expert 2: several blocks                         [full-----][full-----][tail-----]
+                                                                                   ^^^ masked
 
 There is one loop per size class (experts of one width), so that 1,024 experts compile like 8.
 Inside it is a loop over those experts of the class that have routed tokens.
