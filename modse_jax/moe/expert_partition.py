@@ -67,7 +67,7 @@ def _fill_groups(
 
 
 def _find_subset(experts: Sequence[int], widths: Sequence[int], target: int) -> set[int] | None:
-    """Returns experts whose widths sum to target, preferring the first ones; None if there are none.
+    """Returns experts whose widths sum to target, or None. The first ones are preferred.
 
     Bit s of reachable[i] is set if some of the first i experts have the sum s.
     """

@@ -134,7 +134,7 @@ def test_padding_tokens_change_no_output_loss_or_gradient():
 
 
 def test_losses_of_a_sharded_batch_equal_those_of_the_global_batch():
-    """`reduce` sums over devices: two halves reduced together give the losses of the whole."""
+    """`reduce` sums over devices: two halves reduced together give the losses of all tokens."""
     weights = router.RouterWeights(jax.random.normal(jax.random.key(1), (16, 4)))
     x_TD, valid_T = jax.random.normal(jax.random.key(0), (24, 16)), jnp.arange(24) % 5 > 0
     whole = jax.jit(lambda x, v: router.route(x, v, weights, RouterOptions(), "cpu"))(x_TD, valid_T)

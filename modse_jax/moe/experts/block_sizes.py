@@ -1,10 +1,13 @@
-"""The block sizes of the `blocked` backend. This module imports nothing, so that reading options is fast."""
+"""The block sizes of the `blocked` backend.
+
+This module imports no array library, so that reading options is fast.
+"""
 
 from typing import NamedTuple
 
 
 class Blocks(NamedTuple):
-    """How the rows of an expert are divided into blocks.
+    """The block sizes that the rows of an expert are divided into.
 
     Attributes:
         body: the largest number of rows in a block.

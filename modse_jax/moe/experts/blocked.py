@@ -1,26 +1,27 @@
-"""The expert FFN in plain XLA, for every device: loops over blocks of the tokens routed to an expert.
+"""The expert FFN in plain XLA, for every device: loops over blocks of an expert's routed tokens.
 
-    rows of x_ND, sorted by expert     | expert 0    |0| expert 2                  | padding |
-    expert 0: one block of exact fit   |[ single   ] |
-    expert 2: several blocks                         [full     ][full     ][tail     ]
-                                                                              ^^^ masked rows
+    rows of x_ND, sorted by expert   | expert 0    |1| expert 2                   | padding  |
+    expert 0: a single block         [single_block---]
+    expert 1: no rows, no block
+    expert 2: several blocks                         [full-----][full-----][tail-----]
+                                                                                   ^^^ masked
 
-There is one loop per size class (experts of one width), so that 1,024 experts compile like 8. Inside
-it is a loop over those experts of the class that have routed tokens.
+There is one loop per size class (experts of one width), so that 1,024 experts compile like 8.
+Inside it is a loop over those experts of the class that have routed tokens.
 
-*   An expert with about an even share of the rows is a single block, of the smallest of a few static
-    sizes that holds its rows. Its weight gradients are written once, in place.
+*   An expert with about an even share of the rows is a single block, of the smallest of a few
+    static sizes that holds its rows. Its weight gradients are written once, in place.
 *   Any other expert is a sequence of blocks, with a dynamic trip count: as many full blocks of each
-    size as fit, then one block that may be partly filled (the tail). Its weight gradients are summed
-    in a float32 accumulator, which is read and written once per block.
+    size as fit, then one block that may be partly filled (the tail). Its weight gradients are
+    summed in a float32 accumulator, which is read and written once per block.
 
 A block may extend past its expert's rows into the next expert's. Those rows are masked on input and
 left unchanged on output. The backward pass recomputes the gate and up activations, except for those
 that fit in a buffer of a given size.
 
 Two constructs recur because XLA updates the carry of a loop in place, but copies the operands of a
-conditional: a `fori_loop` of at most one iteration stands for a `cond`, and weights are sliced inside
-the loops.
+conditional: a `fori_loop` of at most one iteration stands for a `cond`, and weights are sliced
+inside the loops.
 
 Legend: N routed tokens (rows), D model dimension, E experts, W width of one expert, B rows of one
 block, S elements of the buffer of saved activations, X any dimension.
@@ -66,7 +67,7 @@ class BlockSizes(NamedTuple):
 
 
 class Static(NamedTuple):
-    """What is known when the program is traced."""
+    """Values that are known when the program is traced."""
 
     num_rows: int
     placement: expert_placement.Placement
@@ -383,7 +384,7 @@ def _recompute_missing(
 ) -> jax.Array:
     """Recomputes the activations of a block into the scratch space, unless they were saved.
 
-    It is a loop of at most one iteration: `lax.cond` would copy the whole buffer. The first row
+    It is a loop of at most one iteration: `lax.cond` would copy all of the buffer. The first row
     depends on the loop index, so that XLA does not hoist the matmuls out of the loop.
     """
     w_gate, w_up, _ = expert_weights

@@ -1,7 +1,8 @@
 """The expert FFN over experts of unequal width: one signature, and the choice of a backend.
 
-Expert e owns the hidden units offset[e] : offset[e] + width[e] of the flat hidden axis H, the sum of
-all widths, so that there is no padding to the widest expert. Its output is SwiGLU without biases:
+Expert e owns the hidden units offset[e] : offset[e] + width[e] of the flat hidden axis H, the
+sum of all widths, so that there is no padding to the widest expert. Its output is SwiGLU without
+biases:
 
     E_e(x) = (silu(x W_gate) * (x W_up)) W_down
 
