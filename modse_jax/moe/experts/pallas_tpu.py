@@ -492,13 +492,8 @@ def run_hidden_out(
     tasks = list_hidden_out_tasks(job.rows_E, columns, tiles, job.num_row_tiles)
     core_tasks = split_tasks(tasks, tiles.cores)
 
-    in_specs = [pl.BlockSpec((tiles.rows, tiles.inner), _index_hidden_out_rows)] * len(row_arrays)
-    for matmul in matmuls:
-        block = (tiles.inner, tiles.hidden)
-        if matmul.transposed:
-            block = block[::-1]
-        index_map = functools.partial(_index_hidden_out_weights, transposed=matmul.transposed)
-        in_specs.append(pl.BlockSpec(block, index_map))
+    rows_spec = pl.BlockSpec((tiles.rows, tiles.inner), _index_hidden_out_rows)
+    weights_specs = [_hidden_out_weights_spec(matmul.transposed, tiles) for matmul in matmuls]
     widest = max(map(max, job.placement.widths))
     out_shape = jax.ShapeDtypeStruct((num_padded_rows, widest), dtype)
     out_block = (tiles.rows, tiles.hidden)
@@ -525,7 +520,7 @@ def run_hidden_out(
         out_shape=[out_shape] * num_outputs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
-            in_specs=in_specs,
+            in_specs=[rows_spec] * len(row_arrays) + weights_specs,
             out_specs=[pl.BlockSpec(out_block, _index_hidden_out_outputs)] * num_outputs,
             grid=(tiles.cores, max_tasks_of_core, num_steps),
             scratch_shapes=[pltpu.VMEM(out_block, jnp.float32)] * len(matmuls),
@@ -553,6 +548,14 @@ def _index_hidden_out_weights(
     scalars = HiddenOutScalars(*refs)
     flat_tile = scalars.flat_tile[_find_task(core, step, scalars)]
     return (flat_tile, q) if transposed else (q, flat_tile)
+
+
+def _hidden_out_weights_spec(transposed: bool, tiles: Tiles) -> pl.BlockSpec:
+    block = (tiles.inner, tiles.hidden)
+    if transposed:
+        block = block[::-1]
+    index_map = functools.partial(_index_hidden_out_weights, transposed=transposed)
+    return pl.BlockSpec(block, index_map)
 
 
 def _index_hidden_out_outputs(core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref) -> tuple:
