@@ -278,7 +278,7 @@ def test_samples_report_and_summary(finished):
             workdir / "report" / f"{name}.png"
         ).stat().st_size > 5000 and f'src="{name}.png"' in page
     assert "neighbours in size" in page
-    last = demo_summary.summary(workdir, time.time() - 60)
+    last = demo_summary.summarize_run(workdir, time.time() - 60)
     assert last["validation_bits_per_byte"] == result["loss"]["bits_per_byte"]
     assert (
         0 < last["gzip_bits_per_byte"] < 8
@@ -426,7 +426,7 @@ def test_traces_count_what_the_layers_count(finished):
     run = model_loading.load_model(workdir, 0, 8)
     trace = analysis.trace(run, 0, 8)
     result = scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, 8, ())
-    counts = routing_statistics.counts_of(trace, run.config.widths)
+    counts = routing_statistics.count_choices(trace, run.config.widths)
     assert counts.counts_YKE.tolist() != [
         x["tokens_per_expert_by_choice"] for x in result["routing"]["layers"]
     ]
