@@ -47,7 +47,7 @@ lint: $(VENV)/dev
 	$(PY) -m ruff check .
 
 faults: $(VENV)/dev
-	$(PY) -m benchmarks.faults --json=benchmarks/results/faults.json
+	$(PY) -m tests.helpers.faults --json=benchmarks/results/faults.json
 
 audit: $(VENV)/base
 	$(PIP) pip-audit

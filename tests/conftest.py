@@ -10,29 +10,24 @@ import tempfile
 import jax
 import pytest
 
+# The variable is for the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
-
+jax.config.update("jax_platforms", "cpu")
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Tracing makes many objects, and the collector would take a fifth of the time.
+gc.set_threshold(100_000, 50, 50)
 
-gc.set_threshold(
-    100_000, 50, 50
-)  # tracing makes many objects, and the collector a fifth of its time
-
-
-# Tests compile far longer than they run: compile carelessly, and equal programs once, the scripts' processes included.
+# Tests compile far longer than they run. They compile without most optimizations, and equal programs
+# only once, also in the processes that they start.
 jax.config.update("jax_disable_most_optimizations", True)
-
 
 CACHE = tempfile.mkdtemp(prefix="modse-compiled-")
 
-
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-
 
 CACHE_OPTIONS = {
     "jax_compilation_cache_dir": CACHE,

@@ -1,1 +1,1 @@
-"""Pictures and tables of a run."""
+"""Figures, tables and web pages that describe a run."""

@@ -1,174 +1,231 @@
-"""The paper's routing analyses of a checkpoint, drawn and as tables: report/analysis/*.png, *.csv, text.html.
+"""The paper's routing analyses of a checkpoint: report/analysis/*.png, *.csv and text.html.
 
-Compares, where they are given or there, with an earlier step of the same run and with baselines (equal widths) that
-were trained on the same data. Computes nothing itself: see routing.py.
+The checkpoint is compared with an earlier step of the same run, and with baselines of equal expert
+widths that were trained on the same data. The numbers come from routing_statistics.py, the figures
+from analysis_plots.py.
+
+Legend: T tokens, Y layers, K choice ranks, E experts, S sources.
 """
 
 import csv
 import html
 import itertools
 import pathlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from matplotlib import pyplot as plt
 
-from modse_jax.data import batching
 from modse_jax.errors import UserError
-from modse_jax.evaluation import model_loading
+from modse_jax.evaluation import model_loading, scoring
+from modse_jax.evaluation.model_loading import LoadedModel
 from modse_jax.moe import expert_placement
-from modse_jax.report import pages, routing_statistics
-from modse_jax.runtime import sharding
+from modse_jax.report import analysis_plots, plot_style, routing_statistics
+from modse_jax.report.routing_statistics import Bin, Counts, Trace
 from modse_jax.training import train_step
 
-SHOWN_TOKENS = 1500  # of a text in colours
+MAX_COLORED_TOKENS = 1500  # in text.html
+MAX_SPECIALISTS = 40  # rows per layer of specialists.csv
+
+# What a "difficult token" may be: a vocabulary entry or a position. The paper does not say.
+DIFFICULTY_UNITS = {
+    "entries": routing_statistics.bin_difficult_entries,
+    "positions": routing_statistics.bin_difficult_positions,
+}
+
+TEXT_PAGE = """<!doctype html><meta charset="utf-8"><title>Tokens by width</title>
+<style>pre{{font:15px/1.6 monospace;white-space:pre-wrap}}</style>
+<p>Background: width of the first choice, mean of the layers; dark {low}, bright {high}. \
+Hover for the loss and every layer.</p>
+<pre>{tokens}</pre>
+"""
 
 
-UNITS = {
-    "entries": routing_statistics.difficult_entries,
-    "positions": routing_statistics.difficult,
-}  # what a difficult token may be
+class Baseline(NamedTuple):
+    """A run with equal expert widths, and its trace of the same tokens."""
+
+    name: str
+    trace: Trace
 
 
-def trace(run: model_loading.LoadedModel, limit: int, batch_size: int) -> routing_statistics.Trace:
-    """Of every held-out token that is predicted, in order. limit: records, 0 for all."""
-    score = train_step.jitted_score_step(run.config, run.mesh, trace=True)
+class EarlierStep(NamedTuple):
+    """An earlier step of the analyzed run. The trace is None if it is the analyzed step itself."""
+
+    step: int
+    trace: Trace | None
+
+
+def trace(model: LoadedModel, limit: int, batch_size: int) -> Trace:
+    """Computes loss and routing of every predicted validation token, in order.
+
+    Args:
+        model: The model.
+        limit: Number of records of each dataset; 0 for all.
+        batch_size: Sequences per batch.
+    """
+    score = train_step.jitted_score_step(model.config, model.mesh, trace=True)
     parts = []
-    for source, dataset in enumerate(run.data.datasets):
-        for batch in batching.validation_batches(
-            dataset,
-            batch_size,
-            run.config.model.vocab_size,
-            limit,
-            sharding.local_rows(run.mesh, batch_size),
-        ):
-            nll, weights, _, tokens, targets, gates, ids = jax.device_get(
-                score(run.params, sharding.shard_batch(run.mesh, batch, batch_size))
-            )
-            mine = weights > 0
+    for source, dataset in enumerate(model.data.datasets):
+        for batch in scoring.read_validation_batches(model, dataset, limit, batch_size):
+            scored = jax.device_get(score(model.params, batch))
+            nll, weights, _, tokens, targets, gates, ids = scored
+            is_predicted = weights > 0
             parts.append(
-                (
-                    nll[mine],
-                    tokens[mine],
-                    targets[mine],
-                    np.full(mine.sum(), source),
-                    ids[:, mine].astype(np.int32),
-                    gates[:, mine],
+                Trace(
+                    nll[is_predicted],
+                    tokens[is_predicted],
+                    targets[is_predicted],
+                    np.full(is_predicted.sum(), source),
+                    ids[:, is_predicted].astype(np.int32),
+                    gates[:, is_predicted],
                 )
             )
-    *flat, ids, gates = zip(*parts)
-    return routing_statistics.Trace(
-        *(np.concatenate(a) for a in flat), *(np.concatenate(a, 1) for a in (ids, gates))
+    return Trace(
+        np.concatenate([part.nll_T for part in parts]),
+        np.concatenate([part.token_T for part in parts]),
+        np.concatenate([part.target_T for part in parts]),
+        np.concatenate([part.source_T for part in parts]),
+        np.concatenate([part.ids_YTK for part in parts], axis=1),
+        np.concatenate([part.gates_YTK for part in parts], axis=1),
     )
 
 
 def write(
     workdir: str, step: int, baselines: tuple[str, ...], earlier: int, limit: int, batch_size: int
 ) -> str:
-    """Writes the analysis of a step (0: the newest) into the report; returns its summary.
+    """Writes the analysis of a step into the report.
 
-    Args: baselines: workdirs of equal-width runs, whose losses choose the difficult tokens; the first is subtracted.
-    earlier: a step to compare with; 0: the oldest that is saved.
-    Raises UserError where a baseline was trained on other data.
+    Args:
+        workdir: The directory of the run.
+        step: A saved step; 0 for the newest.
+        baselines: Directories of runs with equal expert widths. Their losses select the difficult
+            tokens; the loss of the first one is compared with this run's.
+        earlier: A step to compare with; 0 for the oldest that is saved.
+        limit: Number of validation records of each dataset; 0 for all.
+        batch_size: Sequences per batch; 0 for `evaluation.batch_size` of the config.
+
+    Returns:
+        A summary for the console.
+
+    Raises:
+        UserError: A baseline was trained on other data.
     """
-    workdir = pathlib.Path(workdir).expanduser().absolute()
-    config = model_loading.read_config(workdir)
-    size = batch_size or config.evaluation.batch_size
-    run = model_loading.load_model(workdir, step, size)
-    before = earlier or model_loading.open_checkpoints(workdir).steps()[0]
-    late = trace(run, limit, size)
-    early = (
-        trace(model_loading.load_model(workdir, before, size), limit, size)
-        if before != run.step
-        else None
-    )
-    others = [
-        _baseline(run, pathlib.Path(name).expanduser().absolute(), limit, size)
+    directory = pathlib.Path(workdir).expanduser().absolute()
+    config = model_loading.read_config(directory)
+    batch_size = batch_size or config.evaluation.batch_size
+    model = model_loading.load_model(directory, step, batch_size)
+    late = trace(model, limit, batch_size)
+    before = _trace_earlier_step(directory, model.step, earlier, limit, batch_size)
+    compared = [
+        _trace_baseline(model, pathlib.Path(name).expanduser().absolute(), limit, batch_size)
         for name in baselines
     ]
 
-    out = workdir / "report" / "analysis"
+    out = directory / "report" / "analysis"
     out.mkdir(parents=True, exist_ok=True)
-    widths, counts = run.config.widths, routing_statistics.counts_of(late, run.config.widths)
-    all_counts = {f"step {run.step}": counts}
-    if early is not None:
-        all_counts = {f"step {before}": routing_statistics.counts_of(early, widths), **all_counts}
-    for name, c in all_counts.items():
-        routing_statistics.write_csv(out / f"counts_{name.replace(' ', '_')}.csv", c)
-    pages.save(out / "tokens_per_expert.png", _tokens_per_expert(all_counts))
-    pages.save(out / "max_over_min.png", _max_over_min(all_counts))
-    pages.save(out / "coactivation.png", _coactivation(late, widths))
-    lines = _summary(run, counts, late, early, before)
-    if others:
-        lines += _difficult(out, late, others, counts)
-    _specialists(out / "specialists.csv", late, run)
-    lines += _by_source(out, late, run) + _stragglers(out / "straggler.csv", counts)
-    (out / "text.html").write_text(coloured(run, late))
+    counts = routing_statistics.count_choices(late, model.config.widths)
+    _write_balance(out, model, counts, late, before)
+    lines = _summarize(model, counts, late, before)
+    if compared:
+        lines += _write_difficult_tokens(out, late, compared, counts)
+    _write_specialists(out / "specialists.csv", late, model)
+    lines += _write_sources(out, late, model)
+    lines += _write_stragglers(out / "straggler.csv", counts)
+    (out / "text.html").write_text(color_text(model, late))
     return "\n".join([*lines, f"written: {out}"])
 
 
-def _baseline(run, workdir, limit, size):
-    other = model_loading.load_model(workdir, 0, size)
-    if other.data.fingerprint != run.data.fingerprint:
+def _trace_earlier_step(
+    workdir: pathlib.Path, step: int, earlier: int, limit: int, batch_size: int
+) -> EarlierStep:
+    earlier = earlier or model_loading.open_checkpoints(workdir).steps()[0]
+    if earlier == step:
+        return EarlierStep(earlier, None)
+    model = model_loading.load_model(workdir, earlier, batch_size)
+    return EarlierStep(earlier, trace(model, limit, batch_size))
+
+
+def _trace_baseline(
+    model: LoadedModel, workdir: pathlib.Path, limit: int, batch_size: int
+) -> Baseline:
+    other = model_loading.load_model(workdir, 0, batch_size)
+    if other.data.fingerprint != model.data.fingerprint:
         raise UserError(
-            f"the baseline {workdir} was trained on other data ({other.data.fingerprint}) than this run "
-            f"({run.data.fingerprint}); their tokens cannot be compared"
+            f"the baseline {workdir} was trained on other data ({other.data.fingerprint}) than "
+            f"this run ({model.data.fingerprint}); their tokens cannot be compared"
         )
-    return workdir.name, trace(other, limit, size)
+    return Baseline(workdir.name, trace(other, limit, batch_size))
 
 
-def _summary(run, counts, late, early, before):
-    per_rank = routing_statistics.mean_width(counts, (0,))
-    gates = late.gates_YTK.sum(axis=1)
-    chosen = np.array(counts.widths)[late.ids_YTK]
-    lines = [
-        f"step {run.step}, {late.nll_T.size:,} tokens, widths {', '.join(map(str, counts.widths))}",
-        f"mean width, by count: {routing_statistics.mean_width(counts):.1f} of {np.mean(counts.widths):.1f}; by rank: "
-        + ", ".join(f"{routing_statistics.rank_name(k)} {w:.1f}" for k, w in enumerate(per_rank))
-        + f"; by gate: {(late.gates_YTK * chosen).sum() / gates.sum():.1f}",
-    ]
-    dead = int((counts.counts_YKE.sum(axis=1) == 0).sum())
-    worst = routing_statistics.max_over_min(
-        routing_statistics.Counts(counts.counts_YKE.sum(axis=1, keepdims=True), counts.widths)
-    ).max()
-    lines.append(
-        f"experts without a token: {dead}; max/min of all choices, worst layer: {worst:.3f}; of single ranks: "
-        f"{routing_statistics.max_over_min(counts).max():.2f}"
+def _write_balance(
+    out: pathlib.Path, model: LoadedModel, counts: Counts, late: Trace, before: EarlierStep
+) -> None:
+    """Writes the tables and figures of the counts, and the figure of coactivation."""
+    widths = model.config.widths
+    counts_by_step = {}
+    if before.trace is not None:
+        early_counts = routing_statistics.count_choices(before.trace, widths)
+        counts_by_step[f"step {before.step}"] = early_counts
+    counts_by_step[f"step {model.step}"] = counts
+    for name, counts_of_step in counts_by_step.items():
+        path = out / f"counts_{name.replace(' ', '_')}.csv"
+        routing_statistics.write_csv(path, counts_of_step)
+    figures = {
+        "tokens_per_expert.png": analysis_plots.plot_tokens_per_expert(counts_by_step),
+        "max_over_min.png": analysis_plots.plot_max_over_min(counts_by_step),
+        "coactivation.png": analysis_plots.plot_coactivation(late, widths),
+    }
+    for name, figure in figures.items():
+        plot_style.save_figure(out / name, figure)
+
+
+def _summarize(model: LoadedModel, counts: Counts, late: Trace, before: EarlierStep) -> list[str]:
+    """Returns the console lines on widths, balance and the stability of the router."""
+    widths = counts.widths
+    chosen_YTK = np.array(widths)[late.ids_YTK]
+    width_by_gate = (late.gates_YTK * chosen_YTK).sum() / late.gates_YTK.sum(axis=1).sum()
+    by_rank = ", ".join(
+        f"{routing_statistics.rank_name(rank)} {width:.1f}"
+        for rank, width in enumerate(routing_statistics.mean_width(counts, (0,)))
     )
-    if early is not None:
+    all_choices_YE = counts.counts_YKE.sum(axis=1)
+    unused_experts = int((all_choices_YE == 0).sum())
+    all_choices = Counts(all_choices_YE[:, None], widths)
+    worst_layer = routing_statistics.max_over_min(all_choices).max()
+    worst_rank = routing_statistics.max_over_min(counts).max()
+    lines = [
+        f"step {model.step}, {late.nll_T.size:,} tokens, widths {', '.join(map(str, widths))}",
+        f"mean width, by count: {routing_statistics.mean_width(counts):.1f} of "
+        f"{np.mean(widths):.1f}; by rank: {by_rank}; by gate: {width_by_gate:.1f}",
+        f"experts without a token: {unused_experts}; max/min of all choices, worst layer: "
+        f"{worst_layer:.3f}; of single ranks: {worst_rank:.2f}",
+    ]
+    if before.trace is not None:
+        moved_Y = routing_statistics.share_of_moved_choices(before.trace, late)
         lines.append(
-            f"first choices that moved since step {before}, by layer: "
-            + ", ".join(f"{share:.0%}" for share in routing_statistics.moved(early, late))
+            f"first choices that moved since step {before.step}, by layer: "
+            + ", ".join(f"{share:.0%}" for share in moved_Y)
         )
     return lines
 
 
-def _difficult(out, late, others, counts):
-    """difficult.csv, difficult.png; lines for the console."""
-    (first, base), *_ = others
-    choosers = {f"by {name}": t.nll_T for name, t in others} | {"by the model itself": late.nll_T}
-    lines, rows = [f"tokens by loss (nats), mean of {first}'s minus this model's:"], []
-    for (unit, split), (chooser, losses) in itertools.product(UNITS.items(), choosers.items()):
-        bins = split(losses, base.nll_T, late, counts.widths)
-        for b in bins:
-            rows.append(
-                [
-                    unit,
-                    chooser,
-                    b["above"],
-                    b["below"],
-                    b["tokens"],
-                    b["reduction"],
-                    *routing_statistics.by_size(b["counts"], 0),
-                    *routing_statistics.enrichment(b["counts"], counts),
-                ]
-            )
-        lines.append(
-            f"  {unit + ' ' + chooser:32} "
-            + "  ".join(f">{b['above']}: {b['reduction']:+.3f} ({b['tokens']:,})" for b in bins)
-        )
-    with open(out / "difficult.csv", "w", newline="") as file:
-        head = [
+def _write_difficult_tokens(
+    out: pathlib.Path, late: Trace, baselines: Sequence[Baseline], counts: Counts
+) -> list[str]:
+    """Writes difficult.csv, counts_difficult.csv and difficult.png; returns console lines.
+
+    The tokens are selected by the loss of each baseline, and also by the model's own loss: to
+    select by the loss from which the model's is subtracted overestimates the gain.
+    """
+    first = baselines[0]
+    base_T = first.trace.nll_T
+    losses = {f"by {baseline.name}": baseline.trace.nll_T for baseline in baselines}
+    losses["by the model itself"] = late.nll_T
+    lines = [f"tokens by loss (nats), mean of {first.name}'s minus this model's:"]
+    rows = [
+        [
             "unit",
             "chosen",
             "above",
@@ -177,192 +234,115 @@ def _difficult(out, late, others, counts):
             "reduction",
             "first_choices_large",
             "first_choices_small",
+            *(f"enrichment_h{width}" for width in counts.widths),
         ]
-        csv.writer(file).writerows([[*head, *(f"enrichment_h{w}" for w in counts.widths)], *rows])
-    hardest = routing_statistics.difficult(base.nll_T, base.nll_T, late, counts.widths)[0]["counts"]
-    routing_statistics.write_csv(out / "counts_difficult.csv", hardest)
-    pages.save(out / "difficult.png", _heat(hardest, counts, first))
-    return lines
-
-
-def _by_source(out, late, run):
-    """by_source.csv, by_source.png; a line for the console."""
-    names, widths = [d.name for d in run.data.datasets], run.config.widths
-    share = routing_statistics.by_source(late, len(names), len(widths))
-    with open(out / "by_source.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["layer", "source", *(f"e{i}_h{w}" for i, w in enumerate(widths))])
-        for layer, source in np.ndindex(share.shape[:2]):
-            table.writerow([layer, names[source], *(f"{x:.4f}" for x in share[layer, source])])
-    mean = share.mean(axis=0)
-    pages.save(out / "by_source.png", _source_bars(mean, names, widths))
-    return [
-        "mean width of first choices by source: "
-        + ", ".join(f"{name} {m @ np.array(widths):.1f}" for name, m in zip(names, mean))
     ]
-
-
-def _source_bars(mean, names, widths):
-    order = np.argsort([-w for w in widths], kind="stable")
-    figure, axes = plt.subplots(figsize=(7.5, 3.8))
-    for i, (name, row) in enumerate(zip(names, mean)):
-        axes.bar(
-            np.arange(len(order)) + 0.8 * i / len(names),
-            100 * row[order],
-            width=0.8 / len(names),
-            label=name,
-            color=plt.get_cmap("cividis")(i / max(len(names) - 1, 1)),
-            align="edge",
+    for unit, selected_by in itertools.product(DIFFICULTY_UNITS, losses):
+        make_bins = DIFFICULTY_UNITS[unit]
+        bins = make_bins(losses[selected_by], base_T, late, counts.widths)
+        rows += [[unit, selected_by, *_difficulty_cells(item, counts)] for item in bins]
+        lines.append(
+            f"  {unit + ' ' + selected_by:32} "
+            + "  ".join(f">{item.above}: {item.reduction:+.3f} ({item.tokens:,})" for item in bins)
         )
-    axes.axhline(100 / len(order), color=pages.INK, linewidth=0.8, linestyle="--")
-    axes.set_xticks(
-        np.arange(len(order)) + 0.4,
-        [str(widths[e]) for e in order],
-        rotation=90 if len(order) > 12 else 0,
-    )
-    axes.set(
-        xlabel="expert, by hidden width",
-        ylabel="share of first choices, %",
-        title="Which source goes to which expert, mean of layers",
-    )
-    axes.legend(frameon=False, fontsize=8)
-    return figure, ""
-
-
-def _stragglers(path, counts):
-    """straggler.csv; lines for the console: largest over mean work of the devices, as experts might be placed."""
-    placements = expert_placement.reference_placements(counts.widths)
-    lines = [f"largest over mean work of the devices, {len(counts.counts_YKE)} layers:"]
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["placement", *(f"layer_{y}" for y in range(len(counts.counts_YKE)))])
-        for name, placement in placements.items():
-            factors = [
-                expert_placement.straggler_factor(c.sum(axis=0).tolist(), placement)
-                for c in counts.counts_YKE
-            ]
-            table.writerow([name, *(f"{f:.4f}" for f in factors)])
-            lines.append(
-                f"  {pages.PLACEMENTS[name]:34} mean {np.mean(factors):.3f}, worst {max(factors):.3f}"
-            )
+    _write_csv(out / "difficult.csv", rows)
+    bins = routing_statistics.bin_difficult_positions(base_T, base_T, late, counts.widths)
+    hardest = bins[0].counts
+    routing_statistics.write_csv(out / "counts_difficult.csv", hardest)
+    figure = analysis_plots.plot_difficult_tokens(hardest, first.name)
+    plot_style.save_figure(out / "difficult.png", figure)
     return lines
 
 
-def _tokens_per_expert(all_counts):
-    figure, axes = plt.subplots(
-        1, len(all_counts), figsize=(5.2 * len(all_counts), 3.8), squeeze=False
-    )
-    for a, (name, counts) in zip(axes[0], all_counts.items()):
-        order = np.argsort([-w for w in counts.widths], kind="stable")
-        tokens = routing_statistics.tokens_per_expert(counts)[order]
-        colours = np.array([pages.TRAIN] * len(order))
-        colours[tokens.argmax()], colours[tokens.argmin()] = pages.VALIDATION, pages.INK
-        a.bar(range(len(order)), tokens, color=colours)
-        a.set_xticks(
-            range(len(order)),
-            [str(counts.widths[e]) for e in order],
-            rotation=90 if len(order) > 12 else 0,
-        )
-        a.set(
-            xlabel="expert, by hidden width",
-            ylabel="tokens, all layers and choices",
-            title=f"{name}: max/min {tokens.max() / max(tokens.min(), 1):.3f}",
-        )
-    return figure, ""
+def _difficulty_cells(item: Bin, counts: Counts) -> list:
+    """Returns the cells of a row of difficult.csv."""
+    size = routing_statistics.count_by_size(item.counts, 0)
+    enrichment_E = routing_statistics.enrichment(item.counts, counts)
+    return [item.above, item.below, item.tokens, item.reduction, *size, *enrichment_E]
 
 
-def _max_over_min(all_counts):
-    figure, axes = plt.subplots(figsize=(7.5, 3.8))
-    for (name, counts), style in zip(all_counts.items(), ("--", "-")):
-        for rank, column in enumerate(routing_statistics.max_over_min(counts).T):
-            axes.plot(
-                range(len(column)),
-                column,
-                style,
-                marker="os^D"[rank % 4],
-                color=(pages.TRAIN, pages.VALIDATION, pages.INK, "#009E73")[rank % 4],
-                label=f"{name}, {routing_statistics.rank_name(rank)} choice",
-            )
-    axes.set(
-        xlabel="layer",
-        ylabel="most over fewest tokens",
-        title="Imbalance of each choice rank (1 = even)",
-    )
-    axes.set_xticks(range(len(column)))
-    axes.set_ylim(0, None)
-    axes.legend(frameon=False, fontsize=8)
-    return figure, ""
+def _write_sources(out: pathlib.Path, late: Trace, model: LoadedModel) -> list[str]:
+    """Writes by_source.csv and by_source.png; returns a console line."""
+    names = [dataset.name for dataset in model.data.datasets]
+    widths = model.config.widths
+    share_YSE = routing_statistics.share_by_source(late, len(names), len(widths))
+    rows = [["layer", "source", *(f"e{expert}_h{width}" for expert, width in enumerate(widths))]]
+    for layer, source in np.ndindex(share_YSE.shape[:2]):
+        shares = [f"{share:.4f}" for share in share_YSE[layer, source]]
+        rows.append([layer, names[source], *shares])
+    _write_csv(out / "by_source.csv", rows)
+    mean_SE = share_YSE.mean(axis=0)
+    figure = analysis_plots.plot_sources(mean_SE, names, widths)
+    plot_style.save_figure(out / "by_source.png", figure)
+    mean_widths = [
+        f"{name} {share_E @ np.array(widths):.1f}" for name, share_E in zip(names, mean_SE)
+    ]
+    return ["mean width of first choices by source: " + ", ".join(mean_widths)]
 
 
-def _coactivation(late, widths):
-    order = np.argsort([-w for w in widths], kind="stable")
-    share = routing_statistics.coactivation(late, len(widths)).mean(axis=0)[np.ix_(order, order)]
-    figure, axes = plt.subplots(figsize=(6, 5))
-    image = axes.imshow(share, cmap="cividis", vmin=0)
-    if len(widths) <= 20:
-        axes.set_xticks(range(len(widths)), [str(widths[e]) for e in order], rotation=90)
-        axes.set_yticks(range(len(widths)), [str(widths[e]) for e in order])
-    axes.set(
-        xlabel="... also chose the expert of width",
-        ylabel="tokens that chose the expert of width ...",
-        title="Experts chosen together, mean of layers",
-    )
-    figure.colorbar(image, ax=axes, label="share of the row's tokens")
-    return figure, ""
+def _write_stragglers(path: pathlib.Path, counts: Counts) -> list[str]:
+    """Writes straggler.csv; returns console lines.
+
+    The straggler factor is the largest over the mean work of the devices, for several ways to
+    place the experts on them.
+    """
+    num_layers = len(counts.counts_YKE)
+    lines = [f"largest over mean work of the devices, {num_layers} layers:"]
+    rows = [["placement", *(f"layer_{layer}" for layer in range(num_layers))]]
+    tokens_YE = counts.counts_YKE.sum(axis=1)
+    placements = expert_placement.reference_placements(counts.widths)
+    for name, placement in placements.items():
+        factors = [
+            expert_placement.straggler_factor(tokens_E.tolist(), placement)
+            for tokens_E in tokens_YE
+        ]
+        rows.append([name, *(f"{factor:.4f}" for factor in factors)])
+        label = plot_style.PLACEMENT_LABELS[name]
+        lines.append(f"  {label:34} mean {np.mean(factors):.3f}, worst {max(factors):.3f}")
+    _write_csv(path, rows)
+    return lines
 
 
-def _heat(hardest, counts, name):
-    order = np.argsort([-w for w in counts.widths], kind="stable")
-    first = hardest.counts_YKE[:, 0][:, order]
-    share = 100 * first / np.maximum(first.sum(axis=1, keepdims=True), 1)
-    figure, axes = plt.subplots(
-        figsize=(max(5.5, 0.75 * min(len(order), 20) + 2), 0.45 * len(share) + 2.2)
-    )
-    image = axes.imshow(share, cmap="cividis", aspect="auto", vmin=0)
-    if len(order) <= 20:
-        axes.set_xticks(range(len(order)), [str(counts.widths[e]) for e in order])
-    axes.set_yticks(range(len(share)))
-    axes.set(
-        xlabel="expert, by hidden width",
-        ylabel="layer",
-        title=f"First choices of the {int(first[0].sum()):,} tokens with a loss above 2 nats in {name}",
-    )
-    figure.colorbar(image, ax=axes, label="share of the layer, %")
-    return figure, ""
+def _write_specialists(path: pathlib.Path, late: Trace, model: LoadedModel) -> None:
+    """Writes the tokens whose first choice is most often the same expert, for each layer."""
+    widths = model.config.widths
+    rows = [["layer", "width", "token", "share_of_first_choices", "count"]]
+    for layer in range(len(late.ids_YTK)):
+        specialists = routing_statistics.find_specialists(late, len(widths), layer)
+        for found in specialists[:MAX_SPECIALISTS]:
+            text = repr(_decode(model, found.token))
+            rows.append([layer, widths[found.expert], text, f"{found.share:.3f}", found.count])
+    _write_csv(path, rows)
 
 
-def _specialists(path, late, run):
+def _write_csv(path: pathlib.Path, rows: Iterable[Sequence]) -> None:
     with open(path, "w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(["layer", "width", "token", "share_of_first_choices", "count"])
-        for layer in range(len(late.ids_YTK)):
-            for expert, token, share, count in routing_statistics.specialists(
-                late, len(run.config.widths), layer
-            )[:40]:
-                text = run.data.tokenizer.decode([token]).decode("utf-8", "replace")
-                out.writerow([layer, run.config.widths[expert], repr(text), f"{share:.3f}", count])
+        csv.writer(file).writerows(rows)
 
 
-def coloured(run: model_loading.LoadedModel, late: routing_statistics.Trace) -> str:
-    """The first held-out tokens, each on the colour of the mean width of its first choices over the layers, with its
-    loss and its experts in a tooltip."""
-    chosen = routing_statistics.width_of_first_choice(late, run.config.widths)
-    low, high = min(run.config.widths), max(run.config.widths)
+def _decode(model: LoadedModel, token: int) -> str:
+    return model.data.tokenizer.decode([token]).decode("utf-8", "replace")
+
+
+def color_text(model: LoadedModel, late: Trace) -> str:
+    """Returns a web page with the first validation tokens, colored by the width of their experts.
+
+    The color is the mean width of a token's first choices over the layers. A tooltip shows the
+    loss of the next token and the width in each layer.
+    """
+    widths = model.config.widths
+    low = min(widths)
+    high = max(widths)
+    width_T = routing_statistics.width_of_first_choice(late, widths)
+    color_map = plt.get_cmap(plot_style.COLOR_MAP)
     spans = []
-    for i in range(min(SHOWN_TOKENS, len(chosen))):
-        red, green, blue, _ = plt.get_cmap("cividis")((chosen[i] - low) / max(high - low, 1))
-        ink = "#fff" if red + green + blue < 1.5 else "#000"
-        text = html.escape(
-            run.data.tokenizer.decode([int(late.token_T[i])]).decode("utf-8", "replace")
-        )
-        widths = ", ".join(str(run.config.widths[e]) for e in late.ids_YTK[:, i, 0])
-        tip = f"loss of the next {late.nll_T[i]:.2f}; widths {widths}"
-        spans.append(
-            f'<span title="{tip}" style="color:{ink};background:rgb({255 * red:.0f},{255 * green:.0f},'
-            f'{255 * blue:.0f})">{text}</span>'
-        )
-    return (
-        '<!doctype html><meta charset="utf-8"><title>Tokens by width</title>\n<style>pre{font:15px/1.6 monospace;'
-        "white-space:pre-wrap}</style>\n<p>Background: width of the first choice, mean of the layers; dark "
-        f"{low}, bright {high}. Hover for the loss and every layer.</p>\n<pre>{''.join(spans)}</pre>\n"
-    )
+    for position in range(min(MAX_COLORED_TOKENS, len(width_T))):
+        red, green, blue, _ = color_map((width_T[position] - low) / max(high - low, 1))
+        text_color = "#fff" if red + green + blue < 1.5 else "#000"
+        background = f"rgb({255 * red:.0f},{255 * green:.0f},{255 * blue:.0f})"
+        listed = ", ".join(str(widths[expert]) for expert in late.ids_YTK[:, position, 0])
+        tooltip = f"loss of the next {late.nll_T[position]:.2f}; widths {listed}"
+        text = html.escape(_decode(model, int(late.token_T[position])))
+        style = f"color:{text_color};background:{background}"
+        spans.append(f'<span title="{tooltip}" style="{style}">{text}</span>')
+    return TEXT_PAGE.format(low=low, high=high, tokens="".join(spans))

@@ -1,34 +1,50 @@
-"""What routing says: the paper's Figures 3 and 4, Tables 5 to 9, mean widths, router stability, co-activation.
+"""Statistics of routing: the paper's Figures 3 and 4 and Tables 5 to 9, router stability, and more.
 
-Plain numpy on counts and on traces of single tokens, so that the paper's own tables can be put through the same code.
+The functions take numpy arrays of counts, or traces of single tokens. So they also accept the
+counts that the paper prints, and the tests compare the results with the paper's.
 
-Legend: Y layers, K choice ranks (0: the largest gate), E experts, T tokens.
+Legend: Y layers, K choice ranks (0 is the largest gate), E experts, T tokens, V vocabulary entries
+that occur, S sources.
 """
 
 import csv
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-THRESHOLDS = (2.0, 1.8, 1.6, 1.4, 1.2, 1.05)  # of a baseline's cross-entropy, nats (MoDSE, Table 5)
+# Bins of the baseline's cross-entropy in nats (MoDSE, Table 5).
+THRESHOLDS = (2.0, 1.8, 1.6, 1.4, 1.2, 1.05)
 
-
-RANKS = ("first", "second", "third", "fourth")
+RANK_NAMES = ("first", "second", "third", "fourth")
 
 
 class Counts(NamedTuple):
-    """counts_YKE: int64, tokens of a layer whose k-th choice is an expert; widths: of the experts."""
+    """Tokens per expert.
+
+    Attributes:
+        counts_YKE: Tokens of a layer whose choice of rank k is an expert, int64.
+        widths: Hidden widths of the experts.
+    """
 
     counts_YKE: np.ndarray
     widths: tuple[int, ...]
 
 
 class Trace(NamedTuple):
-    """What happened at every position of a text: the cross-entropy (nats) of the token that follows, the token there,
-    the one that follows, which of the sources it is from, and the experts that saw it in every layer. The paper does
-    not say which of the two tokens its difficult one is; here it is the one predicted, with the experts that did so.
+    """The loss and the routing of every position of a text.
+
+    The paper does not say whether its "difficult token" is the input or the predicted token of a
+    position. Here it is the predicted token, together with the experts that predicted it.
+
+    Attributes:
+        nll_T: Cross-entropy of the predicted token, nats.
+        token_T: The input token.
+        target_T: The predicted token, which follows the input token.
+        source_T: Index of the dataset of the text.
+        ids_YTK: The experts of the position.
+        gates_YTK: Their gates.
     """
 
     nll_T: np.ndarray
@@ -39,181 +55,269 @@ class Trace(NamedTuple):
     gates_YTK: np.ndarray
 
 
+class Bin(NamedTuple):
+    """Tokens whose loss is in the interval (above, below].
+
+    Attributes:
+        above: Lower end of the interval, nats.
+        below: Upper end of the interval, nats.
+        tokens: Number of positions, or of vocabulary entries.
+        reduction: Mean of the baseline's loss minus the model's, nats. 0 without tokens.
+        counts: The experts that the model chose for them.
+    """
+
+    above: float
+    below: float
+    tokens: int
+    reduction: float
+    counts: Counts
+
+
+class Specialist(NamedTuple):
+    """A token whose first choice is mostly the same expert.
+
+    Attributes:
+        expert: The expert.
+        token: The token.
+        share: Share of the token's first choices that are this expert.
+        count: Occurrences of the token.
+    """
+
+    expert: int
+    token: int
+    share: float
+    count: int
+
+
 def read_csv(path: pathlib.Path) -> Counts:
-    """A table of counts: columns layer, choice, then e0_hWIDTH, ... (as the paper's counts are kept, and `write_csv`
-    writes). Raises ValueError for another header."""
+    """Reads a table of counts with the columns layer, choice, e0_hWIDTH, e1_hWIDTH, and so on.
+
+    Raises:
+        ValueError: The header is different.
+    """
     with open(path) as file:
         header, *rows = list(csv.reader(file))
-    if header[:2] != ["layer", "choice"] or not all("_h" in name for name in header[2:]):
+    expert_columns = header[2:]
+    if header[:2] != ["layer", "choice"] or not all("_h" in name for name in expert_columns):
         raise ValueError(f"{path} has columns {header[:3]}, not layer, choice, e0_hWIDTH, ...")
-    layers = sorted({int(row[0]) for row in rows})
-    table = np.array([[int(n) for n in row[2:]] for row in rows], np.int64)
-    return Counts(
-        table.reshape(len(layers), -1, table.shape[1]),
-        tuple(int(n.split("_h")[1]) for n in header[2:]),
-    )
+    num_layers = len({int(row[0]) for row in rows})
+    table = np.array([[int(count) for count in row[2:]] for row in rows], np.int64)
+    widths = tuple(int(name.split("_h")[1]) for name in expert_columns)
+    return Counts(table.reshape(num_layers, -1, table.shape[1]), widths)
 
 
 def write_csv(path: pathlib.Path, counts: Counts) -> None:
+    """Writes a table of counts that `read_csv` can read."""
+    experts = [f"e{expert}_h{width}" for expert, width in enumerate(counts.widths)]
     with open(path, "w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(["layer", "choice", *(f"e{i}_h{w}" for i, w in enumerate(counts.widths))])
+        writer = csv.writer(file)
+        writer.writerow(["layer", "choice", *experts])
         for layer, counts_KE in enumerate(counts.counts_YKE):
-            for rank, row in enumerate(counts_KE):
-                out.writerow([layer, rank_name(rank), *row.tolist()])
+            for rank, counts_E in enumerate(counts_KE):
+                writer.writerow([layer, rank_name(rank), *counts_E.tolist()])
 
 
 def rank_name(rank: int) -> str:
-    return RANKS[rank] if rank < len(RANKS) else f"{rank + 1}th"
+    """Returns "first" for rank 0, and so on."""
+    return RANK_NAMES[rank] if rank < len(RANK_NAMES) else f"{rank + 1}th"
 
 
 def tokens_per_expert(counts: Counts) -> np.ndarray:
-    """[E], summed over layers and choices (MoDSE, Figure 3)."""
+    """Returns tokens summed over layers and choices (MoDSE, Figure 3), [E]."""
     return counts.counts_YKE.sum(axis=(0, 1))
 
 
 def max_over_min(counts: Counts) -> np.ndarray:
-    """[Y, K]: most over fewest tokens of an expert (MoDSE, Tables 7 and 8); infinite where an expert has none."""
-    least = counts.counts_YKE.min(axis=2)
-    return np.where(least > 0, counts.counts_YKE.max(axis=2) / np.maximum(least, 1), np.inf)
+    """Returns the most over the fewest tokens of an expert (MoDSE, Tables 7 and 8), [Y, K].
+
+    It is infinite if an expert has no tokens.
+    """
+    most_YK = counts.counts_YKE.max(axis=2)
+    fewest_YK = counts.counts_YKE.min(axis=2)
+    return np.where(fewest_YK > 0, most_YK / np.maximum(fewest_YK, 1), np.inf)
 
 
 def mean_width(counts: Counts, axes: tuple[int, ...] = (0, 1)) -> np.ndarray:
-    """sum c_i h_i / sum c_i, over layers (0) and choices (1) or one of them. In `modse_tables` it is 3,810.2 at epoch 2
-    and 3,822.3 at epoch 7, where the paper prints 4,045 for all of training."""
+    """Returns the mean width of the chosen experts, sum(c_i * h_i) / sum(c_i).
+
+    The counts that the paper prints give 3,810.2 at epoch 2 and 3,822.3 at epoch 7, while the paper
+    reports 4,045 for all of training.
+
+    Args:
+        counts: Tokens per expert.
+        axes: The axes over which the mean is taken: layers (0), choices (1) or both.
+    """
     summed = counts.counts_YKE.sum(axis=axes)
     return summed @ np.array(counts.widths) / summed.sum(axis=-1)
 
 
-def by_size(counts: Counts, rank: int | None = None) -> tuple[int, int]:
-    """(tokens of experts wider, narrower than the mean), of one choice rank or of all (MoDSE, Table 6)."""
-    chosen_E = (counts.counts_YKE if rank is None else counts.counts_YKE[:, rank : rank + 1]).sum(
-        axis=(0, 1)
-    )
-    widths, mean = np.array(counts.widths), np.mean(counts.widths)
+def count_by_size(counts: Counts, rank: int | None = None) -> tuple[int, int]:
+    """Returns the tokens of experts wider and narrower than the mean (MoDSE, Table 6).
+
+    Args:
+        counts: Tokens per expert.
+        rank: A choice rank; None for all.
+    """
+    counts_YKE = counts.counts_YKE if rank is None else counts.counts_YKE[:, rank : rank + 1]
+    chosen_E = counts_YKE.sum(axis=(0, 1))
+    widths = np.array(counts.widths)
+    mean = np.mean(counts.widths)
     return int(chosen_E[widths > mean].sum()), int(chosen_E[widths < mean].sum())
 
 
 def enrichment(some: Counts, every: Counts, rank: int = 0) -> np.ndarray:
-    """[E]: an expert's share of one choice rank among some tokens, over its share among all."""
-    a, b = (c.counts_YKE[:, rank].sum(axis=0) for c in (some, every))
-    return np.divide(a / max(a.sum(), 1), b / max(b.sum(), 1), out=np.zeros(len(a)), where=b > 0)
+    """Returns an expert's share among some tokens over its share among all tokens, [E]."""
+    some_E = some.counts_YKE[:, rank].sum(axis=0)
+    every_E = every.counts_YKE[:, rank].sum(axis=0)
+    some_share_E = some_E / max(some_E.sum(), 1)
+    every_share_E = every_E / max(every_E.sum(), 1)
+    return np.divide(some_share_E, every_share_E, out=np.zeros(len(some_E)), where=every_E > 0)
 
 
-def counts_of(trace: Trace, widths: Sequence[int], chosen_T: np.ndarray | None = None) -> Counts:
-    """Counts of the tokens where chosen_T holds, or of all."""
-    ids = trace.ids_YTK if chosen_T is None else trace.ids_YTK[:, chosen_T]
-    layers, _, ranks = ids.shape
-    table = np.array(
-        [
-            [np.bincount(ids[y, :, k], minlength=len(widths)) for k in range(ranks)]
-            for y in range(layers)
-        ]
-    )
-    return Counts(table.astype(np.int64), tuple(widths))
+def count_choices(
+    trace: Trace, widths: Sequence[int], selected_T: np.ndarray | None = None
+) -> Counts:
+    """Returns the tokens per expert of a trace, or of its selected positions."""
+    ids_YTK = trace.ids_YTK if selected_T is None else trace.ids_YTK[:, selected_T]
+    num_layers, _, num_ranks = ids_YTK.shape
+    counts_YKE = np.zeros((num_layers, num_ranks, len(widths)), np.int64)
+    for layer, rank in np.ndindex(num_layers, num_ranks):
+        ids_T = ids_YTK[layer, :, rank]
+        counts_YKE[layer, rank] = np.bincount(ids_T, minlength=len(widths))
+    return Counts(counts_YKE, tuple(widths))
 
 
-def difficult(
+def bin_difficult_positions(
     select_T: np.ndarray,
     base_T: np.ndarray,
     model: Trace,
     widths: Sequence[int],
     thresholds: Sequence[float] = THRESHOLDS,
-) -> list[dict]:
-    """Tokens in disjoint bins of a loss, hardest first (MoDSE, Tables 5, 6 and 9, Figure 4).
+) -> list[Bin]:
+    """Divides positions into disjoint bins of a loss (MoDSE, Tables 5, 6 and 9, Figure 4).
 
-    Args: select_T: the loss that chooses the bin. base_T: the baseline's loss. They are the same in the paper; but
-    choosing by the loss that is then subtracted inflates the gain (regression to the mean), so choose also by the
-    model's own loss, and by a second baseline's.
-    Returns a row per bin: {"above", "below", "tokens", "reduction" (mean of base - model, nats), "counts"}.
+    The paper selects by the baseline's loss. To select by the loss from which the model's is then
+    subtracted overestimates the reduction (regression to the mean). So select by the model's own
+    loss and by that of a second baseline, too.
+
+    Args:
+        select_T: The loss that selects the bin.
+        base_T: The loss of the baseline.
+        model: The trace of the model.
+        widths: Hidden widths of its experts.
+        thresholds: Lower ends of the bins, in descending order.
+
+    Returns:
+        The bins, the most difficult first.
     """
-    return _bins(
-        select_T, base_T - model.nll_T, thresholds, lambda mine_T: counts_of(model, widths, mine_T)
-    )
+
+    def count_selected(selected_T: np.ndarray) -> Counts:
+        return count_choices(model, widths, selected_T)
+
+    return _make_bins(select_T, base_T - model.nll_T, thresholds, count_selected)
 
 
-def _bins(select, gain, thresholds, counts):
-    rows, upper = [], np.inf
-    for lower in thresholds:
-        mine = (select > lower) & (select <= upper)
-        rows.append(
-            {
-                "above": lower,
-                "below": upper,
-                "tokens": int(mine.sum()),
-                "reduction": float(gain[mine].mean()) if mine.any() else 0.0,
-                "counts": counts(mine),
-            }
-        )
-        upper = lower
-    return rows
-
-
-def difficult_entries(
+def bin_difficult_entries(
     select_T: np.ndarray,
     base_T: np.ndarray,
     model: Trace,
     widths: Sequence[int],
     thresholds: Sequence[float] = THRESHOLDS,
-) -> list[dict]:
-    """`difficult` by vocabulary entry: an entry's loss is the mean over its occurrences, "tokens" counts entries, the
-    reduction is their mean, and "counts" are of all their occurrences. The paper's 180 difficult tokens are probably
-    such entries, since its counts are several times as many."""
-    _, place_T, times = np.unique(model.target_T, return_inverse=True, return_counts=True)
+) -> list[Bin]:
+    """Divides vocabulary entries into disjoint bins of a loss.
 
-    def mean(values_T):
-        return np.bincount(place_T, values_T) / times
+    The loss of an entry is the mean over its occurrences, `tokens` is the number of entries, and
+    `counts` are those of all their occurrences. The paper's 180 difficult tokens are probably
+    entries, since its counts are several times as many. Arguments as `bin_difficult_positions`.
+    """
+    _, entry_T, occurrences_V = np.unique(model.target_T, return_inverse=True, return_counts=True)
+    select_V = np.bincount(entry_T, select_T) / occurrences_V
+    reduction_V = np.bincount(entry_T, base_T - model.nll_T) / occurrences_V
 
-    return _bins(
-        mean(select_T),
-        mean(base_T - model.nll_T),
-        thresholds,
-        lambda mine_V: counts_of(model, widths, mine_V[place_T]),
-    )
+    def count_selected(selected_V: np.ndarray) -> Counts:
+        return count_choices(model, widths, selected_V[entry_T])
 
-
-def by_source(trace: Trace, sources: int, experts: int) -> np.ndarray:
-    """[Y, sources, E]: share of a source's first choices (specialisation by source)."""
-    table = np.array(
-        [
-            [np.bincount(ids_T[trace.source_T == s], minlength=experts) for s in range(sources)]
-            for ids_T in trace.ids_YTK[:, :, 0]
-        ]
-    )
-    return table / np.maximum(table.sum(axis=2, keepdims=True), 1)
+    return _make_bins(select_V, reduction_V, thresholds, count_selected)
 
 
-def moved(a: Trace, b: Trace) -> np.ndarray:
-    """[Y]: share of tokens whose first choice differs between two checkpoints (router stability)."""
-    return (a.ids_YTK[:, :, 0] != b.ids_YTK[:, :, 0]).mean(axis=1)
+def _make_bins(
+    select: np.ndarray,
+    reduction: np.ndarray,
+    thresholds: Sequence[float],
+    count_selected: Callable[[np.ndarray], Counts],
+) -> list[Bin]:
+    bins = []
+    below = np.inf
+    for above in thresholds:
+        selected = (select > above) & (select <= below)
+        mean = float(reduction[selected].mean()) if selected.any() else 0.0
+        bins.append(Bin(above, below, int(selected.sum()), mean, count_selected(selected)))
+        below = above
+    return bins
 
 
-def coactivation(trace: Trace, experts: int) -> np.ndarray:
-    """[Y, E, E]: of the tokens that chose expert i, the share that also chose j; 0 on the diagonal."""
-    out = []
+def share_by_source(trace: Trace, num_sources: int, num_experts: int) -> np.ndarray:
+    """Returns the share of each expert among the first choices of a source, [Y, S, E]."""
+    num_layers = len(trace.ids_YTK)
+    counts_YSE = np.zeros((num_layers, num_sources, num_experts), np.int64)
+    for layer, source in np.ndindex(num_layers, num_sources):
+        ids_T = trace.ids_YTK[layer, :, 0][trace.source_T == source]
+        counts_YSE[layer, source] = np.bincount(ids_T, minlength=num_experts)
+    return counts_YSE / np.maximum(counts_YSE.sum(axis=2, keepdims=True), 1)
+
+
+def share_of_moved_choices(early: Trace, late: Trace) -> np.ndarray:
+    """Returns the share of tokens whose first choice differs between two checkpoints, [Y]."""
+    return (early.ids_YTK[:, :, 0] != late.ids_YTK[:, :, 0]).mean(axis=1)
+
+
+def coactivation(trace: Trace, num_experts: int) -> np.ndarray:
+    """Returns the share of the tokens of expert i that also chose expert j, [Y, E, E].
+
+    The diagonal is 0.
+    """
+    shares = []
     for ids_TK in trace.ids_YTK:
-        chosen_TE = np.zeros((len(ids_TK), experts))
-        np.put_along_axis(chosen_TE, ids_TK, 1, axis=1)
-        both_EE = chosen_TE.T @ chosen_TE
-        share_EE = both_EE / np.maximum(np.diag(both_EE)[:, None], 1)
+        is_chosen_TE = np.zeros((len(ids_TK), num_experts))
+        np.put_along_axis(is_chosen_TE, ids_TK, 1, axis=1)
+        both_EE = is_chosen_TE.T @ is_chosen_TE
+        tokens_E1 = np.diag(both_EE)[:, None]
+        share_EE = both_EE / np.maximum(tokens_E1, 1)
         np.fill_diagonal(share_EE, 0)
-        out.append(share_EE)
-    return np.array(out)
+        shares.append(share_EE)
+    return np.array(shares)
 
 
-def specialists(
-    trace: Trace, experts: int, layer: int, least: int = 20
-) -> list[tuple[int, int, float, int]]:
-    """(expert, token, share of the token's first choices, its count), the most one-sided tokens of a layer first; of
-    tokens that occur `least` times."""
-    tokens, place, counts = np.unique(trace.token_T, return_inverse=True, return_counts=True)
-    table = np.zeros((len(tokens), experts), np.int64)
-    np.add.at(table, (place, trace.ids_YTK[layer, :, 0]), 1)
-    share, best = table.max(axis=1) / counts, table.argmax(axis=1)
-    order = [i for i in np.lexsort((-counts, -share)) if counts[i] >= least]
-    return [(int(best[i]), int(tokens[i]), float(share[i]), int(counts[i])) for i in order]
+def find_specialists(
+    trace: Trace, num_experts: int, layer: int, min_count: int = 20
+) -> list[Specialist]:
+    """Returns the tokens of a layer, those that choose the same expert most often first.
+
+    Args:
+        trace: A trace.
+        num_experts: Number of experts.
+        layer: The layer.
+        min_count: Tokens that occur less often are left out.
+    """
+    tokens_V, entry_T, counts_V = np.unique(trace.token_T, return_inverse=True, return_counts=True)
+    table_VE = np.zeros((len(tokens_V), num_experts), np.int64)
+    np.add.at(table_VE, (entry_T, trace.ids_YTK[layer, :, 0]), 1)
+    share_V = table_VE.max(axis=1) / counts_V
+    expert_V = table_VE.argmax(axis=1)
+    found = []
+    for entry in np.lexsort((-counts_V, -share_V)):
+        if counts_V[entry] >= min_count:
+            found.append(
+                Specialist(
+                    int(expert_V[entry]),
+                    int(tokens_V[entry]),
+                    float(share_V[entry]),
+                    int(counts_V[entry]),
+                )
+            )
+    return found
 
 
 def width_of_first_choice(trace: Trace, widths: Sequence[int]) -> np.ndarray:
-    """[T]: width of every token's first choice, mean over layers: what a coloured text shows."""
+    """Returns the width of every token's first choice as a mean over the layers, [T]."""
     return np.array(widths)[trace.ids_YTK[:, :, 0]].mean(axis=0)

@@ -295,7 +295,7 @@ def test_samples_report_and_summary(finished):
         assert (workdir / "report" / f"{name}.png").stat().st_size > 5000
         assert f'src="{name}.png"' in page
     assert "neighbours in size" in page
-    summary = demo_summary.summary(workdir, time.time() - 60)
+    summary = demo_summary.summarize_run(workdir, time.time() - 60)
     assert summary["validation_bits_per_byte"] == result["loss"]["bits_per_byte"]
     assert 0 < summary["gzip_bits_per_byte"] < 8
     assert 1 <= summary["minutes"] < 2
@@ -476,7 +476,7 @@ def test_traced_choices_add_up_to_the_routing_statistics(finished):
     counts_YKE = np.array([layer["tokens_per_expert_by_choice"] for layer in layers])
     np.testing.assert_array_equal(count_choices(trace_all_tokens(run), 4), counts_YKE)
 
-    traced = routing_statistics.counts_of(trace, run.config.widths)
+    traced = routing_statistics.count_choices(trace, run.config.widths)
     np.testing.assert_array_equal(traced.counts_YKE, count_choices(trace.ids_YTK, 4))
     assert (traced.counts_YKE <= counts_YKE).all()
     predicted = result["loss"]["tokens"]

@@ -1,0 +1,67 @@
+"""The common style of all figures, and helpers for axes that show experts."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")  # figures are only saved, so no display is needed
+
+# Distinguishable with color blindness (Okabe and Ito).
+COLOR_TEXT = "#222222"
+COLOR_TRAIN = "#0072B2"
+COLOR_VALIDATION = "#D55E00"
+COLOR_EXTRA = "#009E73"
+COLOR_MAP = "cividis"
+
+DPI = 130
+EXPERT_LABEL = "expert, by hidden width"
+
+PLACEMENT_LABELS = {
+    "in_use": "as this run placed them",
+    "pairs": "pairs, E/2 devices",
+    "sorted": "neighbours in size, E/2 devices",
+    "one_per_device": "one expert per device",
+    "columns": "every expert's columns cut",
+}
+
+
+class CaptionedFigure(NamedTuple):
+    """A figure, and the sentence below its title in the report."""
+
+    figure: Figure
+    caption: str
+
+
+def save_figure(path: pathlib.Path, figure: Figure) -> None:
+    """Saves a figure in the common style, and frees its memory."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def shades(count: int, darkest: float = 0.05, brightest: float = 0.9) -> np.ndarray:
+    """Returns evenly spaced colors of the color map, [count, 4]."""
+    return plt.get_cmap(COLOR_MAP)(np.linspace(darkest, brightest, count))
+
+
+def order_by_width(widths: Sequence[int]) -> np.ndarray:
+    """Returns the experts from the widest to the narrowest."""
+    return np.argsort([-width for width in widths], kind="stable")
+
+
+def width_labels(widths: Sequence[int], order: np.ndarray) -> list[str]:
+    """Returns the tick labels of experts in the given order."""
+    return [str(widths[expert]) for expert in order]
+
+
+def label_experts(axes: Axes, positions: Sequence[float] | np.ndarray, labels: list[str]) -> None:
+    """Labels the horizontal axis of a bar chart of experts. Many labels are written vertically."""
+    axes.set_xticks(positions, labels, rotation=90 if len(labels) > 12 else 0)

@@ -1,0 +1,198 @@
+"""Figures of a run's logs: loss, load of the experts, balance and stragglers."""
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from modse_jax.report import plot_style
+from modse_jax.report.plot_style import CaptionedFigure
+
+MAX_LABELED_EXPERTS = 20  # in a heat map
+MAX_LABELED_BARS = 32
+MAX_LABELED_LAYERS = 12
+
+
+def plot_loss(rows: list[dict]) -> CaptionedFigure:
+    """Plots the cross-entropy of training and validation. `rows`: lines of metrics.jsonl."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.2))
+    train = [r for r in rows if r["split"] == "train" and r["bits_per_byte"] is not None]
+    validation = [r for r in rows if r["split"] == "validation"]
+    train_bits = [row["bits_per_byte"] for row in train]
+    validation_bits = [row["bits_per_byte"] for row in validation]
+    axes.plot(
+        [row["step"] for row in train],
+        train_bits,
+        color=plot_style.COLOR_TRAIN,
+        lw=1.5,
+        label="training",
+    )
+    if validation:
+        axes.plot(
+            [row["step"] for row in validation],
+            validation_bits,
+            "o",
+            ls="-" if len(validation) > 1 else "",
+            color=plot_style.COLOR_VALIDATION,
+            label=f"validation, last {validation_bits[-1]:.3f}",
+        )
+    if train:
+        axes.set_ylim(0.9 * min(train_bits + validation_bits), None)
+    axes.set(
+        xlabel="step", ylabel="bits per byte", title="Cross-entropy, auxiliary losses left out"
+    )
+    axes.legend(frameon=False)
+    caption = "Cross-entropy in bits per byte of text, which does not depend on the tokenizer."
+    return CaptionedFigure(figure, caption)
+
+
+def plot_load_heatmap(layers: list[dict], widths: tuple[int, ...], when: str) -> CaptionedFigure:
+    """Plots the load of every expert in every layer.
+
+    Args:
+        layers: One line of routing.jsonl per layer, all of one step.
+        widths: Hidden widths of the experts.
+        when: Split and step, for the title.
+    """
+    order = plot_style.order_by_width(widths)
+    counts = np.array([layer["tokens_per_expert"] for layer in layers], float)[:, order]
+    load = counts / counts.mean(axis=1, keepdims=True)
+    brightest = max(2.0, load.max())
+    width = max(5.5, 0.75 * min(len(widths), MAX_LABELED_EXPERTS) + 2)
+    height = 0.5 * len(layers) + 2.2
+    figure, axes = plt.subplots(figsize=(width, height))
+    image = axes.imshow(load, cmap=plot_style.COLOR_MAP, aspect="auto", vmin=0, vmax=brightest)
+    if len(widths) <= MAX_LABELED_EXPERTS:
+        for (layer, expert), value in np.ndenumerate(load):
+            axes.text(
+                expert,
+                layer,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if value < 0.55 * brightest else "black",
+            )
+        axes.set_xticks(range(len(widths)), plot_style.width_labels(widths, order))
+    axes.set_yticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
+    axes.set(
+        xlabel=plot_style.EXPERT_LABEL,
+        ylabel="layer",
+        title=f"Tokens per expert over the even share ({when})",
+    )
+    figure.colorbar(image, ax=axes, label="load (1 = even)")
+    caption = (
+        "Load of every expert in every layer; 1 is an even share, experts from the widest to the "
+        "narrowest."
+    )
+    return CaptionedFigure(figure, caption)
+
+
+def plot_load_by_width(layers: list[dict], widths: tuple[int, ...], when: str) -> CaptionedFigure:
+    """Plots the share of tokens per expert over all layers. Arguments as `plot_load_heatmap`."""
+    order = plot_style.order_by_width(widths)
+    counts = [layer["tokens_per_expert_by_choice"] for layer in layers]
+    counts_KE = np.array(counts, float).sum(axis=0)[:, order]
+    percent_KE = 100 * counts_KE / counts_KE.sum()
+    figure, axes = plt.subplots(figsize=(7.5, 4.0))
+    bottom_E = np.zeros(len(widths))
+    for choice, color in enumerate(plot_style.shades(len(percent_KE), 0.15)):
+        axes.bar(
+            range(len(widths)),
+            percent_KE[choice],
+            bottom=bottom_E,
+            color=color,
+            width=0.8,
+            label=f"choice {choice + 1}",
+        )
+        bottom_E += percent_KE[choice]
+    even_share = 100 / len(widths)
+    axes.axhline(even_share, color=plot_style.COLOR_TEXT, lw=1, ls="--", label="even share")
+    if len(widths) <= MAX_LABELED_BARS:
+        axes.set_xticks(range(len(widths)), plot_style.width_labels(widths, order))
+    axes.set(
+        xlabel=plot_style.EXPERT_LABEL,
+        ylabel="share of routed tokens, %",
+        title=f"Expert load by width, all layers ({when})",
+    )
+    axes.set_ylim(0, 1.25 * bottom_E.max())
+    axes.legend(frameon=False, ncols=min(4, len(percent_KE) + 1))
+    caption = "Share of routed tokens per expert, summed over layers, split by choice rank."
+    return CaptionedFigure(figure, caption)
+
+
+def plot_balance(layers: list[dict]) -> CaptionedFigure:
+    """Plots the load imbalance (max/mean) of each layer over training.
+
+    Args:
+        layers: All lines of routing.jsonl.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 3.8))
+    train = [layer for layer in layers if layer["split"] == "train"]
+    numbers = sorted({layer["layer"] for layer in train})
+    is_labeled = 0 < len(numbers) <= MAX_LABELED_LAYERS
+    for number, color in zip(numbers, plot_style.shades(max(len(numbers), 1))):
+        of_layer = [layer for layer in train if layer["layer"] == number]
+        axes.plot(
+            [layer["step"] for layer in of_layer],
+            [layer["max_over_mean"] for layer in of_layer],
+            color=color,
+            lw=1.3,
+            label=f"layer {number}" if is_labeled else None,
+        )
+    axes.axhline(1, color=plot_style.COLOR_TEXT, lw=1, ls="--")
+    axes.set(
+        xlabel="step", ylabel="busiest expert over mean", title="Imbalance of each layer (1 = even)"
+    )
+    if is_labeled:
+        axes.legend(frameon=False, ncols=2)
+    caption = "Tokens of the busiest expert over the mean, per layer, in the logged steps."
+    return CaptionedFigure(figure, caption)
+
+
+def plot_straggler(layers: list[dict]) -> CaptionedFigure:
+    """Plots the straggler factor of each placement over training.
+
+    Args:
+        layers: All lines of routing.jsonl.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 3.8))
+    train = [layer for layer in layers if layer["split"] == "train"]
+    steps = sorted({layer["step"] for layer in train})
+    by_step = [
+        list_straggler_factors([layer for layer in train if layer["step"] == step])
+        for step in steps
+    ]
+    placements = list(by_step[0]) if by_step else []
+    colors = plot_style.shades(len(plot_style.PLACEMENT_LABELS))
+    for placement, color in zip(placements, colors):
+        axes.plot(
+            steps,
+            [np.mean(factors[placement]) for factors in by_step],
+            color=color,
+            lw=1.3,
+            label=plot_style.PLACEMENT_LABELS[placement],
+        )
+    axes.set(
+        xlabel="step",
+        ylabel="busiest device over mean",
+        title="Straggler factor along an expert axis: tokens x width",
+    )
+    axes.set_ylim(0.95, None)
+    if placements:
+        axes.legend(
+            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3
+        )
+    caption = (
+        "Work of the busiest device of an expert axis over the mean, were the whole batch its own; "
+        "mean of the layers."
+    )
+    return CaptionedFigure(figure, caption)
+
+
+def list_straggler_factors(layers: list[dict]) -> dict[str, list[float]]:
+    """Returns the straggler factors of the layers of one step, by placement."""
+    known = layers[0]["straggler"]
+    return {
+        placement: [layer["straggler"][placement] for layer in layers]
+        for placement in plot_style.PLACEMENT_LABELS
+        if placement in known
+    }
