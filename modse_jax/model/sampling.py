@@ -20,7 +20,7 @@ from modse_jax.runtime import gpu_options
 
 
 class Settings(NamedTuple):
-    """How the next token is drawn."""
+    """Settings of the draw of the next token."""
 
     temperature: float = 1.0  # 0 is greedy decoding
     top_k: int = 0  # 0 allows all tokens

@@ -171,7 +171,7 @@ def test_auto_selects_cudnn_if_it_runs(monkeypatch):
     monkeypatch.setattr(cudnn_attention, "cudnn_version", lambda: 0)
     assert selection.select_attention("auto", shape, "h100", "bfloat16") == "blocks"
     with pytest.raises(
-        UserError, match="needs cuDNN, which jax does not find; .* set model.attention=blocks"
+        UserError, match=r"needs cuDNN, which jax does not find\. .* set model.attention=blocks"
     ):
         selection.select_attention("cudnn", shape, "h100", "bfloat16")
     monkeypatch.setattr(cudnn_attention, "cudnn_version", lambda: 92801)

@@ -42,7 +42,7 @@ MAX_BLOCKS = 8
 
 
 class SavedForBackward(NamedTuple):
-    """What the forward pass saves for the backward pass."""
+    """The arrays that the forward pass saves for the backward pass."""
 
     query_BLAC: jax.Array
     key_BLGC: jax.Array
@@ -181,7 +181,7 @@ def _block_gradients(
     Args:
         weights_BGSQ: softmax weights before the division by their sum.
         dout_BGCQ, dout_BGRLC: the output gradient divided by that sum, in two layouts.
-        inner_BG1RL: the inner products of the divided output gradient and the output.
+        inner_BG1RL: sum over C of the divided output gradient times the output.
     """
     dweights_BGSQ = _matmul("bgsc,bgcq->bgsq", value_BGSC, dout_BGCQ)
     dscores_BGSQ = weights_BGSQ * (dweights_BGSQ - _bgcrl_to_bgcq(inner_BG1RL))
