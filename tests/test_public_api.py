@@ -1,5 +1,7 @@
 """The layer alone, as somebody else's code uses it."""
 
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -42,6 +44,16 @@ def test_a_layer_alone_gives_the_same_loss_and_gradients_on_a_mesh():
     # 300 and 100 are on one shard, 200 and 200 on the other: the stored order is the same.
     for name, gradient in gradients.items():
         np.testing.assert_allclose(sharded_gradients[name], gradient, rtol=1e-3, atol=1e-3)
+
+
+def test_the_example_of_the_readme_runs():
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    gradients = nnx.to_pure_dict(names["gradients"])
+    assert gradients["w_down"].shape == (800, 64)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
 def test_padding_tokens_are_routed_to_no_expert():
