@@ -22,7 +22,7 @@ def build_metadata(config: Config, data: training_data.TrainingData, mesh: Mesh)
         "config": dataclasses.asdict(config),
         "data": data.fingerprint,
         "tokenizer": tokenizers.fingerprint(data.tokenizer),
-        "tokenizer_model": base64.b64encode(data.tokenizer.serialized()).decode(),
+        "tokenizer_model": base64.b64encode(data.tokenizer.serialize()).decode(),
         "cards": [dataset.card for dataset in data.datasets],
         "code": processes.source_digest(),
         "devices": mesh.size,
