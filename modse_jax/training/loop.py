@@ -23,7 +23,7 @@ from modse_jax.config.loading import (
     RESUMABLE,
     RESUMABLE_ANY_MESH,
     differences,
-    from_dict,
+    from_saved,
     to_flat_dict,
 )
 from modse_jax.config.options import Config
@@ -462,7 +462,7 @@ def _check_workdir(workdir, config):
     saved = workdir / "config.json"
     if saved.exists():
         try:
-            old = from_dict(json.loads(saved.read_text()))
+            old = from_saved(json.loads(saved.read_text()))
         except (ValueError, UserError) as error:
             raise UserError(
                 f"{saved} is not a config of this version ({error}); use another --workdir"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import pathlib
 import re
 
@@ -99,6 +100,40 @@ def test_an_old_value_becomes_the_new_one_with_one_line(capsys, monkeypatch):
     )
     with pytest.raises(errors.UserError, match="moe.backend='virtually' must be one of auto"):
         loading.from_dict({**values, "moe": {**values["moe"], "backend": "virtually"}})
+
+
+def test_a_saved_config_of_an_older_version_takes_the_defaults(tmp_path, capsys):
+    saved = changed(moe__top_k=1, training__steps=7)
+    del saved["moe"]["tail_rows"], saved["model"]["unroll"], saved["checkpoint"], saved["seed"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(saved))
+    values = json.loads(path.read_text())
+    config = loading.from_saved(values)
+    assert values == json.loads(path.read_text())  # unchanged by reading
+    assert config == loading.from_dict(changed(moe__top_k=1, training__steps=7))
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for added in (
+        "seed=0",
+        "model.unroll=0",
+        "moe.tail_rows=64",
+        "checkpoint.keep=3",
+        "checkpoint.keep_every=0",
+    ):
+        assert added in message
+    assert message.count("=") == 5
+    assert loading.from_saved(changed()) == options.Config()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_saved_config_with_an_unknown_option_is_refused():
+    saved = changed()
+    del saved["moe"]["tail_rows"]
+    saved["moe"]["tail_row"] = 64
+    with pytest.raises(errors.UserError, match="did you mean moe.tail_rows"):
+        loading.from_saved(saved)
+    with pytest.raises(errors.UserError, match="moe=8 must be a section of options"):
+        loading.from_saved({**changed(), "moe": 8})
 
 
 def test_every_old_value_is_replaced_by_one_that_is_allowed():
