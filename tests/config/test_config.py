@@ -28,9 +28,9 @@ def test_defaults_survive_a_round_trip():
     "name, value, message",
     [
         ("model__dim", 0, "model.dim=0 must be >= 2"),
-        ("model__num_heads", 3, "model.dim=256 does not divide by model.num_heads=3"),
+        ("model__num_heads", 3, "model.dim=256 is not divisible by model.num_heads=3"),
         ("model__num_heads", 256, "must be even"),
-        ("model__num_kv_heads", 3, "does not divide by model.num_kv_heads=3"),
+        ("model__num_kv_heads", 3, "is not divisible by model.num_kv_heads=3"),
         ("model__dtype", "float16", "must be one of float32, bfloat16"),
         ("moe__top_k", 9, "moe.top_k=9 is larger than moe.num_experts=8"),
         ("moe__widths", (4, 4), "moe.widths: 2 widths for 8 experts"),
@@ -46,13 +46,13 @@ def test_defaults_survive_a_round_trip():
         (
             "training__gradient_accumulation",
             3,
-            "does not divide by training.gradient_accumulation=3",
+            "is not divisible by training.gradient_accumulation=3",
         ),
         ("optimizer__learning_rate", float("nan"), "must be finite"),
         ("optimizer__initial_learning_rate", 1.0, "is above the peak"),
         ("evaluation__top_p", 1.5, "must be <= 1"),
         ("mesh__data", 0, "mesh.data=0, mesh.fsdp=1, mesh.expert=1: each must be"),
-        ("evaluation__prompts", (), "must be texts that are not empty"),
+        ("evaluation__prompts", (), "must be non-empty texts"),
         ("evaluation__sample_tokens", 512, "must be below model.context_length=512"),
     ],
 )
@@ -89,7 +89,7 @@ def test_types_and_unknown_names_are_refused():
 
 
 def test_an_old_value_becomes_the_new_one_with_one_line(capsys, monkeypatch):
-    """moe.backend=virtual of an old config.json, config file or flag still builds; a second reading says nothing."""
+    """It is replaced in config.json, config files and flags, and reported once per process."""
     monkeypatch.setattr(options, "_reported", set())
     values = dataclasses.asdict(options.Config())
     old = {**values, "moe": {**values["moe"], "backend": "virtual"}}

@@ -94,6 +94,6 @@ def test_gradients_go_back_the_same_way():
 def test_rows_cannot_be_sent_to_parts_of_experts():
     for changes in (dict(placement="columns"), dict(capacity_factor=1.0)):
         with pytest.raises(
-            UserError, match="moe.exchange=all_to_all sends every row to a whole expert"
+            UserError, match="moe.exchange=all_to_all needs whole experts"
         ):
             tiny_config(moe=dict(exchange="all_to_all", **changes))

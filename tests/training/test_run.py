@@ -356,7 +356,7 @@ def test_a_diverging_run_stops_with_its_last_good_checkpoint(corpus, tmp_path, m
         ({"model.dimm": 8}, "Did you mean"),
         ({"model.dim": "wide"}, "dim"),
         ({"moe.widths": "(20,4,12,11)"}, "must sum to"),
-        ({"training.batch_size": 3}, "does not divide over mesh.data=2"),
+        ({"training.batch_size": 3}, "is not divisible by mesh.data=2"),
     ],
 )
 def test_bad_options_end_in_one_line(change, message, corpus, tmp_path):
