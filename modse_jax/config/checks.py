@@ -1,14 +1,16 @@
-"""TODO"""
+"""Checks of option values, each alone and against each other. All raise UserError."""
 
 import dataclasses
 import math
+from typing import Any
 
 from modse_jax.config.option_fields import fields_of, get_option
 from modse_jax.errors import UserError
 from modse_jax.moe import expert_widths
 
 
-def check_fields(config):
+def check_fields(config: Any) -> None:
+    """Checks the limits of every option alone."""
     for path, field in fields_of(type(config)):
         value, rule = get_option(config, path), field.metadata
         if isinstance(value, float) and not math.isfinite(value):
@@ -24,21 +26,22 @@ def check_fields(config):
                 raise UserError(f"{path}={value} must be {sign} {rule[name]}")
 
 
-def check_model(config):
+def check_model(config: Any) -> None:
+    """Checks the options of the transformer against each other."""
     m = config.model
     if m.dim % m.num_heads:
         divisors = [n for n in range(1, m.dim + 1) if m.dim % n == 0 and (m.dim // n) % 2 == 0]
         raise UserError(
-            f"model.dim={m.dim} does not divide by model.num_heads={m.num_heads}; "
-            f"heads that divide it: {', '.join(map(str, divisors[:12]))}"
+            f"model.dim={m.dim} is not divisible by model.num_heads={m.num_heads}; "
+            f"possible values: {', '.join(map(str, divisors[:12]))}"
         )
     if (m.dim // m.num_heads) % 2:
         raise UserError(
-            f"head size model.dim/model.num_heads={m.dim // m.num_heads} must be even (rotary pairs)"
+            f"head size model.dim/model.num_heads={m.dim // m.num_heads} must be even for RoPE"
         )
     if m.num_kv_heads and m.num_heads % m.num_kv_heads:
         raise UserError(
-            f"model.num_heads={m.num_heads} does not divide by model.num_kv_heads={m.num_kv_heads}"
+            f"model.num_heads={m.num_heads} is not divisible by model.num_kv_heads={m.num_kv_heads}"
         )
     if config.data.sequence_length > m.context_length:
         raise UserError(
@@ -47,7 +50,8 @@ def check_model(config):
         )
 
 
-def check_moe(config):
+def check_moe(config: Any) -> None:
+    """Checks the options of the mixture-of-experts layers against each other."""
     moe = config.moe
     if moe.top_k > moe.num_experts:
         raise UserError(f"moe.top_k={moe.top_k} is larger than moe.num_experts={moe.num_experts}")
@@ -62,8 +66,8 @@ def check_moe(config):
         raise UserError(f"moe.widths: {error}") from None
     if moe.exchange == "all_to_all" and (moe.placement != "pairs" or moe.capacity_factor):
         raise UserError(
-            "moe.exchange=all_to_all sends every row to a whole expert: it needs moe.placement=pairs and "
-            "moe.capacity_factor=0; or take moe.exchange=gather"
+            "moe.exchange=all_to_all needs whole experts and no capacity: set "
+            "moe.placement=pairs and moe.capacity_factor=0, or choose moe.exchange=gather"
         )
     if moe.tail_rows > moe.block_rows:
         raise UserError(
@@ -71,32 +75,34 @@ def check_moe(config):
         )
 
 
-def check_data(config):
+def check_data(config: Any) -> None:
+    """Checks the weights and names of a mixture."""
     mixture = config.data.mixture
     total = sum(weight for _, weight in mixture)
     for name, weight in mixture:
         if not math.isfinite(weight) or weight <= 0 or weight < total / 1000:
             raise UserError(
-                f"data.mixture: the weight of {name!r} is {weight}; weights must be positive, and none "
-                "below a thousandth of their sum"
+                f"data.mixture: the weight of {name!r} is {weight}; weights must be "
+                "positive, and none below a thousandth of their sum"
             )
     if len({name for name, _ in mixture}) < len(mixture):
         raise UserError(f"data.mixture={mixture} names a directory twice; add up its weights")
 
 
-def check_training(config):
+def check_training(config: Any) -> None:
+    """Checks the options of training, evaluation and the mesh."""
     t = config.training
     if t.batch_size % t.gradient_accumulation:
         raise UserError(
-            f"training.batch_size={t.batch_size} does not divide by "
+            f"training.batch_size={t.batch_size} is not divisible by "
             f"training.gradient_accumulation={t.gradient_accumulation}"
         )
     if t.rewind and (len(t.rewind) != 2 or min(t.rewind) < 1):
         raise UserError(
-            f"training.rewind={t.rewind} must be (a saved step, batches to skip), or () for none"
+            f"training.rewind={t.rewind} must be (saved step, batches to skip), or () for off"
         )
     if 0 < t.spike_factor <= 1:
-        raise UserError(f"training.spike_factor={t.spike_factor} must be above 1, or 0 for none")
+        raise UserError(f"training.spike_factor={t.spike_factor} must be above 1, or 0 for off")
     o = config.optimizer
     for name in ("initial_learning_rate", "final_learning_rate"):
         if getattr(o, name) > o.learning_rate:
@@ -106,7 +112,7 @@ def check_training(config):
             )
     e = config.evaluation
     if not e.prompts or not all(e.prompts):
-        raise UserError(f"evaluation.prompts={e.prompts} must be texts that are not empty")
+        raise UserError(f"evaluation.prompts={e.prompts} must be non-empty texts, at least one")
     if e.sample_tokens >= config.model.context_length:
         raise UserError(
             f"evaluation.sample_tokens={e.sample_tokens} must be below model.context_length="
@@ -117,6 +123,6 @@ def check_training(config):
     mesh = dataclasses.asdict(config.mesh)
     if 0 in mesh.values() or list(mesh.values()).count(-1) > 1:
         raise UserError(
-            f"{', '.join(f'mesh.{k}={v}' for k, v in mesh.items())}: each must be a number of devices, or "
-            "-1 for the rest in one place at most"
+            f"{', '.join(f'mesh.{k}={v}' for k, v in mesh.items())}: each must be a number of "
+            "devices; one of them may be -1 for all remaining devices"
         )

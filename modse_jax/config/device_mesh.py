@@ -1,4 +1,4 @@
-"""TODO"""
+"""Builds the device mesh of a run from its options."""
 
 import math
 import os
@@ -15,8 +15,12 @@ from modse_jax.runtime.sharding import AXES, AXIS_RULES, EXPERT, make_mesh
 
 
 def build_mesh(config: Config, devices: Sequence[jax.Device] = ()) -> Mesh:
-    """The mesh of a run over the given devices, or those there are. Raises UserError where its axes do not make that
-    many, or what is cut over them does not divide."""
+    """Returns the mesh of a run over the given devices, by default all of them.
+
+    Raises:
+        UserError: the axes do not fit the number of devices, or an array that is sharded over them
+            is not divisible by their number.
+    """
     devices = list(devices) or jax.devices()
     sizes = _sizes(config, devices)
     mesh = make_mesh(devices[: math.prod(sizes)], sizes)
@@ -29,7 +33,7 @@ def build_mesh(config: Config, devices: Sequence[jax.Device] = ()) -> Mesh:
         ways = math.prod(mesh.shape[a] for a in axes)
         if number % ways:
             over = " * ".join(f"mesh.{a}={mesh.shape[a]}" for a in axes)
-            raise UserError(f"{name}={number} does not divide over {over} = {ways} devices")
+            raise UserError(f"{name}={number} is not divisible by {over} = {ways} devices")
     try:
         place_experts_on_mesh(config, mesh)
     except ValueError as error:
@@ -37,7 +41,8 @@ def build_mesh(config: Config, devices: Sequence[jax.Device] = ()) -> Mesh:
     return mesh
 
 
-def _sizes(config, devices):
+def _sizes(config: Config, devices: Sequence[jax.Device]) -> list[int]:
+    """Returns the size of every mesh axis, with -1 replaced by the remaining devices."""
     asked = [getattr(config.mesh, a) for a in AXES]
     known = math.prod(n for n in asked if n != -1)
     rest = len(devices) // known
@@ -45,31 +50,31 @@ def _sizes(config, devices):
     text = ", ".join(f"mesh.{a}={n}" for a, n in zip(AXES, asked))
     if -1 in asked and (rest == 0 or len(devices) % known):
         raise UserError(
-            f"{text}: {known} does not divide the {len(devices)} {devices[0].platform} device(s) that this "
-            "process sees"
+            f"{text}: {known} does not divide the {len(devices)} {devices[0].platform} "
+            "device(s) that this process sees"
         )
     if math.prod(sizes) > len(devices):
         raise UserError(
-            f"{text} make {math.prod(sizes)}, but this process sees {len(devices)} {devices[0].platform} "
-            "device(s)"
+            f"{text} make {math.prod(sizes)}, but this process sees {len(devices)} "
+            f"{devices[0].platform} device(s)"
         )
     if math.prod(sizes) < len(devices) and processes.is_multi_process():
         raise UserError(
-            f"{text} make {math.prod(sizes)}, fewer than the {len(devices)} devices of all processes; one "
-            "axis of -1 takes the rest"
+            f"{text} make {math.prod(sizes)}, fewer than the {len(devices)} devices of all "
+            "processes; set one axis to -1 to use all"
         )
     return sizes
 
 
 def place_experts_on_mesh(config: Config, mesh: Mesh | None) -> expert_placement.Placement:
-    """The experts' columns on the shards of the expert axis. Raises ValueError where they cannot be placed."""
+    """Returns how experts are sharded over the expert axis; ValueError if that is impossible."""
     return expert_placement.place_experts(
         config.widths, mesh.shape[EXPERT] if mesh is not None else 1, config.moe.placement
     )
 
 
 def request_determinism(config: Config) -> None:
-    """Sets the XLA flag for deterministic GPU operations; must run before the first use of a device."""
+    """Sets the XLA flag for deterministic GPU operations, before the first use of a device."""
     flag = "--xla_gpu_deterministic_ops=true"
     if config.training.deterministic and flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

@@ -1,8 +1,11 @@
-"""TODO"""
+"""Builds configs from plain values: config files, command-line flags and saved runs."""
 
 import dataclasses
 import difflib
+import sys
 import typing
+from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
@@ -10,7 +13,8 @@ from modse_jax.config.option_fields import get_option
 from modse_jax.config.options import Config, fields, renamed
 from modse_jax.errors import UserError
 
-# What a resumed run may change. Of these only training.steps touches training, by the length of the cosine.
+# Options that a resumed run may change. Only training.steps affects the training itself: it sets
+# the length of the cosine schedule.
 RESUMABLE = (
     "training.steps",
     "training.log_every",
@@ -30,31 +34,67 @@ RESUMABLE = (
     "evaluation.top_p",
 )
 
-
-# And this, which changes the order of sums, unless a capacity or a balance loss holds for part of the devices.
+# Options that a resumed run may change as well, unless the capacity or the load-balancing loss is
+# computed per group of devices. They change the order of floating-point sums.
 RESUMABLE_ANY_MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "moe.placement", "moe.exchange")
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The defaults as a ConfigDict: the start of every file in configs/."""
+    """Returns the defaults as a ConfigDict, from which every file in configs/ starts."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
-def from_dict(values: dict) -> Config:
-    """A checked Config from nested plain values (a ConfigDict's to_dict(), or config.json). Raises UserError.
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Builds a checked config from nested plain values, such as a ConfigDict's `to_dict()`.
 
-    A value in RENAMED_VALUES is replaced by its new one, with one line on stderr per process.
+    A value in `options.RENAMED_VALUES` is replaced by its successor, with one line on stderr per
+    process.
+
+    Raises:
+        UserError: an option is unknown, missing, of the wrong type or out of range.
     """
     return _build(Config, values, "")
 
 
-def to_flat_dict(config: Config) -> dict:
-    """{"section.field": value}: for diffs between two configs."""
+def from_saved(values: Mapping[str, Any]) -> Config:
+    """Builds a config from the saved values of a run: config.json, or the meta of a checkpoint.
+
+    A run of an older version lacks the options that were added later. They take their defaults,
+    and one line on stderr names them.
+
+    Raises:
+        UserError: as `from_dict`, but not for missing options.
+    """
+    complete = dict(values)
+    added = []
+    for path, field in fields():
+        *sections, name = path.split(".")
+        target = complete
+        for section in sections:
+            saved_section = target.get(section, {})
+            if not isinstance(saved_section, Mapping):
+                raise UserError(f"{section}={saved_section!r} must be a section of options")
+            target[section] = dict(saved_section)  # a copy: the caller's values stay as they are
+            target = target[section]
+        if name not in target:
+            target[name] = field.default
+            added.append(f"{path}={field.default!r}")
+    config = from_dict(complete)
+    if added:
+        print(
+            f"the saved config is of an older version; defaults are used for {', '.join(added)}",
+            file=sys.stderr,
+        )
+    return config
+
+
+def to_flat_dict(config: Config) -> dict[str, Any]:
+    """Returns {"section.option": value} of every option."""
     return {path: get_option(config, path) for path, _ in fields()}
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Lines `name: old -> new` for every value that differs."""
+    """Returns a line `name: old -> new` for every option whose value differs."""
     new_values = to_flat_dict(new)
     return [
         f"{path}: {value!r} -> {new_values[path]!r}"
@@ -63,8 +103,11 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
-def _build(cls, values, prefix):
-    known = {f.name: f for f in dataclasses.fields(cls)}
+def _build(config_class: type, values: Any, prefix: str) -> Any:
+    """Builds a config class from a mapping that holds exactly its fields."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{prefix.rstrip('.') or 'config'}={values!r} must be a section of options")
+    known = {field.name: field for field in dataclasses.fields(config_class)}
     for name in values:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -73,33 +116,47 @@ def _build(cls, values, prefix):
     missing = [prefix + name for name in known if name not in values]
     if missing:
         raise UserError(f"config lacks {', '.join(missing)}")
-    return cls(**{name: _cast(known[name], value, prefix + name) for name, value in values.items()})
+    built = {name: _cast(known[name], value, prefix + name) for name, value in values.items()}
+    return config_class(**built)
 
 
-def _cast(field, value, path):
-    if dataclasses.is_dataclass(field.type):
-        return _build(field.type, value, path + ".")
-    if typing.get_origin(field.type) is tuple:
-        item = typing.get_args(field.type)[0]
-        if typing.get_origin(item) is tuple:  # data.mixture
-            if not isinstance(value, (tuple, list)) or not all(
-                isinstance(v, (tuple, list))
-                and len(v) == 2
-                and _is(v[0], str)
-                and (_is(v[1], float) or _is(v[1], int))
-                for v in value
-            ):
-                raise UserError(f'{path}={value!r} must be (("DIR", weight), ...)')
-            return tuple((name, float(weight)) for name, weight in value)
-        if not isinstance(value, (tuple, list)) or not all(_is(v, item) for v in value):
-            raise UserError(f"{path}={value!r} must be a tuple of {item.__name__}")
-        return tuple(value)
-    if field.type is float and _is(value, int):
+def _cast(field: dataclasses.Field, value: Any, path: str) -> Any:
+    """Returns a value as the type of its field, or raises UserError that names the option."""
+    kind: Any = field.type
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, path + ".")
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        is_list_of_pairs = typing.get_origin(item) is tuple
+        return _cast_pairs(value, path) if is_list_of_pairs else _cast_tuple(value, item, path)
+    if kind is float and _is(value, int):
         return float(value)
-    if not _is(value, field.type):
-        raise UserError(f"{path}={value!r} must be of type {field.type.__name__}")
+    if not _is(value, kind):
+        raise UserError(f"{path}={value!r} must be of type {kind.__name__}")
     return renamed(value, path)
 
 
-def _is(value, kind):
+def _cast_tuple(value: Any, item: type, path: str) -> tuple:
+    """Returns a list or tuple of one type as a tuple."""
+    if not isinstance(value, (tuple, list)) or not all(_is(v, item) for v in value):
+        raise UserError(f"{path}={value!r} must be a tuple of {item.__name__}")
+    return tuple(value)
+
+
+def _cast_pairs(value: Any, path: str) -> tuple[tuple[str, float], ...]:
+    """Returns a list or tuple of (directory, weight) as tuples (`data.mixture`)."""
+    if not isinstance(value, (tuple, list)) or not all(_is_weighted_name(pair) for pair in value):
+        raise UserError(f'{path}={value!r} must be (("DIR", weight), ...)')
+    return tuple((name, float(weight)) for name, weight in value)
+
+
+def _is_weighted_name(pair: Any) -> bool:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        return False
+    name, weight = pair
+    return _is(name, str) and (_is(weight, float) or _is(weight, int))
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Tests whether a value has a type; a bool is no int."""
     return isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)

@@ -1,93 +1,96 @@
-"""Every option of a run, once: type, default, allowed values, one line of help.
+"""Every option of a run: its type, default, allowed values and one line of help.
 
-A config file builds a ConfigDict with `default_config()` and overrides a few values; `from_dict` turns it (or a
-workdir's config.json) into the frozen, checked `Config` that the rest of the code reads. Values 0 and "" mean "off",
-because a flag cannot override None. `python -m modse_jax.config.reference` prints the table of the README.
+A config file starts from `loading.default_config()` and overrides a few values. `loading.from_dict`
+turns them into the frozen, checked `Config` that the rest of the code reads. The values 0 and ""
+mean "off", because a command-line flag cannot be set to None.
+`python -m modse_jax.config.reference` prints the table of docs/options.md.
 """
 
 import dataclasses
 import sys
+from typing import Any
 
 from modse_jax.config.checks import check_data, check_fields, check_model, check_moe, check_training
 from modse_jax.config.option_fields import fields_of, option
 from modse_jax.moe import expert_widths, layer_options
 from modse_jax.moe.experts.block_sizes import Blocks
 
-ANYWHERE = ("auto", "reference", "blocked")  # backends that need no particular device
-
-
+ANYWHERE = ("auto", "reference", "blocked")  # backends that run on any device
 DTYPES = ("float32", "bfloat16")
-
-
 PACKINGS = ("concat", "best_fit")
-
-
 UNDECODABLE = ("skip", "replace", "fail")
 
-
-# Values that options no longer have: (option, old value) -> the value that replaces it. Old config files, flags and
-# workdirs stay readable; `from_dict` replaces the value and says so.
+# (option, value that no longer exists) -> the value that replaces it. Old config files, flags and
+# runs stay readable: `loading.from_dict` replaces the value and reports it on stderr.
 RENAMED_VALUES = {
-    (
-        "moe.backend",
-        "virtual",
-    ): "auto",  # ran lax.ragged_dot, whose weight gradient no jax before 0.12 fuses on GPU
+    # It ran lax.ragged_dot, whose weight gradient is not fused on GPU by any jax before 0.12.
+    ("moe.backend", "virtual"): "auto",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
+    """Options of the transformer."""
+
     dim: int = option(256, "model width D", minimum=2)
     num_layers: int = option(4, "decoder blocks, each with an MoE layer", minimum=1)
-    num_heads: int = option(4, "attention heads; dim must divide by it", minimum=1)
+    num_heads: int = option(4, "attention heads; `dim` must be divisible by it", minimum=1)
     num_kv_heads: int = option(
         0, "key/value heads; 0 = num_heads (multi-head attention)", minimum=0
     )
     context_length: int = option(512, "longest sequence, in tokens", minimum=2)
-    vocab_size: int = option(4096, "rows of the embedding; at least the tokenizer's", minimum=4)
+    vocab_size: int = option(
+        4096, "rows of the embedding; at least the size of the tokenizer's vocabulary", minimum=4
+    )
     rope_base: float = option(10000.0, "base of the rotary frequencies", above=0)
     norm_eps: float = option(1e-5, "epsilon of every RMSNorm", above=0)
-    tie_embeddings: bool = option(False, "one matrix for input and output embedding")
+    tie_embeddings: bool = option(False, "use one matrix for the input and the output embedding")
     dtype: str = option(
         "float32", "compute type; parameters, router, softmax and loss stay float32", choices=DTYPES
     )
     attention: str = option(
         "auto",
-        "over packed rows: XLA, in blocks of queries; JAX's splash kernels; or cuDNN's; "
-        "auto = splash on TPU and cudnn on GPU, where they run, else blocks",
+        "attention kernel for packed sequences: XLA in blocks of queries, JAX's splash "
+        "kernels (TPU), or cuDNN (GPU). auto = splash on TPU and cudnn on GPU if they "
+        "support the shapes, otherwise blocks",
         choices=("auto", "blocks", "splash", "cudnn"),
     )
     unroll: int = option(
         0,
-        "blocks per turn of the loop over blocks. In a turn, what is kept for the backward pass is "
-        "not copied; many take long to compile. 0 = on CPU all, up to 4, where nothing is "
-        "recomputed; else 1",
+        "transformer blocks per `lax.scan` iteration. Unrolling avoids copying saved "
+        "activations but compiles more slowly. 0 = automatic: up to 4 on CPU without "
+        "rematerialization, otherwise 1",
         minimum=0,
     )
     remat: str = option(
         "none",
-        "what the backward pass recomputes: nothing; every block but its routing; or that, but "
-        "for products",
+        "activation checkpointing. none: save all activations. full: recompute each block, "
+        "saving only its routing decisions. save_routing_and_dots: also save matmul outputs",
         choices=("none", "full", "save_routing_and_dots"),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
+    """Options of the mixture-of-experts layers."""
+
     num_experts: int = option(8, "experts per layer, E", minimum=1)
     top_k: int = option(2, "experts per token, K", minimum=1)
     width: int = option(
-        640, "hidden width h of an expert when `widths` is empty; half of a pair's sum", minimum=1
+        640,
+        "hidden width h of each expert if `widths` is empty; half of the sum of a pair",
+        minimum=1,
     )
     widths: tuple[int, ...] = option(
-        (), "hidden width of each expert, pair by pair; () = num_experts of `width`"
+        (), "hidden width of each expert, in pairs; () = num_experts experts of `width`"
     )
     pairs: bool = option(
         False, "require that widths[2j] + widths[2j+1] = 2 * width (paper, Eq. 7-8)"
     )
     gate: str = option(
         "top_k_softmax",
-        "softmax over the kept logits (paper), or over all and then top-k",
+        "gates are a softmax over the logits of the chosen experts (paper), or the chosen "
+        "entries of a softmax over all experts, optionally renormalized",
         choices=layer_options.GATES,
     )
     gate_term: str = option(
@@ -96,177 +99,236 @@ class MoEConfig:
         choices=layer_options.GATE_TERMS,
     )
     balance_loss_weight: float = option(
-        0.01, "weight of N * sum f_i P_i, summed over layers (paper, Eq. 9)", minimum=0
+        0.01,
+        "weight of the load-balancing loss N * sum f_i P_i, summed over layers (paper, Eq. 9)",
+        minimum=0,
     )
     balance_loss_count: str = option(
         "top_k",
-        "what f_i counts: all K choices, or the first (paper, Eq. 10)",
+        "choices that f_i counts: all K, or only the first (paper, Eq. 10)",
         choices=layer_options.BALANCE_LOSS_COUNTS,
     )
     balance_loss_scope: str = option(
         "batch",
-        "tokens that f_i and P_i are of: a whole micro-batch, or a device's (and "
-        "the loss the mean over devices, by tokens)",
+        "tokens over which the load-balancing loss is computed: the whole micro-batch, or "
+        "each device's share (then averaged over devices, weighted by tokens)",
         choices=layer_options.BALANCE_LOSS_SCOPES,
     )
     z_loss_weight: float = option(
-        0.0, "weight of mean(logsumexp(router logits)^2), summed over layers", minimum=0
+        0.0,
+        "weight of the router z-loss mean(logsumexp(router logits)^2), summed over layers",
+        minimum=0,
     )
     capacity_factor: float = option(
         0.0,
-        "an expert's rows over its even share, per group of devices that share "
-        "experts; 0 = dropless",
+        "maximum tokens routed to an expert, as a multiple of an even share, per group of "
+        "devices that share experts; tokens beyond it are dropped. 0 = dropless",
         minimum=0,
     )
     backend: str = option(
         "auto",
-        "implementation of the expert FFN; auto = pallas_tpu on TPUs, pallas_triton on A100, "
-        "H100, H200 and B200 in bfloat16, if they take model.dim, else blocked. Kernels pad widths "
-        "to their tiles and report the waste",
+        "implementation of the expert FFN. auto = pallas_tpu on TPU, pallas_triton on "
+        "A100, H100, H200 and B200 in bfloat16, if they support model.dim, otherwise "
+        "blocked. The kernels pad widths to their tiles and report the waste",
         choices=layer_options.BACKENDS,
     )
     placement: str = option(
         "pairs",
-        "a device of mesh.expert has whole experts of equal total width (the paper's "
-        "pairs), or a share of every expert's columns",
+        "how experts are sharded over `mesh.expert`. pairs: each device holds whole "
+        "experts of equal total width. columns: each device holds a slice of every "
+        "expert's hidden units",
         choices=layer_options.PLACEMENTS,
     )
     exchange: str = option(
         "auto",
-        "how rows reach experts of other devices: all tokens gathered, or each row sent; "
-        "auto = what sends less, of what runs there",
+        "how tokens reach experts on other devices: all-gather of all tokens, or "
+        "all-to-all of the routed tokens. auto = the supported one that sends less",
         choices=layer_options.EXCHANGES,
     )
     block_rows: int = option(
         1024,
-        "blocked: rows of a block at most, but for an expert with up to half more, which is "
-        "one block",
+        "`blocked` backend: maximum rows per block. An expert with up to 1.5 times as many "
+        "rows is still processed as one block",
         minimum=1,
     )
     tail_rows: int = option(
-        64, "blocked: no block has fewer rows, if experts have as many on average", minimum=1
+        64,
+        "`blocked` backend: minimum rows per block (ignored if experts receive fewer rows "
+        "on average)",
+        minimum=1,
     )
     saved_activations: float = option(
         1.25,
-        "blocked: hidden activations kept for the backward pass, over those "
-        "of evenly spread rows, at most 2^31 numbers a layer; the rest is recomputed",
+        "`blocked` backend: size of the buffer of saved hidden activations, as a multiple "
+        "of what balanced routing needs (at most 2^31 elements per layer). What does not "
+        "fit is recomputed in the backward pass",
         minimum=0,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+    """Sizes of the axes of the device mesh."""
+
     data: int = option(
-        -1, "devices that share a batch and copy parameters; -1 = the rest", minimum=-1
+        -1,
+        "devices for data parallelism: the batch is sharded, parameters are replicated; -1 "
+        "= all remaining devices",
+        minimum=-1,
     )
     fsdp: int = option(
-        1, "devices that share a batch and the parameters; -1 = the rest", minimum=-1
+        1,
+        "devices for fully sharded data parallelism: batch and parameters are sharded; -1 "
+        "= all remaining devices",
+        minimum=-1,
     )
-    expert: int = option(1, "devices that share a batch and the experts; -1 = the rest", minimum=-1)
+    expert: int = option(
+        1,
+        "devices for expert parallelism: batch and experts are sharded; -1 = all remaining devices",
+        minimum=-1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    """Options of the data and its tokenizer."""
+
     source: str = option(
         "python_stdlib",
         "text:PATH, jsonl:PATH, parquet:PATH, tfds:NAME, python_stdlib, or prepared:DIR",
     )
-    validation_source: str = option("", 'held-out documents; "": a part of the source\'s')
-    mixture: tuple[tuple[str, float], ...] = option(
-        (), 'instead of a source: (("DIR", weight), ...) of prepared data'
+    validation_source: str = option(
+        "", 'source of the validation documents; "" = a part of `source`'
     )
-    field: str = option("text", "jsonl field, parquet column or tfds feature that holds the text")
+    mixture: tuple[tuple[str, float], ...] = option(
+        (), 'prepared data to mix, instead of a source: (("DIR", weight), ...)'
+    )
+    field: str = option("text", "JSONL field, Parquet column or TFDS feature that holds the text")
     tokenizer: str = option(
         "bytes", "bytes, sentencepiece:FILE, hf:FILE, or sentencepiece (trained on the source)"
     )
     sequence_length: int = option(512, "predicted tokens per record", minimum=2)
     validation_fraction: float = option(
         0.02,
-        "share of documents held out, by a hash of their path, or of their text "
-        "where many share a file",
+        "fraction of documents used for validation, selected by a hash of their path, or "
+        "of their text if many share a file",
         above=0,
         below=1,
     )
     packing: str = option(
         "concat",
-        "documents end to end and cut, or whole where they fit and padded",
+        "concat: documents are concatenated and split into sequences. best_fit: documents "
+        "are kept whole if they fit, and sequences are padded",
         choices=PACKINGS,
     )
-    drop_duplicates: bool = option(False, "of documents that are exact copies, use the first alone")
-    undecodable: str = option("skip", "documents that are not UTF-8", choices=UNDECODABLE)
+    drop_duplicates: bool = option(False, "keep only the first of documents that are exact copies")
+    undecodable: str = option(
+        "skip", "what to do with documents that are not valid UTF-8", choices=UNDECODABLE
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
+    """Options of the training loop."""
+
     batch_size: int = option(16, "sequences per step, over all devices", minimum=1)
-    gradient_accumulation: int = option(1, "micro-batches per step", minimum=1)
-    steps: int = option(1000, "optimiser steps", minimum=1)
-    log_every: int = option(20, "steps between metrics", minimum=1)
-    eval_every: int = option(0, "steps between validations; 0 = only after the last", minimum=0)
-    checkpoint_every: int = option(
-        200, "steps between checkpoints (the last step is always saved)", minimum=1
+    gradient_accumulation: int = option(
+        1, "micro-batches per step; batch_size must be divisible by it", minimum=1
     )
-    seed: int = option(0, "order of the data", minimum=0)
+    steps: int = option(1000, "optimizer steps", minimum=1)
+    log_every: int = option(20, "steps between two lines of metrics", minimum=1)
+    eval_every: int = option(
+        0, "steps between two validations; 0 = only after the last step", minimum=0
+    )
+    checkpoint_every: int = option(
+        200, "steps between two checkpoints (the last step is always saved)", minimum=1
+    )
+    seed: int = option(0, "seed of the order of the data", minimum=0)
     max_nonfinite_steps: int = option(
-        10, "non-finite steps in a row before the run stops with exit code 3", minimum=1
+        10, "consecutive non-finite steps after which the run stops with exit code 3", minimum=1
     )
     spike_factor: float = option(
         0.0,
-        "a step whose gradient norm is this many times the running median changes nothing; 0 = off",
+        "skip the update if the gradient norm exceeds this multiple of its running median; 0 = off",
         minimum=0,
     )
     spike_window: int = option(
-        128, "steps of that median; a quarter of them must have passed", minimum=4
+        128,
+        "steps in the window of that median; spike detection starts when a quarter of it is filled",
+        minimum=4,
     )
     rewind: tuple[int, ...] = option(
-        (), "(step, batches): go back to that checkpoint, once, and skip as many batches of data"
+        (),
+        "(step, batches): return once to the checkpoint of `step` and skip that many "
+        "batches of data; () = off",
     )
     replay_check: int = option(
-        0, "every so many steps, run a step twice and compare bits; 0 = off", minimum=0
+        0, "run every n-th step twice and compare the results bit by bit; 0 = off", minimum=0
     )
     hang_minutes: float = option(
         60.0,
-        "without a step for so long, print every thread's stack and end with exit code 1; 0 = off",
+        "minutes without a step after which the stacks of all threads are printed and the "
+        "run ends with exit code 1; 0 = off",
         minimum=0,
     )
-    deterministic: bool = option(True, "on GPU, ask XLA for deterministic operations")
-    loss_chunk: int = option(2048, "tokens whose logits a device holds at a time", minimum=1)
+    deterministic: bool = option(True, "request deterministic operations from XLA on GPU")
+    loss_chunk: int = option(
+        2048, "tokens whose logits are held in memory at once on each device", minimum=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    keep: int = option(3, "newest steps kept, besides the best by validation loss", minimum=2)
+    """Options that decide which checkpoints are kept."""
+
+    keep: int = option(
+        3,
+        "number of newest checkpoints to keep, besides the one with the best validation loss",
+        minimum=2,
+    )
     keep_every: int = option(
-        0, "every so many steps, a checkpoint is kept for good; 0 = none", minimum=0
+        0, "keep the checkpoint of every n-th step permanently; 0 = none", minimum=0
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    """Options of AdamW and of its learning-rate schedule."""
+
     learning_rate: float = option(3e-4, "peak learning rate of AdamW", above=0)
-    initial_learning_rate: float = option(2e-7, "learning rate of step 0", minimum=0)
-    final_learning_rate: float = option(3e-5, "floor of the cosine", minimum=0)
+    initial_learning_rate: float = option(
+        2e-7, "learning rate of step 0, where the warm-up starts", minimum=0
+    )
+    final_learning_rate: float = option(
+        3e-5, "learning rate at the end of the cosine schedule", minimum=0
+    )
     warmup_steps: int = option(100, "steps of linear warm-up", minimum=0)
-    beta1: float = option(0.9, "decay of the first moment", minimum=0, below=1)
-    beta2: float = option(0.95, "decay of the second moment", minimum=0, below=1)
-    eps: float = option(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = option(0.1, "decoupled decay, on matrices only", minimum=0)
-    grad_clip: float = option(1.0, "largest global norm of the gradient", above=0)
+    beta1: float = option(0.9, "decay rate of the first moment", minimum=0, below=1)
+    beta2: float = option(0.95, "decay rate of the second moment", minimum=0, below=1)
+    eps: float = option(1e-8, "constant added to the square root of the second moment", above=0)
+    weight_decay: float = option(0.1, "decoupled weight decay, applied to matrices only", minimum=0)
+    grad_clip: float = option(1.0, "maximum global norm of the gradient", above=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
+    """Options of validation and sampling."""
+
     batch_size: int = option(16, "sequences per validation batch", minimum=1)
-    sample_tokens: int = option(96, "tokens generated per sample", minimum=1)
+    sample_tokens: int = option(96, "tokens to generate per sample", minimum=1)
     prompts: tuple[str, ...] = option(("def ", "import ", "class "), "prompts of the sample suite")
     temperature: float = option(0.8, "sampling temperature; 0 = greedy", minimum=0)
-    top_k: int = option(0, "sample from the k likeliest tokens; 0 = all", minimum=0)
-    top_p: float = option(0.95, "sample from the smallest set of this probability", above=0)
+    top_k: int = option(0, "sample from the k most likely tokens; 0 = all", minimum=0)
+    top_p: float = option(
+        0.95, "sample from the smallest set of tokens with at least this total probability", above=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = option(0, "initial parameters, and samples", minimum=0)
+    """All options of a run. Building one checks every value and raises UserError."""
+
+    seed: int = option(0, "seed of the initial parameters and of sampling", minimum=0)
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
     mesh: MeshConfig = MeshConfig()
@@ -276,13 +338,13 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for check in (check_fields, check_model, check_moe, check_data, check_training):
             check(self)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Hidden width of every expert of a layer."""
+        """The hidden width of every expert of a layer."""
         return self.moe.widths or expert_widths.equal_widths(self.moe.num_experts, self.moe.width)
 
     @property
@@ -310,15 +372,15 @@ class Config:
 
 
 def fields() -> list[tuple[str, dataclasses.Field]]:
-    """("section.field", dataclass field) of every option."""
+    """Returns ("section.option", dataclass field) of every option."""
     return fields_of(Config)
 
 
-_reported = set()  # keys of RENAMED_VALUES that this process has printed a line about
+_reported: set[tuple[str, str]] = set()  # keys of RENAMED_VALUES that were reported already
 
 
-def renamed(value, path):
-    """The value that replaces `value` of an option, where it is an old one."""
+def renamed(value: Any, path: str) -> Any:
+    """Returns the value that replaces an old value of an option, or the value itself."""
     key = path, value
     if not isinstance(value, str) or key not in RENAMED_VALUES:
         return value

@@ -1,10 +1,10 @@
-"""TODO"""
+"""Prints the table of docs/options.md."""
 
 from modse_jax.config.options import fields
 
 
 def markdown_table() -> str:
-    """The options as the README shows them."""
+    """Returns the table of all options in docs/options.md."""
     lines = ["| option | default | what |", "|---|---|---|"]
     for path, field in fields():
         choices = f" ({', '.join(field.metadata['choices'])})" if field.metadata["choices"] else ""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import pathlib
 import re
 
@@ -27,9 +28,9 @@ def test_defaults_survive_a_round_trip():
     "name, value, message",
     [
         ("model__dim", 0, "model.dim=0 must be >= 2"),
-        ("model__num_heads", 3, "model.dim=256 does not divide by model.num_heads=3"),
+        ("model__num_heads", 3, "model.dim=256 is not divisible by model.num_heads=3"),
         ("model__num_heads", 256, "must be even"),
-        ("model__num_kv_heads", 3, "does not divide by model.num_kv_heads=3"),
+        ("model__num_kv_heads", 3, "is not divisible by model.num_kv_heads=3"),
         ("model__dtype", "float16", "must be one of float32, bfloat16"),
         ("moe__top_k", 9, "moe.top_k=9 is larger than moe.num_experts=8"),
         ("moe__widths", (4, 4), "moe.widths: 2 widths for 8 experts"),
@@ -45,13 +46,13 @@ def test_defaults_survive_a_round_trip():
         (
             "training__gradient_accumulation",
             3,
-            "does not divide by training.gradient_accumulation=3",
+            "is not divisible by training.gradient_accumulation=3",
         ),
         ("optimizer__learning_rate", float("nan"), "must be finite"),
         ("optimizer__initial_learning_rate", 1.0, "is above the peak"),
         ("evaluation__top_p", 1.5, "must be <= 1"),
         ("mesh__data", 0, "mesh.data=0, mesh.fsdp=1, mesh.expert=1: each must be"),
-        ("evaluation__prompts", (), "must be texts that are not empty"),
+        ("evaluation__prompts", (), "must be non-empty texts"),
         ("evaluation__sample_tokens", 512, "must be below model.context_length=512"),
     ],
 )
@@ -88,7 +89,7 @@ def test_types_and_unknown_names_are_refused():
 
 
 def test_an_old_value_becomes_the_new_one_with_one_line(capsys, monkeypatch):
-    """moe.backend=virtual of an old config.json, config file or flag still builds; a second reading says nothing."""
+    """It is replaced in config.json, config files and flags, and reported once per process."""
     monkeypatch.setattr(options, "_reported", set())
     values = dataclasses.asdict(options.Config())
     old = {**values, "moe": {**values["moe"], "backend": "virtual"}}
@@ -99,6 +100,40 @@ def test_an_old_value_becomes_the_new_one_with_one_line(capsys, monkeypatch):
     )
     with pytest.raises(errors.UserError, match="moe.backend='virtually' must be one of auto"):
         loading.from_dict({**values, "moe": {**values["moe"], "backend": "virtually"}})
+
+
+def test_a_saved_config_of_an_older_version_takes_the_defaults(tmp_path, capsys):
+    saved = changed(moe__top_k=1, training__steps=7)
+    del saved["moe"]["tail_rows"], saved["model"]["unroll"], saved["checkpoint"], saved["seed"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(saved))
+    values = json.loads(path.read_text())
+    config = loading.from_saved(values)
+    assert values == json.loads(path.read_text())  # unchanged by reading
+    assert config == loading.from_dict(changed(moe__top_k=1, training__steps=7))
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for added in (
+        "seed=0",
+        "model.unroll=0",
+        "moe.tail_rows=64",
+        "checkpoint.keep=3",
+        "checkpoint.keep_every=0",
+    ):
+        assert added in message
+    assert message.count("=") == 5
+    assert loading.from_saved(changed()) == options.Config()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_saved_config_with_an_unknown_option_is_refused():
+    saved = changed()
+    del saved["moe"]["tail_rows"]
+    saved["moe"]["tail_row"] = 64
+    with pytest.raises(errors.UserError, match="did you mean moe.tail_rows"):
+        loading.from_saved(saved)
+    with pytest.raises(errors.UserError, match="moe=8 must be a section of options"):
+        loading.from_saved({**changed(), "moe": 8})
 
 
 def test_every_old_value_is_replaced_by_one_that_is_allowed():

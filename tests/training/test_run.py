@@ -386,7 +386,7 @@ def assert_refused(arguments: list[str], message: str, workdir: pathlib.Path) ->
         ({"model.dimm": 8}, "Did you mean"),
         ({"model.dim": "wide"}, "dim"),
         ({"moe.widths": "(20,4,12,11)"}, "must sum to"),
-        ({"training.batch_size": 3}, "does not divide over mesh.data=2"),
+        ({"training.batch_size": 3}, "is not divisible by mesh.data=2"),
     ],
 )
 def test_bad_options_are_refused_in_one_line(options, message, corpus, tmp_path):

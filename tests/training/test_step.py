@@ -255,7 +255,7 @@ def test_meshes_that_do_not_fit_are_refused():
     message = "mesh.data=9, mesh.fsdp=1, mesh.expert=1 make 9, but this process sees 8 cpu"
     with pytest.raises(UserError, match=message):
         device_mesh.build_mesh(tiny_config(mesh=MeshConfig(data=9)))
-    with pytest.raises(UserError, match="=12 does not divide over mesh.data=8 "):
+    with pytest.raises(UserError, match="=12 is not divisible by mesh.data=8 "):
         device_mesh.build_mesh(tiny_config(training=dict(batch_size=12)))
 
 
