@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from modse_jax.config.loading import from_dict
+from modse_jax.config.loading import from_saved
 from modse_jax.config.options import Config
 from modse_jax.data import tokenizers, training_data
 from modse_jax.errors import UserError
@@ -47,7 +47,7 @@ def read_config(workdir: pathlib.Path) -> Config:
             f"--workdir={workdir} holds no run (no config.json); train one with train.py"
         )
     try:
-        return from_dict(files.read_json(path))
+        return from_saved(files.read_json(path))
     except ValueError as error:
         raise UserError(f"{path.parent}: {error}") from None
 

@@ -11,7 +11,7 @@ from modse_jax.config.loading import (
     RESUMABLE,
     RESUMABLE_ANY_MESH,
     differences,
-    from_dict,
+    from_saved,
 )
 from modse_jax.config.options import Config
 from modse_jax.errors import UserError
@@ -91,7 +91,7 @@ def check_workdir(workdir: pathlib.Path, config: Config) -> None:
 def _check_saved_config(workdir: pathlib.Path, config: Config) -> None:
     path = workdir / "config.json"
     try:
-        saved = from_dict(json.loads(path.read_text()))
+        saved = from_saved(json.loads(path.read_text()))
     except (ValueError, UserError) as error:
         raise UserError(
             f"{path} is not a config of this version ({error}); use another --workdir"

@@ -233,7 +233,7 @@ def test_a_run_resumes_on_any_mesh(tmp_path):
             (3, 1, 1),
             {},
             "training.batch_size / training.gradient_accumulation=16 "
-            "does not divide over mesh.data=3",
+            "is not divisible by mesh.data=3",
         ),
         ((-1, 3, 1), {}, "3 does not divide the 8 cpu"),
         ((2, 4, 2), {}, "make 16, but this process sees 8 cpu"),
@@ -241,7 +241,7 @@ def test_a_run_resumes_on_any_mesh(tmp_path):
         (
             (1, 1, 3),
             dict(training=dict(batch_size=12), evaluation=dict(batch_size=12)),
-            "model.dim=16 does not divide",
+            "model.dim=16 is not divisible by",
         ),
     ],
 )
