@@ -45,6 +45,8 @@ test: $(VENV)/dev $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(GP
 
 lint: $(VENV)/dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 faults: $(VENV)/dev
 	$(PY) -m tests.helpers.faults --json=benchmarks/results/faults.json

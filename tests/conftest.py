@@ -21,8 +21,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tracing makes many objects, and the collector would take a fifth of the time.
 gc.set_threshold(100_000, 50, 50)
 
-# Tests compile far longer than they run. They compile without most optimizations, and equal programs
-# only once, also in the processes that they start.
+# Tests compile far longer than they run. They compile without most optimizations, and equal
+# programs only once, also in the processes that they start.
 jax.config.update("jax_disable_most_optimizations", True)
 
 CACHE = tempfile.mkdtemp(prefix="modse-compiled-")
@@ -39,20 +39,21 @@ for name, value in CACHE_OPTIONS.items():
     jax.config.update(name, value)
 
 
-# The older of XLA's two ways to emit CPU code compiles in half the time. Who does not know a flag aborts, so it is not
-# left for libtpu or a later jax to find.
+# The older of XLA's two ways to emit CPU code compiles in half the time. libtpu and later versions
+# of jax do not know this flag, and a process that finds an unknown flag aborts: it is set for the
+# first use of a device alone.
 FASTER_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 
 
 with pytest.MonkeyPatch.context() as patch:
-    # Stripped: what does not begin with a dash is a file's name to XLA.
+    # Without blanks at the ends: XLA takes text that does not begin with a dash for a file name.
     patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {FASTER_TO_COMPILE}".strip())
     jax.devices()
 
 
 @pytest.fixture(autouse=True)
 def signals_restored():
-    """loop.train installs its own handlers."""
+    """Restores the signal handlers, because a training run installs its own."""
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for s, handler in before.items():
@@ -61,7 +62,7 @@ def signals_restored():
 
 @pytest.fixture
 def compiled_with_care():
-    """As a user's programs are."""
+    """Compiles with all optimizations, as the programs of a user are."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

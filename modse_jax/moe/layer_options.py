@@ -19,9 +19,11 @@ class RouterOptions:
 
     Attributes:
         top_k: experts per token, K.
-        gate: how the gates (the weights of the chosen experts) are computed; see router.compute_gates.
+        gate: how the gates, the weights of the chosen experts, are computed; see
+            router.compute_gates.
         gate_term: "learned" adds RMSNorm(Softplus(x W_n)) to the logits (MoDSE, Eq. 3).
-        balance_loss_count: the choices that the load-balancing loss counts; see router.balance_loss.
+        balance_loss_count: the choices that the load-balancing loss counts; see
+            router.balance_loss.
         balance_loss_scope: the tokens that the load-balancing loss is computed over: the whole
             batch, or those of each device, averaged over the devices by their number of tokens.
         norm_eps: epsilon of the RMSNorm in the learned term.

@@ -19,8 +19,8 @@ class Chip(NamedTuple):
       gigabytes: memory available to a program, GiB.
       link_terabytes: bandwidth of all links to other chips together, in one direction, TB/s.
       network_terabytes: bandwidth of a GPU to other hosts, TB/s. This is an assumption about the
-        cluster: one network adapter per GPU, of 400 Gb/s, and of 200 Gb/s for an A100, as in NVIDIA's
-        DGX. None for TPUs: the links of a slice connect its hosts, too.
+        cluster: one network adapter per GPU, of 400 Gb/s, and of 200 Gb/s for an A100, as in
+        NVIDIA's DGX. None for TPUs: the links of a slice connect its hosts, too.
     """
 
     kinds: tuple[str, ...]

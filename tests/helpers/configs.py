@@ -14,8 +14,11 @@ from modse_jax.config.options import (
 
 
 def tiny_config(**sections) -> Config:
-    """Two layers, four experts of three widths; sections override fields: tiny_config(moe=dict(top_k=1)).
-    The reference backend, since it compiles fastest; what is said of `blocked` is tested with it."""
+    """Returns the config of a model with two layers and four experts of three widths.
+
+    Sections override fields: tiny_config(moe=dict(top_k=1)). The `reference` backend is used
+    because it compiles fastest; tests of `blocked` select it.
+    """
     base = dict(
         model=ModelConfig(
             dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300, unroll=1

@@ -47,7 +47,10 @@ def config_on(sizes=(1, 1, 1), placement="pairs", exchange="auto", **moe):
 
 @functools.cache
 def compiled(config):
-    """(mesh, compiled step, first state on the host: a step donates its own) of a config's own mesh."""
+    """Returns (mesh, compiled step, initial state) of a config.
+
+    The state is on the host, because a step donates the state that it gets.
+    """
     mesh = device_mesh.build_mesh(config)
     return (
         mesh,

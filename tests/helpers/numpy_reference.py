@@ -18,7 +18,12 @@ def expert(x, w, first, width):
 
 
 def layer(x_TD, w, widths, top_k, gate, eps=1e-5, valid_T=None, count="top_k"):
-    """(y_TD, balance loss, z-loss) of one layer; w holds w_gate, w_up, w_down, router_gate [, router_noise, scale]."""
+    """Returns (y_TD, load-balancing loss, router z-loss) of one layer.
+
+    Args:
+        w: w_gate, w_up, w_down, router_gate, and for the learned term router_noise and
+            router_noise_scale.
+    """
     T, E = len(x_TD), len(widths)
     firsts = np.cumsum((0, *widths))[:-1]
     y, f, p_sum, z = np.zeros_like(x_TD), np.zeros(E), np.zeros(E), 0.0
