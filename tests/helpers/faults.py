@@ -37,6 +37,7 @@ from modse_jax.training import run_logs, state_arrays, train_step
 from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
+HANG_SECONDS = 300  # a run that takes this long hangs, also on a slow and busy machine
 
 SMALL = {
     "model.dim": 16,
@@ -276,7 +277,7 @@ def start(root: pathlib.Path, name: str, devices: int = 1, code: str = "", **cha
 
 def finish(run: Run) -> Ended:
     """Waits for a run and returns its exit code and output."""
-    run.process.wait(timeout=120)
+    run.process.wait(timeout=HANG_SECONDS)
     texts = []
     for file in (run.stdout, run.stderr):
         file.seek(0)
