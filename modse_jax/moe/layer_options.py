@@ -15,7 +15,7 @@ EXCHANGES = ("auto", "gather", "all_to_all")
 
 @dataclasses.dataclass(frozen=True)
 class RouterOptions:
-    """How tokens are routed.
+    """Options of a router.
 
     Attributes:
         top_k: experts per token, K.
@@ -45,7 +45,7 @@ class RouterOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertOptions:
-    """How the experts are computed.
+    """Options for computing the experts.
 
     Attributes:
         backend: the implementation of the grouped expert FFN; see experts.select.select_backend.

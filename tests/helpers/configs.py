@@ -1,4 +1,4 @@
-"""TODO"""
+"""The small config that most tests start from."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Configs on meshes of virtual CPU devices, and their compiled steps."""
 
 import dataclasses
 import functools
