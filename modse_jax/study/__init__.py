@@ -1,0 +1,1 @@
+"""The axes of the study Slicing and Dicing: its notation, recipe and arms."""
