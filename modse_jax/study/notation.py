@@ -16,16 +16,17 @@ The papers use one letter for different things, and different letters for one th
     S       Tencent                 shared experts over the experts that a token uses
 
 "Dense" is the dense FFN that a token's experts replace: it needs the same FLOPs if k * g = 1, or
-with pools and a shared expert, if their sum of k_i * g_i plus the shared width is the dense width.
+with pools and a shared expert, if the sum of k_i * g_i plus the shared width is the dense width.
 
-The papers other than Slicing and Dicing define their symbols for experts of one width. Here g is the
-mean width of the experts that a token uses, if the experts of a pool receive equally many tokens;
-ratios of numbers of experts become ratios of widths. Both give the papers' values for one width.
+The papers other than Slicing and Dicing define their symbols for experts of one width. Here g is
+the mean width of the experts that a token uses, if the experts of a pool receive equally many
+tokens; ratios of numbers of experts become ratios of widths. Both give the papers' values for one
+width.
 
 All values are exact fractions, so that k * g = 1 is never a question of rounding.
 
-Sources: Slicing and Dicing (arXiv 2605.11689); Krajewski et al. (2402.07871); joint law: Ludziejewski
-et al. (2502.05172); Ling (2507.17702); Tencent (2509.23678).
+Sources: Slicing and Dicing (arXiv 2605.11689); Krajewski et al. (2402.07871); joint law:
+Ludziejewski et al. (2502.05172); Ling (2507.17702); Tencent (2509.23678).
 """
 
 import dataclasses
@@ -87,7 +88,7 @@ class LayerShape:
 
     @property
     def active_ratio(self) -> Fraction:
-        """Returns the sum of k_i * g_i, plus the shared width: 1 if the FLOPs are the dense FFN's."""
+        """Returns the sum of k_i * g_i plus the shared width: 1 if the FLOPs are those of dense."""
         return self.shared + sum(pool.active * pool.granularity for pool in self.pools)
 
     @property

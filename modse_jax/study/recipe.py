@@ -1,7 +1,7 @@
 """The training recipe of Slicing and Dicing as a set of options (its section 5, README and code).
 
-Every run of the study shares these options; `arms` adds the size and the layer. A config file of its
-own applies them with
+Every run of the study shares these options; `arms` adds the size and the layer. Another config file
+applies them with
 
     config.update_from_flattened_dict(recipe.recipe_options())
 
