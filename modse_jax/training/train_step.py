@@ -45,7 +45,7 @@ class State(NamedTuple):
       opt_state: state of the optimizer.
       skipped: int32, number of steps that made no update.
       nonfinite_in_a_row: int32, number of consecutive steps that were not finite, up to now.
-      norms: float32, gradient norms of the last `training.spike_window` steps; NaN for steps that
+      norms: float32, gradient norms of the last `advanced.spike_window` steps; NaN for steps that
         were not finite or have not happened yet.
     """
 
@@ -142,7 +142,7 @@ def init_state(config: Config, mesh: Mesh | None = None) -> State:
     step = jnp.zeros((), jnp.int32)
     skipped = jnp.zeros((), jnp.int32)
     nonfinite_in_a_row = jnp.zeros((), jnp.int32)
-    norms = jnp.full((config.training.spike_window,), jnp.nan, jnp.float32)
+    norms = jnp.full((config.advanced.spike_window,), jnp.nan, jnp.float32)
     opt_state = optimizer.build_optimizer(config).init(params)
     return State(step, params, opt_state, skipped, nonfinite_in_a_row, norms)
 
@@ -259,7 +259,7 @@ def make_loss(config: Config, mesh: Mesh | None = None) -> LossFunction:
             model.head_weight(),
             split.targets_BL,
             split.weights_BL / num_targets,
-            config.training.loss_chunk,
+            config.advanced.loss_chunk,
             mesh,
         )
         balance_loss = out.balance_loss / micro_batches
@@ -435,7 +435,7 @@ def make_score_step(config: Config, mesh: Mesh | None = None, trace: bool = Fals
         model = nnx.merge(graph, params)
         x_BLD, out = model.hidden(split.inputs_BL, split.segments_BL, trace)
         nll_BL = losses.nll(
-            x_BLD, model.head_weight(), split.targets_BL, config.training.loss_chunk, mesh
+            x_BLD, model.head_weight(), split.targets_BL, config.advanced.loss_chunk, mesh
         )
         scores = (nll_BL, split.weights_BL, out.statistics)
         if not trace:

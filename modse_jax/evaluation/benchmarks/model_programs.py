@@ -171,7 +171,7 @@ class Programs:
 
     def _make_score(self) -> Callable:
         graph = self._graph
-        chunk = self._model.config.training.loss_chunk
+        chunk = self._model.config.advanced.loss_chunk
         mesh = self._mesh_for_sharding()
 
         def score(params: dict, inputs: dict[str, jax.Array]) -> Scores:
