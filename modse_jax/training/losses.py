@@ -20,7 +20,7 @@ class VocabularyLosses(NamedTuple):
 
     total: jax.Array  # cross_entropy + z_loss_weight * z_loss
     cross_entropy: jax.Array
-    z_loss: jax.Array
+    z_loss: jax.Array | None  # None if it has no weight
 
 
 class _Sums(NamedTuple):
