@@ -1,4 +1,4 @@
-"""Opens a trained model for evaluation: its config, its data and the parameters of a checkpoint."""
+"""Opens a trained model for evaluation: its config, its data and the arrays of a checkpoint."""
 
 import dataclasses
 import pathlib
@@ -12,6 +12,7 @@ from modse_jax.config.options import Config
 from modse_jax.data import tokenizers, training_data
 from modse_jax.errors import UserError
 from modse_jax.model import kernel_selection
+from modse_jax.model.variables import Variables
 from modse_jax.runtime import files, processes, sharding
 from modse_jax.training import train_step
 from modse_jax.training.checkpointing import Checkpoints
@@ -25,14 +26,14 @@ class LoadedModel(NamedTuple):
         data: The prepared training and validation data.
         mesh: The devices that evaluate, all of them on the batch axes.
         step: The training step of the checkpoint.
-        params: The parameters, replicated on every device of the mesh.
+        variables: The arrays of the model, replicated on every device of the mesh.
     """
 
     config: Config
     data: training_data.TrainingData
     mesh: jax.sharding.Mesh
     step: int
-    params: dict
+    variables: Variables
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -48,12 +49,12 @@ def read_config(workdir: pathlib.Path) -> Config:
         )
     try:
         return from_saved(files.read_json(path))
-    except ValueError as error:
-        raise UserError(f"{path.parent}: {error}") from None
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def load_model(workdir: pathlib.Path, step: int, batch_size: int) -> LoadedModel:
-    """Loads the parameters of a checkpoint and the data of its run.
+    """Loads the model of a checkpoint and the data of its run.
 
     Args:
         workdir: The directory of the run.
@@ -76,7 +77,7 @@ def load_model(workdir: pathlib.Path, step: int, batch_size: int) -> LoadedModel
     checkpoints.close()
     if damage:
         raise UserError(_describe_damage(step, damage))
-    return LoadedModel(config, data, mesh, step, state.params)
+    return LoadedModel(config, data, mesh, step, state.variables)
 
 
 def _state_shapes(config: Config, mesh: jax.sharding.Mesh) -> train_step.State:

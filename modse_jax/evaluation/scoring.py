@@ -91,7 +91,7 @@ def validate(model: LoadedModel, limit: int, batch_size: int) -> ValidationResul
     for dataset in model.data.datasets:
         batches = read_validation_batches(model, dataset, limit, batch_size)
         is_complete = not limit or limit >= len(dataset.splits["validation"])
-        scored[dataset.name] = validation.run(score, model.params, batches, dataset, is_complete)
+        scored[dataset.name] = validation.run(score, model.variables, batches, dataset, is_complete)
     loss, statistics = validation.together(scored)
     return ValidationResult(loss, metrics.routing_by_layer(statistics, model.config.widths))
 
@@ -154,12 +154,12 @@ def _generate(model: LoadedModel, prompt: list[int], number: int) -> Iterator[st
     """Yields the text after a prompt in pieces of complete characters."""
     options = model.config.evaluation
     tokenizer = model.data.tokenizer
-    graph, _ = transformer.build_abstract_model(kernel_selection.for_evaluation(model.config))
-    # The parameters are replicated, so one device holds all of them. Samples are generated there.
-    params = jax.tree.map(lambda array: array.addressable_data(0), model.params)
+    graph, _ = transformer.build_abstract_model(kernel_selection.for_generation(model.config))
+    # The arrays are replicated, so one device holds all of them. Samples are generated there.
+    variables = jax.tree.map(lambda array: array.addressable_data(0), model.variables)
     pieces = sampling.stream(
         graph,
-        params,
+        variables,
         [prompt],
         options.sample_tokens,
         sampling.Settings(options.temperature, options.top_k, options.top_p),

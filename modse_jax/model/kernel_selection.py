@@ -76,17 +76,34 @@ def check_kernels(config: Config, mesh: Mesh) -> SelectedKernels:
 
 
 def for_evaluation(config: Config) -> Config:
-    """Returns the config of the same model for evaluation, dropless and on any device.
+    """Returns the config of the same model for validation and scoring, on any device.
 
-    With a capacity, the score of a token would depend on the other tokens of its batch.
+    Experts have the capacity `evaluation.capacity_factor`, by default an unlimited one. With a
+    limit, the score of a token depends on the other tokens of its batch.
     """
     attention = "blocks" if config.model.attention == "blocks" else "auto"
     backend = config.moe.backend if config.moe.backend in ANYWHERE else "auto"
+    capacity_factor = config.evaluation.capacity_factor
+    exchange = config.moe.exchange
+    if capacity_factor and exchange == "all_to_all":
+        exchange = "gather"  # an all-to-all has no capacity
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, attention=attention),
-        moe=dataclasses.replace(config.moe, capacity_factor=0.0, backend=backend),
+        moe=dataclasses.replace(
+            config.moe, capacity_factor=capacity_factor, backend=backend, exchange=exchange
+        ),
     )
+
+
+def for_generation(config: Config) -> Config:
+    """Returns the config of the same model for samples and benchmark tasks: always dropless.
+
+    Their texts are batched by length, so with a capacity the result of a text would depend on
+    which other texts happen to share its batch.
+    """
+    evaluation = dataclasses.replace(config.evaluation, capacity_factor=0.0)
+    return for_evaluation(dataclasses.replace(config, evaluation=evaluation))
 
 
 def max_rows_per_device(config: Config, mesh: Mesh) -> int:
@@ -96,4 +113,4 @@ def max_rows_per_device(config: Config, mesh: Mesh) -> int:
     """
     micro_batch = config.training.batch_size // config.training.gradient_accumulation
     tokens_per_device = micro_batch * config.data.sequence_length // mesh.size
-    return mesh.shape[sharding.EXPERT] * tokens_per_device * config.moe.top_k
+    return mesh.shape[sharding.EXPERT] * tokens_per_device * config.top_k

@@ -2,8 +2,8 @@
 
 The prompts of a batch may have different lengths.
 
-Legend: B batch, P padded prompt length, N new tokens, D model, V vocabulary,
-S cache length, G key/value heads, C head size.
+Legend: B batch, P padded prompt length, N new tokens, D model, V vocabulary, S cache length,
+G key/value heads, C head size, L layers, E experts.
 """
 
 import functools
@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from modse_jax.model.attention.attention_layer import Cache
+from modse_jax.model.variables import Variables
 from modse_jax.runtime import gpu_options
 
 
@@ -38,7 +39,7 @@ class DecodingState(NamedTuple):
 
 def stream(
     graph: nnx.GraphDef,
-    params: dict,
+    variables: Variables,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     settings: Settings,
@@ -53,7 +54,8 @@ def stream(
     programs for few shapes are compiled.
 
     Args:
-        graph, params: see transformer.build_abstract_model.
+        graph: see transformer.build_abstract_model.
+        variables: the arrays of the model.
         prompts: token ids. Every prompt needs at least one token, and its length plus
             max_new_tokens must be within the context.
 
@@ -64,15 +66,15 @@ def stream(
         raise ValueError("a prompt needs at least one token")
     longest = max(len(prompt) for prompt in prompts)
     tokens_BP, lengths_B = pad_rows(prompts, 1 << (longest - 1).bit_length(), pad_id)
-    device = jax.tree.leaves(params)[0].devices().pop()
+    device = jax.tree.leaves(variables)[0].devices().pop()
     prefill_on_device, decode_on_device = programs_for(device)
-    state = prefill_on_device(graph, params, tokens_BP, lengths_B, max_new_tokens)
+    state = prefill_on_device(graph, variables, tokens_BP, lengths_B, max_new_tokens)
     keys = jax.random.split(key, max_new_tokens)
     for first in range(0, max_new_tokens, chunk):
         was_done_B = np.asarray(state.done_B)
         chunk_keys = keys[first : first + chunk]
         state, tokens_BN = decode_on_device(
-            graph, params, state, chunk_keys, settings, pad_id, eos_id
+            graph, variables, state, chunk_keys, settings, pad_id, eos_id
         )
         rows = np.asarray(tokens_BN).tolist()
         yield [
@@ -111,7 +113,7 @@ def pad_rows(
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def prefill(
     graph: nnx.GraphDef,
-    params: dict,
+    variables: Variables,
     tokens_BP: jax.Array,
     lengths_B: jax.Array,
     max_new_tokens: int,
@@ -120,12 +122,14 @@ def prefill(
 
     The cache has room for max_new_tokens more. A row of length 0 is padding of the batch, and done.
     """
-    model = nnx.merge(graph, params)
+    model = nnx.merge(graph, variables.params)
     B, P = tokens_BP.shape
     positions_BP = jnp.broadcast_to(jnp.arange(P)[None, :], (B, P))
     cache = model.empty_cache(B, P + max_new_tokens)
     valid_BP = positions_BP < lengths_B[:, None]
-    x_BPD, output = model.hidden_with_cache(tokens_BP, positions_BP, valid_BP, cache)
+    x_BPD, output = model.hidden_with_cache(
+        tokens_BP, positions_BP, valid_BP, cache, variables.router_bias_LE
+    )
     last_B11 = jnp.maximum(lengths_B[:, None, None] - 1, 0)
     x_B1D = jnp.take_along_axis(x_BPD, last_B11, axis=1)
     return DecodingState(
@@ -139,7 +143,7 @@ def prefill(
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
 def decode(
     graph: nnx.GraphDef,
-    params: dict,
+    variables: Variables,
     state: DecodingState,
     keys: jax.Array,
     settings: Settings,
@@ -150,13 +154,17 @@ def decode(
 
     Returns (state, tokens [B, N]). After the end token of a text, its tokens are padding.
     """
-    model = nnx.merge(graph, params)
+    model = nnx.merge(graph, variables.params)
 
     def decode_token(state: DecodingState, key: jax.Array) -> tuple[DecodingState, jax.Array]:
         tokens_B = jnp.where(state.done_B, pad_id, pick(state.logits_BV, settings, key))
         done_B = state.done_B | (tokens_B == eos_id)
         x_B1D, output = model.hidden_with_cache(
-            tokens_B[:, None], state.positions_B[:, None], ~done_B[:, None], state.cache
+            tokens_B[:, None],
+            state.positions_B[:, None],
+            ~done_B[:, None],
+            state.cache,
+            variables.router_bias_LE,
         )
         logits_BV = model.logits(x_B1D)[:, 0]
         state = DecodingState(output.cache, logits_BV, state.positions_B + 1, done_B)

@@ -69,7 +69,7 @@ def trace(model: LoadedModel, limit: int, batch_size: int) -> Trace:
     parts = []
     for source, dataset in enumerate(model.data.datasets):
         for batch in scoring.read_validation_batches(model, dataset, limit, batch_size):
-            scored = jax.device_get(score(model.params, batch))
+            scored = jax.device_get(score(model.variables, batch))
             nll, weights, _, tokens, targets, gates, ids = scored
             is_predicted = weights > 0
             parts.append(

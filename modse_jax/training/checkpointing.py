@@ -19,7 +19,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
@@ -186,11 +186,11 @@ class Checkpoints:
         """
         meta = self.meta(step)
         state_arrays.check_arrays(step, meta["leaves"], state_arrays.describe_arrays(abstract))
-        target = abstract._asdict()
+        target = _saved_fields(abstract)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         arguments = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
-        state = State(**restored["state"])
+        state = State(**{"router_bias": {}, **restored["state"]})
         actual = state_arrays.compute_fingerprints(state)
         changed = [name for name, saved in meta["fingerprints"].items() if actual[name] != saved]
         reason = ""
@@ -259,7 +259,7 @@ class Checkpoints:
             "fingerprints": state_arrays.compute_fingerprints(state),
         }
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state._asdict()), meta=ocp.args.JsonSave(full_meta)
+            state=ocp.args.PyTreeSave(_saved_fields(state)), meta=ocp.args.JsonSave(full_meta)
         )
         self._saving = step
         self._losses[step] = meta["validation_loss"]
@@ -399,3 +399,12 @@ class Checkpoints:
         os.rename(self.path(step), target)
         files.flush_to_disk(self._directory)
         return f"{folder}/{target.name}"
+
+
+def _saved_fields(state: State) -> dict[str, Any]:
+    """Returns the fields of a state that have arrays, by name.
+
+    Without a bias rule, the router bias has none. It is left out, so that such checkpoints are the
+    same as those of older versions, which had no router bias.
+    """
+    return {name: value for name, value in state._asdict().items() if jax.tree.leaves(value)}

@@ -56,8 +56,8 @@ def compute_fingerprints(state: State) -> dict[str, int]:
 
 
 def all_finite(state: State) -> bool:
-    """Returns True if no parameter and no optimizer moment is infinite or NaN."""
-    leaves = jax.tree.leaves((state.params, state.opt_state))
+    """Returns True if no parameter, optimizer moment or router bias is infinite or NaN."""
+    leaves = jax.tree.leaves((state.params, state.opt_state, state.router_bias))
     return bool(_all_finite(leaves))
 
 

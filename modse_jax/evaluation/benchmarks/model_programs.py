@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from modse_jax.evaluation.model_loading import LoadedModel
 from modse_jax.model import kernel_selection, sampling, transformer
+from modse_jax.model.variables import Variables
 from modse_jax.runtime import gpu_options, processes, sharding
 from modse_jax.training import losses
 
@@ -54,7 +55,7 @@ class Programs:
         self._model = model
         self._mesh = model.mesh
         self._graph, _ = transformer.build_abstract_model(
-            kernel_selection.for_evaluation(model.config), self._mesh_for_sharding()
+            kernel_selection.for_generation(model.config), self._mesh_for_sharding()
         )
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
         self._state: sampling.DecodingState | None = None
@@ -113,12 +114,12 @@ class Programs:
         inputs = {name: self._put_on_devices(name, array) for name, array in arrays.items()}
         outputs: tuple[jax.Array, ...]
         if kind == "score":
-            outputs = program(self._model.params, inputs)
+            outputs = program(self._model.variables, inputs)
         elif kind == "prefill":
-            self._state = program(self._model.params, inputs)
+            self._state = program(self._model.variables, inputs)
             outputs = ()
         else:
-            self._state, tokens_BN = program(self._model.params, inputs, self._state)
+            self._state, tokens_BN = program(self._model.variables, inputs, self._state)
             outputs = (tokens_BN,)
         on_host = tuple(np.asarray(array) for array in outputs)
         self.seconds += time.perf_counter() - start
@@ -158,33 +159,35 @@ class Programs:
             )
             for name, (shape, dtype) in shapes.items()
         }
-        params = self._model.params
+        variables = self._model.variables
         if kind == "score":
-            return jax.jit(self._make_score(), out_shardings=replicated).lower(params, inputs)
+            return jax.jit(self._make_score(), out_shardings=replicated).lower(variables, inputs)
         if kind == "prefill":
-            return jax.jit(self._make_prefill(*static)).lower(params, inputs)
+            return jax.jit(self._make_prefill(*static)).lower(variables, inputs)
         state_shardings = jax.tree.map(lambda array: array.sharding, self._state)
         decode = self._make_decode(sampling.Settings(*static))
         # The state is donated: the key/value cache is updated in place.
         jitted = jax.jit(decode, donate_argnums=2, out_shardings=(state_shardings, replicated))
-        return jitted.lower(params, inputs, self._state)
+        return jitted.lower(variables, inputs, self._state)
 
     def _make_score(self) -> Callable:
         graph = self._graph
-        chunk = self._model.config.training.loss_chunk
+        chunk = self._model.config.advanced.loss_chunk
         mesh = self._mesh_for_sharding()
 
-        def score(params: dict, inputs: dict[str, jax.Array]) -> Scores:
-            return score_rows(graph, params, chunk, mesh, **inputs)
+        def score(variables: Variables, inputs: dict[str, jax.Array]) -> Scores:
+            return score_rows(graph, variables, chunk, mesh, **inputs)
 
         return score
 
     def _make_prefill(self, max_new_tokens: int) -> Callable:
         graph = self._graph
 
-        def prefill(params: dict, inputs: dict[str, jax.Array]) -> sampling.DecodingState:
+        def prefill(
+            variables: Variables, inputs: dict[str, jax.Array]
+        ) -> sampling.DecodingState:
             tokens_BP = inputs["tokens"]
-            return sampling.prefill(graph, params, tokens_BP, inputs["lengths"], max_new_tokens)
+            return sampling.prefill(graph, variables, tokens_BP, inputs["lengths"], max_new_tokens)
 
         return prefill
 
@@ -193,12 +196,12 @@ class Programs:
         tokenizer = self._model.data.tokenizer
 
         def decode(
-            params: dict, inputs: dict[str, jax.Array], state: sampling.DecodingState
+            variables: Variables, inputs: dict[str, jax.Array], state: sampling.DecodingState
         ) -> tuple[sampling.DecodingState, jax.Array]:
             state = state._replace(done_B=state.done_B | inputs["ended"])
             keys = jax.random.wrap_key_data(inputs["keys"])
             return sampling.decode(
-                graph, params, state, keys, settings, tokenizer.pad_id, tokenizer.eos_id
+                graph, variables, state, keys, settings, tokenizer.pad_id, tokenizer.eos_id
             )
 
         return decode
@@ -206,7 +209,7 @@ class Programs:
 
 def score_rows(
     graph: nnx.GraphDef,
-    params: dict,
+    variables: Variables,
     chunk: int,
     mesh: Mesh | None,
     tokens: jax.Array,
@@ -218,7 +221,7 @@ def score_rows(
 
     Args:
         graph: The structure of the model.
-        params: Its parameters.
+        variables: Its arrays.
         chunk: Tokens of a row whose logits are computed at a time.
         mesh: The devices; None for one device.
         tokens: [B, L] token ids, padded on the right.
@@ -226,10 +229,10 @@ def score_rows(
         starts: [B] position of the first scored token.
         last: [B, M] candidates.
     """
-    model = nnx.merge(graph, params)
+    model = nnx.merge(graph, variables.params)
     position_1L = jnp.arange(tokens.shape[1])[None, :]
     segments_BL = (position_1L < lengths[:, None]).astype(jnp.int32)
-    x_BLD, _ = model.hidden(tokens, segments_BL)
+    x_BLD, _ = model.hidden(tokens, segments_BL, router_bias_LE=variables.router_bias_LE)
     next_tokens_BL = jnp.roll(tokens, -1, axis=1)
     nll_BL, is_greedy_BL = losses.nll(
         x_BLD, model.head_weight(), next_tokens_BL, chunk, mesh, greedy=True
