@@ -117,9 +117,9 @@ def override_options(config: Config, values: Mapping[str, Any]) -> Config:
     return from_dict(nested)
 
 
-def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+def to_option_dict(config: Config) -> OptionDict:
     """Returns a config as the ConfigDict that a file in configs/ returns."""
-    return ml_collections.ConfigDict(dataclasses.asdict(config))
+    return build_option_dict(dataclasses.asdict(config))
 
 
 def to_flat_dict(config: Config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ mean "off", because a command-line flag cannot be set to None.
 """
 
 import dataclasses
+from fractions import Fraction
 
 from modse_jax.config.checks import check_data, check_fields, check_model, check_moe, check_training
 from modse_jax.config.option_fields import fields_of, option
@@ -393,6 +394,16 @@ class Config:
     def pools(self) -> tuple[layer_options.Pool, ...]:
         """The pools of experts of a layer, in the order of the experts; at least one."""
         return (layer_options.Pool(self.moe.num_experts, self.moe.top_k),)
+
+    @property
+    def active_width(self) -> Fraction:
+        """The hidden units that a token uses per layer, the shared expert's included.
+
+        The experts of a pool are taken to receive equally many tokens.
+        """
+        if self.is_dense:
+            return Fraction(self.model.dense_width)
+        return self.moe.shared_width + expert_widths.mean_active_width(self.widths, self.pools)
 
     @property
     def num_experts(self) -> int:

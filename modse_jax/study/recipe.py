@@ -54,7 +54,7 @@ def _model_options() -> dict[str, Any]:
 def _router_options() -> dict[str, Any]:
     return {
         "moe.gate": "softmax_top_k",
-        "moe.gate_term": "none",
+        "moe.router_noise": "none",
         "moe.gate_scale": 1.0,
         "moe.balance_loss_weight": 1e-2,
         "moe.balance_loss_count": "top_k",
@@ -74,7 +74,7 @@ def _training_options() -> dict[str, Any]:
         "data.tokenizer": "hf:data/dolma2_tokenizer.json",
         "data.sequence_length": SEQUENCE_LENGTH,
         "data.packing": "concat",
-        "training.seed": 34521,
+        "data.shuffle_seed": 34521,
         "training.batch_size": BATCH_SIZE,
         "training.gradient_accumulation": 32,
         "training.vocab_z_loss_weight": 1e-5,
