@@ -98,7 +98,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = FLAGS(argv)
     except FLAG_ERRORS as error:
-        # The text of a KeyError is the quoted form of its argument.
+        # str() of a KeyError puts its argument in quotes, so the argument is printed instead.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         sys.exit(_print_error(message))
     if len(rest) > 1:

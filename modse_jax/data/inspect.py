@@ -107,7 +107,10 @@ def _build_parser() -> OneLineParser:
 
 
 def _inspect(options: argparse.Namespace) -> pathlib.Path:
-    """Prints the card and a record, and returns the path of the picture."""
+    """Prints the card (description) of the data and one record, and draws the histograms.
+
+    Returns the path of the picture with the histograms.
+    """
     out = pathlib.Path(options.out)
     if not out.is_dir():
         raise UserError(f"--out={options.out} is not a directory")

@@ -24,7 +24,7 @@ class RecordId(NamedTuple):
 
 
 class _BlockOrder(NamedTuple):
-    """Which dataset is read at each position of a block of BLOCK positions.
+    """The order in which the datasets are read within one block of BLOCK positions.
 
     Attributes:
         datasets: [BLOCK], the index of the dataset at each position.

@@ -122,8 +122,8 @@ class SentencePiece:
     def decode(self, ids: Iterable[int]) -> bytes:
         """Returns the text of token ids, without special tokens.
 
-        The text is put together from pieces. sentencepiece's own decoding would replace the bytes
-        of a character that is cut.
+        The bytes of the pieces are concatenated. If the ids end within a character of several
+        bytes, sentencepiece's own decoding would replace its bytes.
         """
         pieces = []
         for token in ids:
@@ -220,8 +220,8 @@ class HuggingFace:
     def decode(self, ids: Iterable[int]) -> bytes:
         """Returns the text of token ids, without special tokens.
 
-        The text is put together from pieces. The library's own decoding would replace the bytes of
-        a character that is cut.
+        The bytes of the pieces are concatenated. If the ids end within a character of several
+        bytes, the library's own decoding would replace its bytes.
         """
         pieces = []
         for token in ids:

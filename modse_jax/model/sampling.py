@@ -20,7 +20,7 @@ from modse_jax.runtime import gpu_options
 
 
 class Settings(NamedTuple):
-    """How the next token is drawn from the model's distribution."""
+    """Options for drawing the next token from the model's distribution."""
 
     temperature: float = 1.0  # 0 is greedy decoding
     top_k: int = 0  # draws from the top_k most likely tokens; 0 from all

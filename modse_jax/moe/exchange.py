@@ -23,7 +23,9 @@ import jax.numpy as jnp
 
 
 class SendPlan(NamedTuple):
-    """What one device sends and receives in one all-to-all: arguments of lax.ragged_all_to_all.
+    """The rows that one device sends and receives in one all-to-all.
+
+    The fields are arguments of jax.lax.ragged_all_to_all.
 
     Each field is int32 [n * S], with one entry for each of n devices and each slot (position of an
     expert among those of its shard). An entry is about one part: the rows of one device for one

@@ -13,7 +13,7 @@ from modse_jax.moe.expert_partition import partition_experts
 
 
 class Placement(NamedTuple):
-    """Which experts every shard holds, and how many hidden units of each.
+    """The experts that every shard holds, and its number of hidden units of each.
 
     Attributes:
         experts: for every shard, the numbers of its experts, in the order in which it stores them.

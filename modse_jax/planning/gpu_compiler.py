@@ -31,7 +31,7 @@ import jax
 
 from modse_jax.errors import UserError
 
-PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt")  # of the same version as jax
+PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt")  # they must have the version of jax
 
 # ptxas and libdevice, which the compiler calls and reads: NVIDIA's packages, or a CUDA toolkit.
 TOOL_PACKAGES = ("nvidia-cuda-nvcc==13.0.*", "nvidia-nvvm==13.0.*")
@@ -385,7 +385,7 @@ def assume_cudnn() -> Iterator[None]:
 
 
 class Launches(NamedTuple):
-    """How often one run of a compiled program launches something on a GPU, per device."""
+    """Numbers of launches in one run of a compiled program, per GPU."""
 
     kernels: float  # kernels, library calls and copies, inside and outside CUDA graphs
     collectives: float  # all-gathers, all-reduces and so on

@@ -60,7 +60,7 @@ class Collective(NamedTuple):
 
 
 class FoundCollectives(NamedTuple):
-    """The collectives of a program."""
+    """The collectives of a program, and reports on those that could not be counted."""
 
     collectives: list[Collective]
     unknown: list[str]  # one sentence for each collective that could not be counted
@@ -236,7 +236,7 @@ def _sent_bytes(kind: str, result_bytes: float, group_size: int) -> float:
     """
     if kind == "collective-permute":
         return result_bytes
-    if kind == "reduce-scatter":  # its result is one of group_size parts
+    if kind == "reduce-scatter":  # its result is 1 / group_size of the array
         return result_bytes * (group_size - 1)
     share = (group_size - 1) / group_size
     if kind == "all-reduce":

@@ -61,7 +61,7 @@ NAME = re.compile(r"[\w.\-]+")
 CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 CALL_LIST = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 
-# In the type of an array: layouts, comments and spaces, which are ignored; and what remains:
+# To parse a type, layouts, comments and spaces are removed, and the rest is split into tokens:
 #   (bf16[8,6]{1,0:T(8,128)(2,1)}, /*index=1*/s32[<=4]{0})   ->   ( bf16[8,6] s32[<=4] )
 LAYOUT_OR_COMMENT = re.compile(r"\{[^}]*\}|/\*.*?\*/|\s")
 TYPE_TOKEN = re.compile(r"\w+\[[^\]]*\]|[()]")
@@ -154,7 +154,7 @@ def _list_calls(lines: Sequence[str], computations: Computations) -> list[Call]:
             times = _read_trip_count(line, computations[condition])
             calls += [Call(body, times), Call(condition, times)]
         elif "-update(" in line or "-done(" in line:
-            continue  # These name the computation of their start, which is counted there.
+            continue  # They name a computation that is counted at the start instruction already.
         else:
             calls += [Call(callee, 1) for callee in CALL.findall(line)]
             for names in CALL_LIST.findall(line):

@@ -25,16 +25,16 @@ LISTED_GROUP = re.compile(r"\{([\d,\s]+)\}")
 # replica_groups=[2,4]<=[4,2]T(1,0)
 IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
 
-# [4,2]T(1,0)
+# Matches [4,2]T(1,0).
 DEVICE_NUMBERS = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 # replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}
 MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))?\s*\{([^}]*)\}")
 
-# 'a'=4,'b'=2
+# Matches 'a'=4 and 'b'=2 in 'a'=4,'b'=2.
 MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
 
-# 'a','b':(2)2
+# Matches 'a' and 'b':(2)2 in 'a','b':(2)2.
 GROUP_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
 Groups = tuple[tuple[int, ...], ...]

@@ -23,7 +23,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class CompiledStep(NamedTuple):
-    """What the compiler reports about a training step, per device."""
+    """Facts that the compiler reports about a training step, per device."""
 
     peak_bytes: float | None  # None if the step does not fit and the compiler names no number
     temporary_bytes: int | None = None  # None if the step does not fit

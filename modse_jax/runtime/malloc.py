@@ -16,7 +16,7 @@ LARGE_PAGES = (
 def use_large_pages() -> None:
     """Restarts this process with the malloc options `LARGE_PAGES`, for speed on CPU.
 
-    Does nothing if GLIBC_TUNABLES is set already, or not on Linux.
+    Does nothing if GLIBC_TUNABLES is set already, and on systems other than Linux.
 
     glibc reads the variable only when a process starts, so the interpreter is executed again with
     the same arguments (`python script.py ...` as well as `python -m package ...`).

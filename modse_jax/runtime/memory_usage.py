@@ -1,4 +1,4 @@
-"""How much memory a compiled function needs, and how much this machine has."""
+"""The memory that a compiled function needs, and the memory of this machine."""
 
 import os
 

@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 class Setup(NamedTuple):
-    """What the checks compute and the run uses later.
+    """Results of the checks that the run uses later.
 
     Attributes:
       mesh: the device mesh.

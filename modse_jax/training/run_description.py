@@ -1,6 +1,6 @@
-"""What a run writes and prints about itself when it starts.
+"""Descriptions that a run writes or prints when it starts.
 
-This is environment.json, the table of parameters, and a line on memory.
+These are environment.json, the table of parameters, and a line on memory.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ from modse_jax.training.train_step import State
 
 MIB = 2**20
 
-# Packages whose versions are recorded.
+# Packages whose versions are recorded in environment.json.
 PACKAGES = (
     "jax",
     "jaxlib",

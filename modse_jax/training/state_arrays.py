@@ -1,7 +1,8 @@
-"""What a checkpoint records about the arrays of a training state, to verify a restored state.
+"""Properties of a training state that its checkpoint records, to verify the state when restored.
 
-This is the names, shapes, dtypes and fingerprints of the arrays, and the canonical order of hidden
-units, in which checkpoints store them. None of it depends on the mesh.
+These are the names, shapes, dtypes and fingerprints of its arrays. This module also converts hidden
+units to and from the canonical order, in which checkpoints store them. None of it depends on the
+mesh.
 """
 
 import functools

@@ -41,7 +41,7 @@ class StepTimer:
         self._paused_at = time.perf_counter()
 
     def resume(self) -> None:
-        """Continues after `pause`."""
+        """Ends a pause: time counts again."""
         self._start += time.perf_counter() - self._paused_at
 
     def restart(self, step: int) -> Interval:

@@ -30,7 +30,7 @@ HASH_BYTES = 8
 
 @dataclasses.dataclass
 class PartScan:
-    """What the first pass finds in one part of the source.
+    """Findings of the first pass in one part of the source.
 
     The holdout score of a document is a hash of its name in [0, 1), by which documents are assigned
     to the validation split.
@@ -57,7 +57,7 @@ class PartScan:
 
 
 class ScanResult(NamedTuple):
-    """What the first pass finds in all parts of the source.
+    """Findings of the first pass in all parts of the source.
 
     Attributes:
         threshold: documents with a holdout score (a hash of the name in [0, 1)) below it belong to
@@ -162,9 +162,8 @@ def _scan_part(
     hashes_path = directory.hashes_path(part_number)
     with open(hashes_path, "wb") as file:
         hashes.tofile(file)
-    files.flush_to_disk(
-        hashes_path
-    )  # before the file whose presence says that the hashes are there
+    # The hashes must be on disk before the file whose existence marks this part as complete.
+    files.flush_to_disk(hashes_path)
     files.write_atomically(scan_path, json.dumps(dataclasses.asdict(scan)))
     return scan
 

@@ -66,7 +66,7 @@ class Programs:
         self.reset_times()
 
     def reset_times(self) -> None:
-        """Sets both times to zero."""
+        """Sets `seconds` and `compile_seconds` to zero."""
         self.seconds = 0.0
         self.compile_seconds = 0.0
 

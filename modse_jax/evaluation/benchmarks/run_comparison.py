@@ -16,10 +16,10 @@ from modse_jax.evaluation.text_table import Column
 # these metrics the log-probabilities of the documents are compared instead.
 LOG_PROBABILITY_METRICS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
-MAX_NAME_CHARACTERS = 12  # of a run's name at the head of its column
+MAX_NAME_CHARACTERS = 12  # a column is headed by this many last characters of the run's name
 
 Metric = tuple[str, str]  # metric, filter of the answers
-DocumentScores = dict[tuple[str, int], tuple[str, float]]  # (task, document): (hash, value)
+DocumentScores = dict[tuple[str, int], tuple[str, float]]  # {(task, document): (hash, score)}
 
 
 class RunResults(NamedTuple):

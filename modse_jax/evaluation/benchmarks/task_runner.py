@@ -104,7 +104,10 @@ def run_tasks(
 
 
 def _prepare_harness(tasks_dir: str) -> None:
-    """Checks that the harness is installed, and sets the variables that it reads on import."""
+    """Checks that the harness is installed, and sets environment variables that it reads.
+
+    It reads them when it is imported, so this must be called before.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "the suite tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt"

@@ -157,7 +157,7 @@ class Attention(nnx.Module):
         value_BLGC: jax.Array,
         segments_BL: jax.Array,
     ) -> jax.Array:
-        """Attends over packed rows by the implementation for this chip."""
+        """Attends within the documents of packed rows, by the implementation for this chip."""
         chip = self._chip()
         kind = select_attention(self.kind, query_BLAC.shape, chip, str(self.dtype))
         arrays = (query_BLAC, key_BLGC, value_BLGC, segments_BL)

@@ -124,16 +124,17 @@ class ExpertCarry(NamedTuple):
 class BlockRows:
     """Reads, masks and writes the rows of one block, a range of rows that one matmul processes.
 
-    A block has a static size, so it may hold more rows than those of its expert from `start` on:
-    rows of the next expert at its end, or, if it would end past the last row of the array, earlier
-    rows at its beginning, because it then begins earlier. The expert's own rows from `start` on are
-    the ones that count; all others are masked.
+    A block has a static size and may therefore hold rows that it must not process:
+    *   rows of the next expert at its end;
+    *   rows of earlier blocks at its beginning, if it begins before `start` because it would
+        otherwise extend past the last row of the array.
+    These rows are masked on input and left unchanged on output.
 
     Args:
         num_rows: the number of rows of the array.
         start: the first row that the block has to process.
         size: the number of rows of the block.
-        is_full: True if all rows of the block are known to count, so that no mask is needed.
+        is_full: True if the block has no such rows, so that no mask is needed.
         expert: the expert.
     """
 
@@ -148,15 +149,15 @@ class BlockRows:
         self.is_own_B1 = (row_B1 >= start) & (row_B1 < end)
 
     def read(self, a_ND: jax.Array) -> jax.Array:
-        """Returns all rows of the block, also those that do not count."""
+        """Returns all rows of the block, also those that it must not process."""
         return lax.dynamic_slice_in_dim(a_ND, self.first_row, self.size)
 
     def masked(self, a_BX: jax.Array) -> jax.Array:
-        """Returns the rows of a block with 0 in those that do not count."""
+        """Returns the rows of a block with 0 in those that it must not process."""
         return a_BX if self.is_full else jnp.where(self.is_own_B1, a_BX, 0)
 
     def write(self, out_ND: jax.Array, new_BD: jax.Array) -> jax.Array:
-        """Returns out_ND with the expert's own rows of the block replaced, and no others."""
+        """Returns out_ND with the rows replaced that the block has to process, and no others."""
         new_BD = new_BD.astype(out_ND.dtype)
         if not self.is_full:
             new_BD = jnp.where(self.is_own_B1, new_BD, self.read(out_ND))

@@ -89,7 +89,7 @@ def pad_experts(
 
 
 class _Tables(NamedTuple):
-    """Where each hidden unit of a shard lies before padding (stored) and after it (padded).
+    """Positions of the hidden units of each shard before padding (stored) and after it (padded).
 
     Attributes:
       source: int32 [shards, P], the stored index of every padded hidden unit. It is H, which is out

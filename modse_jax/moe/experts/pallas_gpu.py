@@ -312,17 +312,17 @@ def backward(
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
-    """What the hidden-out kernel (A) applies to its matmuls in a forward pass without gradients."""
+    """Epilogue of the hidden-out kernel (A) in a forward pass that saves nothing: SwiGLU."""
     return (swiglu.swiglu(gate, up),)
 
 
 def _swiglu_and_inputs(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
-    """What the hidden-out kernel (A) applies in training: it also returns gate and up, to save."""
+    """Epilogue of the hidden-out kernel (A) in training: SwiGLU, and gate and up to be saved."""
     return swiglu.swiglu(gate, up), gate, up
 
 
 def _swiglu_backward(dhidden: jax.Array, gate: jax.Array, up: jax.Array) -> swiglu.SwigluBackward:
-    """What the hidden-out kernel (A) applies to its matmul in the backward pass."""
+    """Epilogue of the hidden-out kernel (A) in the backward pass: the gradient of SwiGLU."""
     return swiglu.swiglu_backward(gate, up, dhidden)
 
 
@@ -550,7 +550,7 @@ def _multiply_hidden_out(
         def hidden_out_step(_: Any, x_smem: Ref, *w_smem: Ref) -> None:
             for accumulator, tile in zip(accumulators, w_smem):
                 _multiply_add(accumulator, x_smem, tile, interpret, right_t=transposed)
-            # The previous step has finished: delay_release=1 frees its tiles.
+            # Waits for the matmuls of the previous step, whose tiles delay_release=1 frees now.
             plgpu.wgmma_wait(len(accumulators))
 
         plgpu.emit_pipeline(
@@ -659,7 +659,7 @@ def _multiply_hidden_in(
                 max_concurrent_steps=tiles.stages,
                 in_specs=[hidden_spec, w_spec],
             )(hidden_gmem, w_gmem)
-            # The next pipeline starts by overwriting the tiles of this one.
+            # The next pipeline overwrites the tiles of this one, so all matmuls must have ended.
             plgpu.wgmma_wait(0)
         return accumulator[...]
 

@@ -345,7 +345,7 @@ pallas_tpu.defvjp(_forward, _backward)
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
-    """What the hidden-out kernel (A) applies to its matmuls in the forward pass."""
+    """Epilogue of the hidden-out kernel (A) in the forward pass: SwiGLU of its two matmuls."""
     return (swiglu.swiglu(gate, up),)
 
 

@@ -181,8 +181,8 @@ class Visits(NamedTuple):
     """The visits of a shard: (expert, row tile) pairs, those of the widest expert first.
 
     Padding rows count as an expert of width 0, so that the hidden-in kernel (B) stores zeros there.
-    The list has room for the most visits of any routing; the rest of its entries are 0, and a
-    kernel does nothing for them. All arrays are int32.
+    The list has room for the most visits of any routing. The entries that are left over have no
+    rows and no width, so that a kernel stores nothing for them. All arrays are int32.
     """
 
     row_V: jax.Array  # first row of the row tile
@@ -282,7 +282,7 @@ def _list_visits(
         widths[s, : len(shard_widths)] = shard_widths
         offsets[s, : len(shard_widths)] = expert_widths.offsets(shard_widths)
     order = np.argsort(-widths, axis=1, kind="stable")
-    # The last entry stands for the padding rows.
+    # The last entry stands for the padding rows, as if they belonged to an expert of width 0.
     padding = np.zeros((len(widths), 1), np.int32)
     width_X, offset_X = (
         jnp.asarray(np.concatenate((np.take_along_axis(a, order, 1), padding), axis=1))[shard]
@@ -386,7 +386,7 @@ def backward(
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
-    """What the hidden-out kernel (A) applies in a forward pass that saves nothing."""
+    """Epilogue of the hidden-out kernel (A) in a forward pass that saves nothing: SwiGLU."""
     return (swiglu.swiglu(gate, up),)
 
 

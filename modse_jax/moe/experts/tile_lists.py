@@ -103,7 +103,7 @@ class TaskList(NamedTuple):
     flags_T: jax.Array | None  # int32; None if the kernel sums nothing over tasks
 
 
-# Bits of TaskList.flags_T.
+# Bits of TaskList.flags_T: the task begins, or ends, the sum of an output block.
 FIRST = 1
 LAST = 2
 
