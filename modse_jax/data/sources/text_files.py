@@ -74,7 +74,7 @@ def read_text(part: Part) -> Iterator[Document]:
 
 
 def _read_pieces(part: Part, path: pathlib.Path) -> Iterator[bytes]:
-    """Yields the documents of a part of a file, as pieces of at least PIECE_BYTES.
+    """Yields the documents of a part of a file, of PIECE_BYTES or more except for the last one.
 
     The first one begins at the first border at or after the start of the part, and the last one
     ends at the first border at or after its end. See the description of this module for borders.

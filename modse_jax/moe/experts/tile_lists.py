@@ -219,7 +219,7 @@ def list_grouped_hidden_out_tasks(
     num_row_tiles: int,
     visits_per_group: int,
 ) -> TaskList:
-    """Returns the tasks of a kernel that outputs hidden units, in an order that reuses the cache.
+    """Returns the tasks of a kernel that outputs hidden units, in an order that suits the L2 cache.
 
     The visits of an expert (the row tiles in which it has rows) are divided into groups of nearly
     equal size, at most `visits_per_group`. A group runs column tile by column tile, and every
