@@ -79,8 +79,9 @@ def check_kernels(config: Config, mesh: Mesh) -> SelectedKernels:
 def for_evaluation(config: Config) -> Config:
     """Returns the config of the same model for validation and scoring, on any device.
 
-    Backends that need a certain chip become "auto". Experts have the capacity `evaluation.capacity_factor`, by default an unlimited one. With a
-    limit, the score of a token depends on the other tokens of its batch.
+    Backends that need a certain chip become "auto". Experts have the capacity
+    `evaluation.capacity_factor`, by default an unlimited one. With a limit, the score of a token
+    depends on the other tokens of its batch.
     """
     attention = "blocks" if config.model.attention == "blocks" else "auto"
     backend = config.moe.backend if config.moe.backend in ANYWHERE else "auto"
