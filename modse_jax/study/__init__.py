@@ -1,1 +1,1 @@
-"""The axes of the study Slicing and Dicing: its notation, recipe and arms."""
+"""The design-space study: symbols, recipe, arms, scaling laws."""
