@@ -393,6 +393,23 @@ class Config:
         return self.moe.widths or expert_widths.equal_widths(self.moe.num_experts, self.moe.width)
 
     @property
+    def pools(self) -> tuple[layer_options.Pool, ...]:
+        """The pools of experts of a layer, in the order of the experts; () for a dense model."""
+        if self.is_dense:
+            return ()
+        return (layer_options.Pool(self.moe.num_experts, self.moe.top_k),)
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts of a layer, over all pools."""
+        return sum(pool.num_experts for pool in self.pools)
+
+    @property
+    def top_k(self) -> int:
+        """The number of experts that a token is routed to, over all pools."""
+        return sum(pool.top_k for pool in self.pools)
+
+    @property
     def router_options(self) -> layer_options.RouterOptions:
         """The options of the router of every layer."""
         return layer_options.RouterOptions(

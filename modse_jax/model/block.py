@@ -27,6 +27,7 @@ class BlockOutput(NamedTuple):
     cache: Cache | None  # [B, S, G, C]; None for packed rows
     balance_loss: jax.Array  # load-balancing loss, unweighted
     z_loss: jax.Array  # router z-loss, unweighted
+    width_penalty: jax.Array  # width penalty, unweighted
     statistics: RouterStatistics
     choices: Choices | None  # if requested
 
@@ -77,6 +78,7 @@ class Block(nnx.Module):
         valid_BL: jax.Array,
         cache: Cache | None = None,
         trace: bool = False,
+        router_bias_E: jax.Array | None = None,
     ) -> tuple[jax.Array, BlockOutput]:
         """Returns (y_BLD, BlockOutput).
 
@@ -84,6 +86,7 @@ class Block(nnx.Module):
             valid_BL: False for padding, which is routed to no expert.
             cache: keys and values of the tokens so far; None for packed rows.
             trace: also returns the gates and expert ids of every token.
+            router_bias_E: is added to the scores that experts are chosen by; None for no bias.
         """
         branch_BLD = self._before(self.attention_norm, x_BLD)
         branch_BLD, cache = self.attention(branch_BLD, attention_inputs, cache)
@@ -95,7 +98,7 @@ class Block(nnx.Module):
 
         is_parallel = self.shared_placement == "parallel"
         routed_BLD = self._before(self.moe_norm, x_BLD if is_parallel else h_BLD)
-        moe = self.moe(routed_BLD, valid_BL)
+        moe = self.moe(routed_BLD, valid_BL, router_bias_E)
         branch_BLD = moe.y_BLD
         if self.shared_placement == "in_layer":
             branch_BLD += self.shared(routed_BLD)
@@ -103,7 +106,7 @@ class Block(nnx.Module):
         if is_parallel:
             branch_BLD = self.shared(self._before(self.shared_norm, h_BLD))
             y_BLD += self._after(self.shared_norm, branch_BLD)
-        choices = self.moe.choose_experts(routed_BLD) if trace else None
+        choices = self.moe.choose_experts(routed_BLD, router_bias_E) if trace else None
         return y_BLD, _output_of(moe, cache, choices)
 
     def _before(self, norm: RMSNorm, x_BLD: jax.Array) -> jax.Array:
@@ -117,7 +120,9 @@ class Block(nnx.Module):
 
 def _output_of(moe: LayerOutput, cache: Cache | None, choices: Choices | None) -> BlockOutput:
     """Returns the output of a block with an MoE layer."""
-    return BlockOutput(cache, moe.balance_loss, moe.z_loss, moe.statistics, choices)
+    return BlockOutput(
+        cache, moe.balance_loss, moe.z_loss, moe.width_penalty, moe.statistics, choices
+    )
 
 
 def _output_without_routing(valid_BL: jax.Array, cache: Cache | None, trace: bool) -> BlockOutput:
@@ -125,14 +130,14 @@ def _output_without_routing(valid_BL: jax.Array, cache: Cache | None, trace: boo
     zero = jnp.zeros((), jnp.float32)
     statistics = RouterStatistics(
         counts_KE=jnp.zeros((0, 0), jnp.int32),
-        gates_KE=jnp.zeros((0, 0), jnp.float32),
-        entropy=zero,
+        gates_E=jnp.zeros((0,), jnp.float32),
+        entropy_P=jnp.zeros((0,), jnp.float32),
         tokens=jnp.sum(valid_BL, dtype=jnp.int32),
-        dropped=jnp.zeros((), jnp.int32),
+        dropped_P=jnp.zeros((0,), jnp.int32),
     )
     no_choices = jnp.zeros((*valid_BL.shape, 0), jnp.float32)
     choices = (no_choices, no_choices.astype(jnp.int32)) if trace else None
-    return BlockOutput(cache, zero, zero, statistics, choices)
+    return BlockOutput(cache, zero, zero, zero, statistics, choices)
 
 
 def build_moe_layer(config: Config, mesh: Mesh | None, rngs: nnx.Rngs) -> MoELayer:

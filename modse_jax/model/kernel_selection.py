@@ -96,4 +96,4 @@ def max_rows_per_device(config: Config, mesh: Mesh) -> int:
     """
     micro_batch = config.training.batch_size // config.training.gradient_accumulation
     tokens_per_device = micro_batch * config.data.sequence_length // mesh.size
-    return mesh.shape[sharding.EXPERT] * tokens_per_device * config.moe.top_k
+    return mesh.shape[sharding.EXPERT] * tokens_per_device * config.top_k

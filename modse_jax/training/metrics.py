@@ -54,7 +54,7 @@ def _summarize_layer(
     placements: dict[str, expert_placement.Placement],
 ) -> dict:
     counts_KE = np.asarray(statistics.counts_KE[layer], np.int64)
-    gates_E = np.asarray(statistics.gates_KE[layer], np.float64).sum(axis=0)
+    gates_E = np.asarray(statistics.gates_E[layer], np.float64)
     counts_E = counts_KE.sum(axis=0)
     tokens = max(int(statistics.tokens[layer]), 1)
     straggler = {
@@ -67,11 +67,11 @@ def _summarize_layer(
         "tokens_per_expert_by_choice": counts_KE.tolist(),
         "mean_gate": [_ratio(gate, count) for gate, count in zip(gates_E, counts_E)],
         "max_over_mean": _ratio(counts_E.max(), counts_E.mean()),
-        "entropy": float(statistics.entropy[layer]) / tokens,
+        "entropy": float(np.sum(statistics.entropy_P[layer])) / tokens,
         "count_weighted_width": _ratio(counts_E @ widths_E, counts_E.sum()),
         "gate_weighted_width": _ratio(gates_E @ widths_E, gates_E.sum()),
         "straggler": straggler,
-        "dropped": int(statistics.dropped[layer]),
+        "dropped": int(np.sum(statistics.dropped_P[layer])),
     }
 
 
@@ -97,8 +97,8 @@ def train_row(
     tokens = config.training.batch_size * length
     counts_E = np.asarray(metrics.statistics.counts_KE).sum(axis=(0, 1))
     # Dropped tokens take part in no matmul. Neither do padding tokens, which are never routed.
-    computed = counts_E.sum() - np.asarray(metrics.statistics.dropped).sum()
-    share = computed / (tokens * config.moe.top_k * config.model.num_layers)
+    computed = counts_E.sum() - np.asarray(metrics.statistics.dropped_P).sum()
+    share = computed / (tokens * config.top_k * config.model.num_layers)
 
     def mfu(width: float) -> float | None:
         """Returns the model FLOPs utilization for experts of a given width."""
