@@ -122,8 +122,23 @@ def train_row(
         "mfu_realised": mfu(accounting.realized_width(config, counts_E) * share),
         "step_seconds": step_seconds,
         "skipped_steps": int(metrics.skipped),
+        **_row_of_options(config, metrics),
     }
     return {name: _finite_or_none(value) for name, value in row.items()}
+
+
+def _row_of_options(config: Config, metrics: Any) -> dict:
+    """Returns the values that only runs with certain options log."""
+    row: dict[str, Any] = {}
+    if config.moe.width_penalty_weight:
+        row["width_penalty"] = float(metrics.width_penalty)
+    if metrics.vocab_z_loss is not None:
+        row["vocab_z_loss"] = float(metrics.vocab_z_loss)
+    if metrics.bias_range is not None:
+        smallest, largest = np.asarray(metrics.bias_range).T
+        row["router_bias_min"] = smallest.tolist()
+        row["router_bias_max"] = largest.tolist()
+    return row
 
 
 def _finite_or_none(value: Any) -> Any:
