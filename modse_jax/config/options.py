@@ -7,8 +7,6 @@ mean "off", because a command-line flag cannot be set to None.
 """
 
 import dataclasses
-import sys
-from typing import Any
 
 from modse_jax.config.checks import check_data, check_fields, check_model, check_moe, check_training
 from modse_jax.config.option_fields import fields_of, option
@@ -19,13 +17,6 @@ ANYWHERE = ("auto", "reference", "blocked")  # backends that run on any device
 DTYPES = ("float32", "bfloat16")
 PACKINGS = ("concat", "best_fit")
 UNDECODABLE = ("skip", "replace", "fail")
-
-# (option, value that no longer exists) -> the value that replaces it. Old config files, flags and
-# runs stay readable: `loading.from_dict` replaces the value and reports it on stderr.
-RENAMED_VALUES = {
-    # It ran lax.ragged_dot, whose weight gradient is not fused on GPU by any jax before 0.12.
-    ("moe.backend", "virtual"): "auto",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +45,6 @@ class ModelConfig:
         "kernels (TPU), or cuDNN (GPU). auto = splash on TPU and cudnn on GPU if they "
         "support the shapes, otherwise blocks",
         choices=("auto", "blocks", "splash", "cudnn"),
-    )
-    unroll: int = option(
-        0,
-        "transformer blocks per `lax.scan` iteration. Unrolling avoids copying saved "
-        "activations but compiles more slowly. 0 = automatic: up to 4 on CPU without "
-        "rematerialization, otherwise 1",
-        minimum=0,
     )
     remat: str = option(
         "none",
@@ -93,10 +77,10 @@ class MoEConfig:
         "entries of a softmax over all experts, optionally renormalized",
         choices=layer_options.GATES,
     )
-    gate_term: str = option(
+    router_noise: str = option(
         "none",
         "learned: add RMSNorm(Softplus(x W_n)) to the logits (paper, Eq. 3)",
-        choices=layer_options.GATE_TERMS,
+        choices=layer_options.ROUTER_NOISES,
     )
     balance_loss_weight: float = option(
         0.01,
@@ -158,9 +142,9 @@ class MoEConfig:
         choices=layer_options.BACKENDS,
     )
     placement: str = option(
-        "pairs",
-        "how experts are sharded over `mesh.expert`. pairs: each device holds whole "
-        "experts of equal total width. columns: each device holds a slice of every "
+        "whole",
+        "how experts are sharded over `mesh.expert`. whole: each device holds whole "
+        "experts of equal total width. split: each device holds a slice of every "
         "expert's hidden units",
         choices=layer_options.PLACEMENTS,
     )
@@ -169,25 +153,6 @@ class MoEConfig:
         "how tokens reach experts on other devices: all-gather of all tokens, or "
         "all-to-all of the routed tokens. auto = the supported one that sends less",
         choices=layer_options.EXCHANGES,
-    )
-    block_rows: int = option(
-        1024,
-        "`blocked` backend: maximum rows per block. An expert with up to 1.5 times as many "
-        "rows is still processed as one block",
-        minimum=1,
-    )
-    tail_rows: int = option(
-        64,
-        "`blocked` backend: minimum rows per block (ignored if experts receive fewer rows "
-        "on average)",
-        minimum=1,
-    )
-    saved_activations: float = option(
-        1.25,
-        "`blocked` backend: size of the buffer of saved hidden activations, as a multiple "
-        "of what balanced routing needs (at most 2^31 elements per layer). What does not "
-        "fit is recomputed in the backward pass",
-        minimum=0,
     )
 
 
@@ -246,6 +211,7 @@ class DataConfig:
         "are kept whole if they fit, and sequences are padded",
         choices=PACKINGS,
     )
+    shuffle_seed: int = option(0, "seed of the order of the training records", minimum=0)
     drop_duplicates: bool = option(False, "keep only the first of documents that are exact copies")
     undecodable: str = option(
         "skip", "what to do with documents that are not valid UTF-8", choices=UNDECODABLE
@@ -268,38 +234,17 @@ class TrainingConfig:
     checkpoint_every: int = option(
         200, "steps between two checkpoints (the last step is always saved)", minimum=1
     )
-    seed: int = option(0, "seed of the order of the data", minimum=0)
-    max_nonfinite_steps: int = option(
-        10, "consecutive non-finite steps after which the run stops with exit code 3", minimum=1
-    )
     spike_factor: float = option(
         0.0,
         "skip the update if the gradient norm exceeds this multiple of its running median; 0 = off",
         minimum=0,
-    )
-    spike_window: int = option(
-        128,
-        "steps in the window of that median; spike detection starts when a quarter of it is filled",
-        minimum=4,
     )
     rewind: tuple[int, ...] = option(
         (),
         "(step, batches): return once to the checkpoint of `step` and skip that many "
         "batches of data; () = off",
     )
-    replay_check: int = option(
-        0, "run every n-th step twice and compare the results bit by bit; 0 = off", minimum=0
-    )
-    hang_minutes: float = option(
-        60.0,
-        "minutes without a step after which the stacks of all threads are printed and the "
-        "run ends with exit code 1; 0 = off",
-        minimum=0,
-    )
     deterministic: bool = option(True, "request deterministic operations from XLA on GPU")
-    loss_chunk: int = option(
-        2048, "tokens whose logits are held in memory at once on each device", minimum=1
-    )
     vocab_z_loss_weight: float = option(
         0.0,
         "weight of the z-loss of the vocabulary, the mean over targets of logsumexp(logits)^2",
@@ -368,6 +313,59 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdvancedConfig:
+    """Options that are rarely needed: speed, memory, and protection against faults."""
+
+    loss_chunk: int = option(
+        2048, "tokens whose logits are held in memory at once on each device", minimum=1
+    )
+    unroll: int = option(
+        0,
+        "transformer blocks per iteration of `lax.scan`. Unrolling avoids copying saved "
+        "activations but compiles more slowly. 0 = automatic: up to 4 on CPU without "
+        "rematerialization, otherwise 1",
+        minimum=0,
+    )
+    block_rows: int = option(
+        1024,
+        "`blocked` backend: maximum rows per block. An expert with up to 1.5 times as many "
+        "rows is still processed as one block",
+        minimum=1,
+    )
+    tail_rows: int = option(
+        64,
+        "`blocked` backend: minimum rows per block (ignored if experts receive fewer rows "
+        "on average)",
+        minimum=1,
+    )
+    saved_activations: float = option(
+        1.25,
+        "`blocked` backend: size of the buffer of saved hidden activations, as a multiple "
+        "of what balanced routing needs (at most 2^31 elements per layer). What does not "
+        "fit is recomputed in the backward pass",
+        minimum=0,
+    )
+    spike_window: int = option(
+        128,
+        "steps in the window of the median of `training.spike_factor`; spike detection "
+        "starts when a quarter of it is filled",
+        minimum=4,
+    )
+    max_nonfinite_steps: int = option(
+        10, "consecutive non-finite steps after which the run stops with exit code 3", minimum=1
+    )
+    replay_check: int = option(
+        0, "run every n-th step twice and compare the results bit by bit; 0 = off", minimum=0
+    )
+    hang_minutes: float = option(
+        60.0,
+        "minutes without a step after which the stacks of all threads are printed and the "
+        "run ends with exit code 1; 0 = off",
+        minimum=0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All options of a run. Building one checks every value and raises UserError."""
 
@@ -380,6 +378,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    advanced: AdvancedConfig = AdvancedConfig()
 
     def __post_init__(self) -> None:
         for check in (check_fields, check_model, check_moe, check_data, check_training):
@@ -411,7 +410,7 @@ class Config:
         return layer_options.RouterOptions(
             top_k=self.moe.top_k,
             gate=self.moe.gate,
-            gate_term=self.moe.gate_term,
+            router_noise=self.moe.router_noise,
             balance_loss_count=self.moe.balance_loss_count,
             balance_loss_scope=self.moe.balance_loss_scope,
             norm_eps=self.model.norm_eps,
@@ -425,27 +424,14 @@ class Config:
             placement=self.moe.placement,
             exchange=self.moe.exchange,
             capacity_factor=self.moe.capacity_factor,
-            blocks=Blocks(self.moe.block_rows, self.moe.tail_rows, self.moe.saved_activations),
+            blocks=Blocks(
+                self.advanced.block_rows,
+                self.advanced.tail_rows,
+                self.advanced.saved_activations,
+            ),
         )
 
 
 def fields() -> list[tuple[str, dataclasses.Field]]:
     """Returns ("section.option", dataclass field) of every option."""
     return fields_of(Config)
-
-
-_reported: set[tuple[str, str]] = set()  # keys of RENAMED_VALUES that were reported already
-
-
-def renamed(value: Any, path: str) -> Any:
-    """Returns the value that replaces an old value of an option, or the value itself."""
-    key = path, value
-    if not isinstance(value, str) or key not in RENAMED_VALUES:
-        return value
-    if key not in _reported:
-        _reported.add(key)
-        print(
-            f"{path}={value} no longer exists; {path}={RENAMED_VALUES[key]} is used instead",
-            file=sys.stderr,
-        )
-    return RENAMED_VALUES[key]

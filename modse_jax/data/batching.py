@@ -1,6 +1,7 @@
 """Training and validation batches.
 
-A training batch is a function of (training.seed, its number) alone, for any number of processes.
+A training batch is a function of (data.shuffle_seed, its number) alone, for any number of
+processes.
 
 Legend: B batch size, L predicted tokens per record.
 """

@@ -36,11 +36,11 @@ class MixtureOrder:
 
     In every block of BLOCK positions each dataset gets its share, rounded to a record, in an order
     that is drawn for the block. Within a dataset, every epoch visits all records in a new order.
-    The mapping is a pure function of (training.seed, position), so training can start anywhere.
+    The mapping is a pure function of (data.shuffle_seed, position), so training can start anywhere.
     """
 
     def __init__(self, data: TrainingData, config: Config):
-        self._seed = config.training.seed
+        self._seed = config.data.shuffle_seed
         self._batch_size = config.training.batch_size
         self._num_datasets = len(data.datasets)
         self._cumulative_weights = np.cumsum(data.weights)

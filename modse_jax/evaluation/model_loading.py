@@ -49,8 +49,8 @@ def read_config(workdir: pathlib.Path) -> Config:
         )
     try:
         return from_saved(files.read_json(path))
-    except ValueError as error:
-        raise UserError(f"{path.parent}: {error}") from None
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def load_model(workdir: pathlib.Path, step: int, batch_size: int) -> LoadedModel:

@@ -1,7 +1,7 @@
 """The placement of experts on the shards of an expert axis (expert parallelism).
 
-A placement gives every shard the same number of hidden units: either complete experts ("pairs"), or
-an equal slice of every expert ("columns"). Its order is also the order in which weights are stored.
+A placement gives every shard the same number of hidden units: either whole experts ("whole"), or
+an equal slice of every expert ("split"). Its order is also the order in which weights are stored.
 """
 
 import math
@@ -80,15 +80,15 @@ def place_experts(widths: Sequence[int], shards: int, kind: str) -> Placement:
     Args:
         widths: number of hidden units of every expert.
         shards: size of the expert axis.
-        kind: "pairs" gives complete experts to every shard, with equal total widths: consecutive
+        kind: "whole" gives whole experts to every shard, with equal total widths: consecutive
             experts if their widths allow it (the paper's pairs do, MoDSE section 3.3), otherwise
-            groups found by search. "columns" gives every shard an equal slice of every expert.
+            groups found by search. "split" gives every shard an equal slice of every expert.
 
     Raises:
         ValueError: the widths do not allow it. The message lists the numbers of shards that work.
     """
     widths = expert_widths.check_widths(widths)
-    if kind == "columns":
+    if kind == "split":
         return _place_slices(widths, shards)
     groups = partition_experts(widths, shards)
     if groups is None:
@@ -97,7 +97,7 @@ def place_experts(widths: Sequence[int], shards: int, kind: str) -> Placement:
         raise ValueError(
             f"no way was found to put experts of widths {widths[:16]} on {shards} shards with "
             f"equally many hidden units; numbers of shards that can be: {_join(possible)}; or set "
-            "moe.placement=columns"
+            "moe.placement=split"
         )
     return _place_groups(widths, groups)
 
@@ -118,7 +118,7 @@ def _place_slices(widths: Sequence[int], shards: int) -> Placement:
 
 
 def _place_groups(widths: Sequence[int], groups: Iterable[Sequence[int]]) -> Placement:
-    """Gives every shard one group of complete experts."""
+    """Gives every shard one group of whole experts."""
     experts = tuple(tuple(group) for group in groups)
     return Placement(experts, tuple(tuple(widths[e] for e in group) for group in experts))
 
@@ -159,7 +159,7 @@ def straggler_factor(counts: Sequence[float], placement: Placement) -> float:
 
 
 def reference_placements(widths: Sequence[int]) -> dict[str, Placement]:
-    """Returns the placements that the straggler factor is reported for.
+    """Returns the placements that the straggler factor is reported for, by their names in logs.
 
     They are the paper's pairs on E / 2 devices ("pairs"), experts that are neighbors in order of
     size on E / 2 devices ("sorted", the paper's counterexample), one expert per device, and slices

@@ -28,8 +28,8 @@ def advise(plan: StepPlan) -> str:
     if plan.peak_bytes_per_device and state_bytes < plan.peak_bytes_per_device / 2:
         return (
             "most of the memory holds activations: raise training.gradient_accumulation; "
-            "model.remat=full, and a smaller training.loss_chunk and moe.saved_activations, also "
-            "help if they are not set yet"
+            "model.remat=full, and a smaller advanced.loss_chunk and "
+            "advanced.saved_activations, also help if they are not set yet"
         )
     return (
         "most of the memory holds parameters and optimizer state: raise mesh.fsdp or mesh.expert, "

@@ -27,7 +27,7 @@ PLACEMENT_LABELS = {
     "pairs": "pairs, E/2 devices",
     "sorted": "neighbours in size, E/2 devices",
     "one_per_device": "one expert per device",
-    "columns": "every expert's columns cut",
+    "columns": "a slice of every expert",
 }
 
 

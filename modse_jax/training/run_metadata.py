@@ -1,11 +1,11 @@
 """Metadata that a run saves with every checkpoint, and the comparison with that of a run."""
 
 import base64
-import dataclasses
 from typing import Any
 
 from jax.sharding import Mesh
 
+from modse_jax.config.loading import to_saved
 from modse_jax.config.options import Config
 from modse_jax.data import tokenizers, training_data
 from modse_jax.errors import UserError
@@ -19,7 +19,7 @@ def build_metadata(config: Config, data: training_data.TrainingData, mesh: Mesh)
     rewind, and "validation_loss", that of the saved step.
     """
     return {
-        "config": dataclasses.asdict(config),
+        "config": to_saved(config),
         "data": data.fingerprint,
         "tokenizer": tokenizers.fingerprint(data.tokenizer),
         "tokenizer_model": base64.b64encode(data.tokenizer.serialize()).decode(),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from modse_jax.config.loading import to_saved
 from modse_jax.config.options import Config
 from modse_jax.data import data_card, training_data
 from modse_jax.moe import expert_placement
@@ -196,7 +197,7 @@ def write_description(config: Config, workdir: pathlib.Path) -> None:
         return
     descriptions = {
         "environment.json": run_description.describe_environment(),
-        "config.json": dataclasses.asdict(config),
+        "config.json": to_saved(config),
     }
     for name, value in descriptions.items():
         files.write_atomically(workdir / name, json.dumps(value, indent=2) + "\n")

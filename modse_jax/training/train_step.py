@@ -46,7 +46,7 @@ class State(NamedTuple):
       opt_state: state of the optimizer.
       skipped: int32, number of steps that made no update.
       nonfinite_in_a_row: int32, number of consecutive steps that were not finite, up to now.
-      norms: float32, gradient norms of the last `training.spike_window` steps; NaN for steps that
+      norms: float32, gradient norms of the last `advanced.spike_window` steps; NaN for steps that
         were not finite or have not happened yet.
       router_bias: the bias of loss-free balancing; {} without `moe.bias_rule`.
     """
@@ -166,7 +166,7 @@ def init_state(config: Config, mesh: Mesh | None = None) -> State:
     step = jnp.zeros((), jnp.int32)
     skipped = jnp.zeros((), jnp.int32)
     nonfinite_in_a_row = jnp.zeros((), jnp.int32)
-    norms = jnp.full((config.training.spike_window,), jnp.nan, jnp.float32)
+    norms = jnp.full((config.advanced.spike_window,), jnp.nan, jnp.float32)
     opt_state = optimizer.build_optimizer(config).init(params)
     router_bias = loss_free_balancing.init_router_bias(config)
     return State(step, params, opt_state, skipped, nonfinite_in_a_row, norms, router_bias)
@@ -320,7 +320,7 @@ def _vocabulary_losses(
 ) -> losses.VocabularyLosses:
     """Returns the cross-entropy and, if it has a weight, the z-loss of the vocabulary."""
     inputs = (x_BLD, head_DV, split.targets_BL, split.weights_BL / num_targets)
-    chunk = config.training.loss_chunk
+    chunk = config.advanced.loss_chunk
     z_loss_weight = config.training.vocab_z_loss_weight
     if z_loss_weight:
         return losses.vocabulary_losses(*inputs, chunk, mesh, z_loss_weight)
@@ -514,7 +514,7 @@ def make_score_step(config: Config, mesh: Mesh | None = None, trace: bool = Fals
             split.inputs_BL, split.segments_BL, trace, variables.router_bias_LE
         )
         nll_BL = losses.nll(
-            x_BLD, model.head_weight(), split.targets_BL, config.training.loss_chunk, mesh
+            x_BLD, model.head_weight(), split.targets_BL, config.advanced.loss_chunk, mesh
         )
         scores = (nll_BL, split.weights_BL, out.statistics)
         if not trace:

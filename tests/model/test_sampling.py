@@ -52,7 +52,7 @@ def generate_without_cache(forward, params, prompt, max_new_tokens, eos_id) -> l
     [
         dict(moe=dict(backend="blocked")),
         dict(model=dict(num_kv_heads=1, tie_embeddings=True)),
-        dict(moe=dict(gate_term="learned", gate="softmax_top_k")),
+        dict(moe=dict(router_noise="learned", gate="softmax_top_k")),
     ],
 )
 def test_decoding_through_the_cache_equals_the_full_forward_pass(options):

@@ -149,7 +149,7 @@ def test_data_parallel_step_uses_only_all_reduce():
     assert set(sent(config_on(*MESHES["8 data"]))) == {"all-reduce"}
 
 
-@pytest.mark.parametrize("placement", ["pairs", "columns"])
+@pytest.mark.parametrize("placement", ["whole", "split"])
 def test_capacity_drops_are_counted_once(placement):
     """The capacity applies to the tokens of all shards together."""
     config = config_on((1, 1, 4), placement, capacity_factor=0.5, backend="reference")
@@ -202,7 +202,7 @@ def test_balance_loss_scope_is_the_batch_or_the_mean_over_devices(scope):
 
 def test_a_run_resumes_on_any_mesh(tmp_path):
     """Saved with sliced experts on 8 devices, resumed on 4 shards of pairs and on one device."""
-    source = config_on(*MESHES["8 expert, columns"])
+    source = config_on(*MESHES["8 expert, split"])
     mesh = compiled(source)[0]
     state = trained(source, 2)[0]
     saved = Checkpoints(

@@ -172,7 +172,7 @@ class Programs:
 
     def _make_score(self) -> Callable:
         graph = self._graph
-        chunk = self._model.config.training.loss_chunk
+        chunk = self._model.config.advanced.loss_chunk
         mesh = self._mesh_for_sharding()
 
         def score(variables: Variables, inputs: dict[str, jax.Array]) -> Scores:

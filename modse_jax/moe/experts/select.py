@@ -299,7 +299,7 @@ def expert_ffn(
             they may hold anything, NaN included, and their outputs and gradients are 0.
         weights: float32, or the dtype of x_ND. The matmuls run in the dtype of x_ND and accumulate
             in float32.
-        placement: static, the experts of all shards; place_experts(widths, 1, "pairs") for one.
+        placement: static, the experts of all shards; place_experts(widths, 1, "whole") for one.
             rows_E and the weights are those of `shard`: its experts in the placement's order, with
             rows_E filled up with 0 to placement.slots.
         backend: a value of moe.backend; see select_backend for "auto".
