@@ -22,9 +22,10 @@ class LoadedModel(NamedTuple):
     """A trained model and the data it was trained on.
 
     Attributes:
-        config: The config of the run, with kernels that work on this device.
+        config: The config of the run, but with plain XLA backends if this device has no kernels
+            that pass their self-test.
         data: The prepared training and validation data.
-        mesh: The devices that evaluate, all of them on the batch axes.
+        mesh: The devices over which batches are sharded; parameters are replicated.
         step: The training step of the checkpoint.
         variables: The arrays of the model, replicated on every device of the mesh.
     """
@@ -59,7 +60,7 @@ def load_model(workdir: pathlib.Path, step: int, batch_size: int) -> LoadedModel
     Args:
         workdir: The directory of the run.
         step: A saved step; 0 for the newest.
-        batch_size: Sequences per batch. It decides over how many devices a batch is sharded.
+        batch_size: Sequences per batch, sharded over the largest number of devices that divides it.
 
     Raises:
         UserError: The step is not saved or is damaged, or the data is not that of the run.
@@ -94,10 +95,10 @@ def _describe_damage(step: int, reason: str) -> str:
 
 
 def replace_wrong_kernels(config: Config, mesh: jax.sharding.Mesh) -> Config:
-    """Returns the config, with plain XLA backends if a kernel fails its self-test on this device.
+    """Tests the kernels of a config on this device; returns a config that works on it.
 
-    An evaluation is still useful with slower backends, so a failed self-test is reported as a
-    warning. Training raises an error instead.
+    If a kernel fails its self-test, it is replaced by plain XLA backends and a warning is printed,
+    because an evaluation is still useful if it is slower. Training raises an error instead.
     """
     try:
         processes.on_all_processes(
@@ -138,8 +139,9 @@ def find_valid_step(
     Args:
         checkpoints: The checkpoints of the run.
         workdir: The directory of the run, for error messages.
-        step: The requested step.
-        fingerprints: The fingerprints of the data, by name; a checkpoint must carry the same.
+        step: The requested step; 0 for the newest.
+        fingerprints: {"data": ..., "tokenizer": ...}, the fingerprints of what has been loaded.
+            Those in the metadata of the checkpoint must be equal.
 
     Raises:
         UserError: The step is not saved, is damaged, or was trained on other data.
@@ -176,7 +178,7 @@ def verify_checkpoints(workdir: str) -> tuple[str, bool]:
     """Compares every file of every checkpoint with its recorded hash.
 
     Returns:
-        One line of text per checkpoint, and True if all checkpoints are intact.
+        The text to print, one line per checkpoint; and True if all checkpoints are intact.
     """
     directory = pathlib.Path(workdir).expanduser().absolute()
     checkpoints = open_checkpoints(directory)

@@ -21,19 +21,19 @@ from modse_jax.runtime import gpu_options
 
 
 class Settings(NamedTuple):
-    """Settings of the draw of the next token."""
+    """Options for drawing the next token from the model's distribution."""
 
     temperature: float = 1.0  # 0 is greedy decoding
-    top_k: int = 0  # 0 allows all tokens
-    top_p: float = 1.0  # 1 allows all tokens
+    top_k: int = 0  # draws from the top_k most likely tokens; 0 from all
+    top_p: float = 1.0  # draws from the most likely tokens that have this probability; 1 from all
 
 
 class DecodingState(NamedTuple):
     """The state of the texts of a batch between two decoding steps."""
 
-    cache: Cache  # keys and values, [layers, B, S, G, C]
-    logits_BV: jax.Array  # of the next token
-    positions_B: jax.Array  # of the next token
+    cache: Cache  # keys and values of all tokens so far, [layers, B, S, G, C]
+    logits_BV: jax.Array  # logits of the next token
+    positions_B: jax.Array  # position of the next token
     done_B: jax.Array  # True after the end token: padding follows, which is routed to no expert
 
 
@@ -51,13 +51,18 @@ def stream(
     """Yields the new tokens of every prompt, `chunk` tokens at a time, without the end token.
 
     The tokens do not depend on `chunk`. Prompts are padded on the right to a power of two, so that
-    programs for few shapes are compiled.
+    few shapes have to be compiled.
 
     Args:
         graph: see transformer.build_abstract_model.
         variables: the arrays of the model.
         prompts: token ids. Every prompt needs at least one token, and its length plus
             max_new_tokens must be within the context.
+        max_new_tokens: the number of tokens to generate, unless the end token comes first.
+        settings: how tokens are drawn.
+        key: the random key of the draws.
+        pad_id, eos_id: the token ids of padding and of the end of a document.
+        chunk: the number of tokens between two yields.
 
     Raises:
         ValueError: a prompt is empty.
@@ -86,10 +91,10 @@ def stream(
 
 @functools.cache
 def programs_for(device: jax.Device) -> tuple[Callable, Callable]:
-    """Returns `prefill` and `decode`, compiled with the options of the device if it has any.
+    """Returns `prefill` and `decode`, jitted with the compiler options for the device, if any.
 
-    Compiler options belong to the outermost jit, and other programs call `prefill` and `decode`
-    inside their own. So the options cannot be set on the functions themselves.
+    XLA takes compiler options only at the outermost jit. `prefill` and `decode` cannot carry them
+    themselves, because the benchmarks call them inside a jit of their own.
     """
     options = gpu_options.compiler_options(device)
     if not options:
@@ -118,9 +123,14 @@ def prefill(
     lengths_B: jax.Array,
     max_new_tokens: int,
 ) -> DecodingState:
-    """Runs the prompts, and returns the state before the first new token.
+    """Runs the prompts through the model, and returns the state before the first new token.
 
-    The cache has room for max_new_tokens more. A row of length 0 is padding of the batch, and done.
+    Args:
+        graph, params: see transformer.build_abstract_model.
+        tokens_BP: the prompts, padded on the right.
+        lengths_B: the number of tokens of each prompt. 0 marks a row that only fills the batch;
+            nothing is generated for it.
+        max_new_tokens: the number of further tokens that the cache has room for.
     """
     model = nnx.merge(graph, variables.params)
     B, P = tokens_BP.shape
@@ -152,7 +162,8 @@ def decode(
 ) -> tuple[DecodingState, jax.Array]:
     """Draws N new tokens of every text, one for each of N keys.
 
-    Returns (state, tokens [B, N]). After the end token of a text, its tokens are padding.
+    Returns (the state after them, tokens [B, N]). After the end token of a text, its tokens are
+    padding.
     """
     model = nnx.merge(graph, variables.params)
 
@@ -201,7 +212,7 @@ def _mask_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
     """Sets to -inf all but the fewest largest logits whose probabilities sum to top_p."""
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    # A token is allowed if all tokens before it have less than top_p together.
+    # A token is allowed if the more likely tokens have less than top_p together.
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
     allowed_BV = jnp.where(before_BV < top_p, sorted_BV, jnp.inf)
     smallest_allowed_B1 = jnp.min(allowed_BV, axis=-1, keepdims=True)

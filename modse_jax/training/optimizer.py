@@ -33,8 +33,8 @@ def build_optimizer(config: Config) -> optax.GradientTransformation:
     """Returns AdamW without gradient clipping.
 
     `train_step` clips gradients itself, because it has computed their global norm already. The
-    identity takes the place of the clipping transformation, so that the structure of the optimizer
-    state is that of existing checkpoints.
+    identity stands where a clipping transformation was in earlier versions, so that the optimizer
+    state has the same tree structure and old checkpoints can be restored.
     """
     options = config.optimizer
     adamw = optax.adamw(

@@ -100,13 +100,13 @@ def test_impossible_placements_list_the_possible_numbers_of_shards(
 @pytest.mark.parametrize(
     "epoch, name, mean, worst",
     [  # derived from the paper's Table 8
-        (2, "whole", 1.013, 1.030),
+        (2, "pairs", 1.013, 1.030),
         (2, "sorted", 1.676, 1.692),
         (2, "one_per_device", 1.771, 1.791),
-        (7, "whole", 1.011, 1.025),
+        (7, "pairs", 1.011, 1.025),
         (7, "sorted", 1.685, 1.697),
         (7, "one_per_device", 1.785, 1.823),
-        (7, "split", 1.000, 1.000),
+        (7, "columns", 1.000, 1.000),
     ],
 )
 def test_straggler_factors_of_the_papers_counts(

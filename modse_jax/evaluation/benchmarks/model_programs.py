@@ -1,9 +1,12 @@
-"""The compiled programs of the benchmark engine, run on all processes together.
+"""The compiled functions of the model that benchmarks run: "score", "prefill" and "decode".
 
-Process 0 calls `Programs.call`, which sends the kind of program and its inputs to the others. The
-others are in `Programs.follow` until process 0 calls `Programs.release`.
+A compiled function is called a program. All processes must run a program together, but only process
+0 knows which one comes next. It calls `Programs.call`, which sends the name of the program and its
+inputs to the other processes. Those are in `Programs.follow`, a loop that receives and runs
+programs, until process 0 calls `Programs.release`.
 
-Legend: B rows, L padded length, D model width, V vocabulary, M candidates for a row's last token.
+Legend: B rows (sequences) of a batch, L padded length, D model width, V vocabulary, M candidates
+for a row's last token.
 """
 
 import json
@@ -28,13 +31,13 @@ Shapes = dict[str, tuple[tuple[int, ...], Any]]  # shape and dtype of each input
 
 
 class Scores(NamedTuple):
-    """Scores of a batch of rows.
+    """Scores of a batch of rows (sequences).
 
     Attributes:
         log_p_B: Sum of the log-probabilities (nats) of the scored tokens of a row.
         is_greedy_B: True if each of these tokens is the most likely one.
-        last_log_p_BM: Log-probability of each candidate as the token after the row.
-        last_is_greedy_BM: True if the candidate is the most likely token there.
+        last_log_p_BM: Log-probability (nats) of each candidate as the token after the row.
+        last_is_greedy_BM: True if the candidate is the most likely token after the row.
     """
 
     log_p_B: jax.Array | np.ndarray
@@ -44,11 +47,13 @@ class Scores(NamedTuple):
 
 
 class Programs:
-    """Compiles and runs "score", "prefill" and "decode" for a model, once per input shape.
+    """Compiles and runs "score", "prefill" and "decode" for a model, on all processes together.
+
+    Each is compiled once per input shape. See the description of this module.
 
     Attributes:
-        seconds: Time spent computing since the last reset.
-        compile_seconds: Time spent compiling since the last reset.
+        seconds: Time spent computing since the last `reset_times`.
+        compile_seconds: Time spent compiling since the last `reset_times`.
     """
 
     def __init__(self, model: LoadedModel):
@@ -62,23 +67,26 @@ class Programs:
         self.reset_times()
 
     def reset_times(self) -> None:
-        """Sets both times to zero."""
+        """Sets `seconds` and `compile_seconds` to zero."""
         self.seconds = 0.0
         self.compile_seconds = 0.0
 
     def discard_state(self) -> None:
-        """Frees the state of decoding, so that its memory is available to the next batch."""
+        """Frees the state of decoding (the key/value cache), to make room for the next batch."""
         self._state = None
 
     def call(self, kind: str, static: tuple, arrays: Arrays) -> tuple[np.ndarray, ...]:
-        """Runs a program on every process and returns its small outputs.
+        """Runs a program on every process and returns its outputs as numpy arrays.
+
+        To be called on process 0 only. The key/value cache is no output: it stays on the devices.
 
         Args:
-            kind: "score"; "prefill", which keeps its state on the devices; or "decode", which
-                continues from that state.
+            kind: "score" returns the fields of `Scores`; "prefill" returns nothing and leaves its
+                state on the devices; "decode" continues from that state and returns new tokens.
             static: Compile-time arguments. "prefill": (number of new tokens,); "decode": the fields
-                of `sampling.Settings`.
-            arrays: Inputs with one row per sequence, and "keys", which is replicated.
+                of `sampling.Settings`; "score": ().
+            arrays: Inputs with one row per sequence, which are sharded over the devices, and
+                "keys", which is replicated.
         """
         if processes.is_multi_process():
             shapes = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
@@ -87,7 +95,9 @@ class Programs:
         return self.run(kind, static, arrays)
 
     def follow(self) -> str:
-        """Runs the programs that process 0 requests, until it calls `release`.
+        """Runs the programs that process 0 requests, until process 0 calls `release`.
+
+        To be called on every process but process 0.
 
         Returns:
             The error with which process 0 ended; "" if it ended without one.
@@ -102,12 +112,16 @@ class Programs:
             self.run(order["kind"], tuple(order["static"]), processes.broadcast(zeros))
 
     def release(self, trouble: str = "") -> None:
-        """Ends `follow` on the other processes, and passes an error on to them."""
+        """Ends `follow` on the other processes, which then return `trouble`.
+
+        Args:
+            trouble: The error with which process 0 ends; "" for none.
+        """
         if processes.is_multi_process():
             processes.gather(json.dumps({"kind": "release", "trouble": trouble}))
 
     def run(self, kind: str, static: tuple, arrays: Arrays) -> tuple[np.ndarray, ...]:
-        """Runs a program in this process. See `call` for the arguments."""
+        """Runs this process's share of a program. See `call` for the arguments and the result."""
         shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
         program = self.compile(kind, static, shapes)
         start = time.perf_counter()
@@ -126,7 +140,10 @@ class Programs:
         return on_host
 
     def compile(self, kind: str, static: tuple, shapes: Shapes) -> jax.stages.Compiled:
-        """Returns the program for these input shapes. It is compiled at the first use."""
+        """Returns the program for these input shapes, which is compiled at its first use.
+
+        See `call` for `kind` and `static`.
+        """
         cache_shape = None
         if kind == "decode" and self._state is not None:
             cache_shape = self._state.cache[0].shape
@@ -141,7 +158,7 @@ class Programs:
         return self._compiled[key]
 
     def _mesh_for_sharding(self) -> Mesh | None:
-        """Returns the mesh, or None on a single device, where the model needs no constraints."""
+        """Returns the mesh, or None for a single device, where nothing has to be sharded."""
         return self._mesh if self._mesh.size > 1 else None
 
     def _put_on_devices(self, name: str, array: np.ndarray) -> jax.Array:
@@ -215,17 +232,19 @@ def score_rows(
     starts: jax.Array,
     last: jax.Array,
 ) -> Scores:
-    """Scores tokens[start:length] of each row, and each candidate for the token after the row.
+    """Computes log-probabilities of parts of token sequences, and of candidates for the next token.
+
+    Tokens start to length - 1 of each row are scored, and each candidate for the token at `length`.
 
     Args:
         graph: The structure of the model.
         variables: Its arrays.
-        chunk: Tokens of a row whose logits are computed at a time.
+        chunk: Tokens of a row whose logits are computed at a time, which bounds memory.
         mesh: The devices; None for one device.
         tokens: [B, L] token ids, padded on the right.
         lengths: [B] number of tokens of a row.
-        starts: [B] position of the first scored token.
-        last: [B, M] candidates.
+        starts: [B] position of the first scored token of each row.
+        last: [B, M] candidates for the token after each row.
     """
     model = nnx.merge(graph, variables.params)
     position_1L = jnp.arange(tokens.shape[1])[None, :]
