@@ -117,11 +117,10 @@ def train_row(
         "learning_rate": float(metrics.learning_rate),
         "tokens_per_second": tokens / step_seconds,
         "mfu_nominal": mfu(accounting.nominal_flops_per_token(config, length)),
-        "mfu_realised": mfu(
-            accounting.realized_flops_per_token(config, length, rows_E, tokens)
-        ),
+        "mfu_realised": mfu(accounting.realized_flops_per_token(config, length, rows_E, tokens)),
         "step_seconds": step_seconds,
         "skipped_steps": int(metrics.skipped),
+        **_row_of_options(config, metrics),
     }
     return {name: _finite_or_none(value) for name, value in row.items()}
 
@@ -148,6 +147,20 @@ def count_computed_rows(config: Config, statistics: RouterStatistics) -> np.ndar
         rows_LE[:, of_pool] *= (1 - dropped_LP[:, index] / routed_L)[:, None]
         first += pool.num_experts
     return rows_LE.sum(axis=0)
+
+
+def _row_of_options(config: Config, metrics: Any) -> dict:
+    """Returns the values that only runs with certain options log."""
+    row: dict[str, Any] = {}
+    if config.moe.width_penalty_weight:
+        row["width_penalty"] = float(metrics.width_penalty)
+    if metrics.vocab_z_loss is not None:
+        row["vocab_z_loss"] = float(metrics.vocab_z_loss)
+    if metrics.bias_range is not None:
+        smallest, largest = np.asarray(metrics.bias_range).T
+        row["router_bias_min"] = smallest.tolist()
+        row["router_bias_max"] = largest.tolist()
+    return row
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -195,6 +208,24 @@ def console_line(row: dict, layers: list[dict], total_steps: int) -> str:
         parts.append(f"epoch {epochs:.1f}")
     remaining = (total_steps - row["step"]) * row["step_seconds"]
     parts.append(f"eta {duration(remaining)}")
+    return "  ".join(parts)
+
+
+def validation_line(step: int, total_steps: int, result: dict) -> str:
+    """Returns the line that is printed for a validation.
+
+    Args:
+      step: the step that was validated.
+      total_steps: the last step of the run.
+      result: from `validation.together`, with what `validation.summarize_sets` adds.
+    """
+    parts = [
+        f"step {step}/{total_steps}",
+        f"validation loss {result['loss']:.4f}",
+        f"{result['bits_per_byte']:.4f} bits/byte",
+    ]
+    if "sets" in result:
+        parts.append(f"macro-average of {len(result['sets'])} sets {result['macro_loss']:.4f}")
     return "  ".join(parts)
 
 
