@@ -186,7 +186,7 @@ class _RoutingPart:
         chip = sharding.chip_name(None)
         options = self.config.router_options
         routing = router.route(x_TD, self.valid_T, gate, options, chip)
-        num_experts = self.config.moe.num_experts
+        num_experts = self.config.num_experts
         return routing, dispatch.plan_dispatch(routing.ids_TK, self.valid_T, num_experts)
 
     def dispatch_part(self, dy_TD: jax.Array) -> tuple[Callable, tuple]:

@@ -69,6 +69,12 @@ def check_moe(config: Any) -> None:
             "moe.exchange=all_to_all needs whole experts and no capacity: set "
             "moe.placement=whole and moe.capacity_factor=0, or choose moe.exchange=gather"
         )
+    if moe.bias_rule != "none" and moe.gate == "uniform":
+        raise UserError(
+            f"moe.bias_rule={moe.bias_rule} does not fit moe.gate=uniform: its gates are all 1/k, "
+            "so the cross-entropy does not train the router, and the bias alone would choose the "
+            "experts; set moe.bias_rule=none or choose another gate"
+        )
     advanced = config.advanced
     if advanced.tail_rows > advanced.block_rows:
         raise UserError(

@@ -26,6 +26,7 @@ RESUMABLE = (
     "checkpoint.keep",
     "checkpoint.keep_every",
     "evaluation.batch_size",
+    "evaluation.capacity_factor",
     "evaluation.sample_tokens",
     "evaluation.prompts",
     "evaluation.temperature",

@@ -84,7 +84,7 @@ class MoEConfig:
     )
     balance_loss_weight: float = option(
         0.01,
-        "weight of the load-balancing loss N * sum f_i P_i, summed over layers (paper, Eq. 9)",
+        "weight of the load-balancing loss N * sum f_i P_i (paper, Eq. 9)",
         minimum=0,
     )
     balance_loss_count: str = option(
@@ -100,8 +100,33 @@ class MoEConfig:
     )
     z_loss_weight: float = option(
         0.0,
-        "weight of the router z-loss mean(logsumexp(router logits)^2), summed over layers",
+        "weight of the router z-loss mean(logsumexp(router logits)^2)",
         minimum=0,
+    )
+    auxiliary_over_layers: str = option(
+        "sum",
+        "the load-balancing loss, the router z-loss and the width penalty are summed over "
+        "layers, or averaged",
+        choices=("sum", "mean"),
+    )
+    width_penalty_weight: float = option(
+        0.0, "weight of the width penalty, which favors narrow experts (HMoE)", minimum=0
+    )
+    bias_rule: str = option(
+        "none",
+        "loss-free balancing: a bias of every expert, added to its score when experts are chosen, "
+        "grows after each step with rate * sign(mean(c) - c_i), or with rate * (mean(c) - c_i) / "
+        "mean(c), where c_i counts the tokens of expert i",
+        choices=("none", "sign", "proportional"),
+    )
+    bias_rate: float = option(1e-3, "rate of `bias_rule`", above=0)
+    bias_schedule: str = option(
+        "constant",
+        "the rate stays the same, or decays to 0 at training.steps",
+        choices=("constant", "linear", "cosine"),
+    )
+    bias_recenter: bool = option(
+        False, "subtract the mean bias of a pool after each step, so that the bias cannot drift"
     )
     capacity_factor: float = option(
         0.0,
@@ -220,6 +245,11 @@ class TrainingConfig:
         "batches of data; () = off",
     )
     deterministic: bool = option(True, "request deterministic operations from XLA on GPU")
+    vocab_z_loss_weight: float = option(
+        0.0,
+        "weight of the z-loss of the vocabulary, the mean over targets of logsumexp(logits)^2",
+        minimum=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +281,13 @@ class OptimizerConfig:
     beta1: float = option(0.9, "decay rate of the first moment", minimum=0, below=1)
     beta2: float = option(0.95, "decay rate of the second moment", minimum=0, below=1)
     eps: float = option(1e-8, "constant added to the square root of the second moment", above=0)
-    weight_decay: float = option(0.1, "decoupled weight decay, applied to matrices only", minimum=0)
+    weight_decay: float = option(0.1, "decoupled weight decay", minimum=0)
+    weight_decay_on: str = option(
+        "matrices",
+        "parameters that decay: matrices (of embeddings, attention, experts and routers), or all, "
+        "which adds the scales of the norms",
+        choices=("matrices", "all"),
+    )
     grad_clip: float = option(1.0, "maximum global norm of the gradient", above=0)
 
 
@@ -260,6 +296,13 @@ class EvaluationConfig:
     """Options of validation and sampling."""
 
     batch_size: int = option(16, "sequences per validation batch", minimum=1)
+    capacity_factor: float = option(
+        0.0,
+        "`moe.capacity_factor` of validation, of the suites loss and routing, and of the analysis. "
+        "Above 0, the score of a token depends on the other tokens of its batch. 0 = dropless, as "
+        "samples and benchmark tasks always are",
+        minimum=0,
+    )
     sample_tokens: int = option(96, "tokens to generate per sample", minimum=1)
     prompts: tuple[str, ...] = option(("def ", "import ", "class "), "prompts of the sample suite")
     temperature: float = option(0.8, "sampling temperature; 0 = greedy", minimum=0)
@@ -345,6 +388,21 @@ class Config:
     def widths(self) -> tuple[int, ...]:
         """The hidden width of every expert of a layer."""
         return self.moe.widths or expert_widths.equal_widths(self.moe.num_experts, self.moe.width)
+
+    @property
+    def pools(self) -> tuple[layer_options.Pool, ...]:
+        """The pools of experts of a layer, in the order of the experts; at least one."""
+        return (layer_options.Pool(self.moe.num_experts, self.moe.top_k),)
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts of a layer, over all pools."""
+        return sum(pool.num_experts for pool in self.pools)
+
+    @property
+    def top_k(self) -> int:
+        """The number of experts that a token is routed to, over all pools."""
+        return sum(pool.top_k for pool in self.pools)
 
     @property
     def router_options(self) -> layer_options.RouterOptions:

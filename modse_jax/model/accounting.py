@@ -41,7 +41,7 @@ def count_parameters(config: Config) -> ParameterCounts:
     """Returns the number of parameters of every part of the model."""
     model = config.model
     D = model.dim
-    E = config.moe.num_experts
+    E = config.num_experts
     key_value_dim = (model.num_kv_heads or model.num_heads) * (D // model.num_heads)
     router_gate = D * E
     router_noise = D * E + E if config.moe.router_noise == "learned" else 0
@@ -61,7 +61,7 @@ def active_expert_parameters(config: Config, mean_width: float) -> int:
     Args:
         mean_width: mean width of the K experts of a token.
     """
-    return round(config.model.num_layers * 3 * config.model.dim * config.moe.top_k * mean_width)
+    return round(config.model.num_layers * 3 * config.model.dim * config.top_k * mean_width)
 
 
 def active_parameters(config: Config, mean_width: float | None = None) -> int:
@@ -107,7 +107,7 @@ def train_flops_per_token(config: Config, sequence_length: int, mean_width: floa
     model = config.model
     head = model.vocab_size * model.dim
     attention = count_parameters(config).attention
-    router = model.num_layers * model.dim * config.moe.num_experts
+    router = model.num_layers * model.dim * config.num_experts
     weights = head + attention + router + active_expert_parameters(config, mean_width)
     scores = model.num_layers * model.dim * sequence_length
     return 6 * weights + 12 * scores

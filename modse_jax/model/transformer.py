@@ -4,8 +4,8 @@ The experts of an MoE layer may have different widths (MoDSE, section 3). All bl
 structure, so their parameters are stacked along a leading axis of layers, and one `lax.scan` runs
 them: the size of the program does not grow with the number of layers.
 
-Legend: B batch, L length, S cache length, D model, V vocabulary, K top-k, G key/value heads,
-C head size.
+Legend: B batch, L length (in router_bias_LE: layers), S cache length, D model, V vocabulary,
+E experts, K top-k, G key/value heads, C head size.
 """
 
 from typing import NamedTuple
@@ -41,6 +41,7 @@ class BlockOutput(NamedTuple):
     cache: Cache | None  # [B, S, G, C]; None for packed rows
     balance_loss: jax.Array  # load-balancing loss, unweighted
     z_loss: jax.Array  # router z-loss, unweighted
+    width_penalty: jax.Array  # width penalty, unweighted
     statistics: RouterStatistics
     choices: tuple[jax.Array, jax.Array] | None  # gates and expert ids [B, L, K], if requested
 
@@ -50,6 +51,7 @@ class ModelOutput(NamedTuple):
 
     balance_loss: jax.Array  # load-balancing loss, unweighted, summed over layers
     z_loss: jax.Array  # router z-loss, unweighted, summed over layers
+    width_penalty: jax.Array  # width penalty, unweighted, summed over layers
     statistics: RouterStatistics  # every array has a leading axis of layers
     cache: Cache | None  # [layers, B, S, G, C]; None for packed rows
     choices: tuple[jax.Array, jax.Array] | None  # [layers, B, L, K], if requested
@@ -88,6 +90,7 @@ class Block(nnx.Module):
         valid_BL: jax.Array,
         cache: Cache | None = None,
         trace: bool = False,
+        router_bias_E: jax.Array | None = None,
     ) -> tuple[jax.Array, BlockOutput]:
         """Returns (x_BLD, BlockOutput).
 
@@ -95,14 +98,17 @@ class Block(nnx.Module):
             valid_BL: False for padding, which is routed to no expert.
             cache: keys and values of the tokens so far; None for packed rows.
             trace: also returns the gates and expert ids of every token.
+            router_bias_E: is added to the scores that experts are chosen by; None for no bias.
         """
         y_BLD, cache = self.attention(self.attention_norm(x_BLD), attention_inputs, cache)
         x_BLD = x_BLD + y_BLD
         normed_BLD = self.moe_norm(x_BLD)
-        y_BLD, balance_loss, z_loss, statistics = self.moe(normed_BLD, valid_BL)
-        x_BLD = x_BLD + y_BLD
-        choices = self.moe.choose_experts(normed_BLD) if trace else None
-        return x_BLD, BlockOutput(cache, balance_loss, z_loss, statistics, choices)
+        out = self.moe(normed_BLD, valid_BL, router_bias_E)
+        x_BLD = x_BLD + out.y_BLD
+        choices = self.moe.choose_experts(normed_BLD, router_bias_E) if trace else None
+        return x_BLD, BlockOutput(
+            cache, out.balance_loss, out.z_loss, out.width_penalty, out.statistics, choices
+        )
 
 
 class Transformer(nnx.Module):
@@ -131,31 +137,47 @@ class Transformer(nnx.Module):
             self.head = nnx.Param(head_std * jax.random.normal(rngs.params(), (dim, vocab_size)))
 
     def __call__(
-        self, tokens_BL: jax.Array, segments_BL: jax.Array
+        self,
+        tokens_BL: jax.Array,
+        segments_BL: jax.Array,
+        router_bias_LE: jax.Array | None = None,
     ) -> tuple[jax.Array, ModelOutput]:
         """Returns (logits_BLV in float32, ModelOutput) of packed rows.
 
         Args:
             segments_BL: the document number of every token, 0 for padding.
+            router_bias_LE: see `run_blocks`.
         """
-        x_BLD, output = self.hidden(tokens_BL, segments_BL)
+        x_BLD, output = self.hidden(tokens_BL, segments_BL, router_bias_LE=router_bias_LE)
         return self.logits(x_BLD), output
 
     def hidden(
-        self, tokens_BL: jax.Array, segments_BL: jax.Array, trace: bool = False
+        self,
+        tokens_BL: jax.Array,
+        segments_BL: jax.Array,
+        trace: bool = False,
+        router_bias_LE: jax.Array | None = None,
     ) -> tuple[jax.Array, ModelOutput]:
         """Returns (x_BLD after the final norm, ModelOutput) of packed rows.
 
         Args:
             segments_BL: the document number of every token, 0 for padding.
             trace: also returns the gates and expert ids of every token.
+            router_bias_LE: see `run_blocks`.
         """
         attention_inputs = packed_inputs(segments_BL, self.config)
         x_BLD = self.embed(tokens_BL)
-        return self.run_blocks(x_BLD, attention_inputs, segments_BL > 0, trace=trace)
+        return self.run_blocks(
+            x_BLD, attention_inputs, segments_BL > 0, trace=trace, router_bias_LE=router_bias_LE
+        )
 
     def hidden_with_cache(
-        self, tokens_BL: jax.Array, positions_BL: jax.Array, valid_BL: jax.Array, cache: Cache
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array,
+        valid_BL: jax.Array,
+        cache: Cache,
+        router_bias_LE: jax.Array | None = None,
     ) -> tuple[jax.Array, ModelOutput]:
         """Returns (x_BLD after the final norm, ModelOutput) of tokens that extend a cache.
 
@@ -165,10 +187,13 @@ class Transformer(nnx.Module):
             positions_BL: positions of the tokens; keys at positions >= S are not stored.
             valid_BL: False for padding, which is routed to no expert.
             cache: keys and values of the tokens so far, [layers, B, S, G, C].
+            router_bias_LE: see `run_blocks`.
         """
         keys, _ = cache
         attention_inputs = cached_inputs(positions_BL, keys.shape[2], self.config)
-        return self.run_blocks(self.embed(tokens_BL), attention_inputs, valid_BL, cache)
+        return self.run_blocks(
+            self.embed(tokens_BL), attention_inputs, valid_BL, cache, router_bias_LE=router_bias_LE
+        )
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Returns a cache of zeros for `length` positions, [layers, B, S, G, C]."""
@@ -202,17 +227,26 @@ class Transformer(nnx.Module):
         valid_BL: jax.Array,
         cache: Cache | None = None,
         trace: bool = False,
+        router_bias_LE: jax.Array | None = None,
     ) -> tuple[jax.Array, ModelOutput]:
-        """Scans the blocks; returns (x_BLD after the final norm, ModelOutput)."""
+        """Scans the blocks; returns (x_BLD after the final norm, ModelOutput).
+
+        Args:
+            valid_BL: False for padding, which is routed to no expert.
+            cache: keys and values of the tokens so far; None for packed rows.
+            trace: also returns the gates and expert ids of every token.
+            router_bias_LE: for every layer, is added to the scores that experts are chosen by
+                (loss-free balancing); None for no bias.
+        """
         block_graph, stacked_weights = nnx.split(self.blocks)
 
         def run_block(
-            x_BLD: jax.Array, of_layer: tuple[dict, Cache | None]
+            x_BLD: jax.Array, of_layer: tuple[dict, Cache | None, jax.Array | None]
         ) -> tuple[jax.Array, BlockOutput]:
-            weights, layer_cache = of_layer
+            weights, layer_cache, router_bias_E = of_layer
             block = nnx.merge(block_graph, weights)
             x_BLD = self._shard_batch(x_BLD)
-            return block(x_BLD, attention_inputs, valid_BL, layer_cache, trace)
+            return block(x_BLD, attention_inputs, valid_BL, layer_cache, trace, router_bias_E)
 
         unroll = self._blocks_per_iteration(length=x_BLD.shape[1])
         policy = checkpoint_policy(self.config.remat, self.mesh)
@@ -220,11 +254,13 @@ class Transformer(nnx.Module):
             # With several blocks per iteration, XLA could merge the recomputation with the forward
             # pass (common subexpression elimination), which would save the activations after all.
             run_block = jax.checkpoint(run_block, prevent_cse=unroll > 1, policy=policy)
-        x_BLD, outputs = jax.lax.scan(run_block, x_BLD, (stacked_weights, cache), unroll=unroll)
+        of_layers = (stacked_weights, cache, router_bias_LE)
+        x_BLD, outputs = jax.lax.scan(run_block, x_BLD, of_layers, unroll=unroll)
         x_BLD = self.final_norm(x_BLD)
         return x_BLD, ModelOutput(
             balance_loss=jnp.sum(outputs.balance_loss),
             z_loss=jnp.sum(outputs.z_loss),
+            width_penalty=jnp.sum(outputs.width_penalty),
             statistics=outputs.statistics,
             cache=outputs.cache,
             choices=outputs.choices,

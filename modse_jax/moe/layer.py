@@ -36,6 +36,7 @@ class LayerOutput(NamedTuple):
     y_BLD: jax.Array
     balance_loss: jax.Array  # load-balancing loss, unweighted
     z_loss: jax.Array  # router z-loss, unweighted
+    width_penalty: jax.Array  # width penalty, unweighted
     statistics: router.RouterStatistics
 
 
@@ -97,11 +98,17 @@ class MoELayer(nnx.Module):
             self.router_noise = nnx.Param(noise)
             self.router_noise_scale = nnx.Param(jnp.ones((num_experts,)))
 
-    def __call__(self, x_BLD: jax.Array, valid_BL: jax.Array | None = None) -> LayerOutput:
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        valid_BL: jax.Array | None = None,
+        router_bias_E: jax.Array | None = None,
+    ) -> LayerOutput:
         """Runs the layer.
 
         Args:
             valid_BL: False for padding, which is routed to no expert; None if there is none.
+            router_bias_E: is added to the scores that experts are chosen by; None for no bias.
         """
         if valid_BL is None:
             valid_BL = jnp.ones(x_BLD.shape[:2], bool)
@@ -109,7 +116,7 @@ class MoELayer(nnx.Module):
         experts = ExpertWeights(self.w_gate[...], self.w_up[...], self.w_down[...])
         if self.mesh is None or self.mesh.size == 1:
             return self._run_on_device(
-                x_BLD, valid_BL, router_weights, experts, reduce=lambda sums: sums
+                x_BLD, valid_BL, router_bias_E, router_weights, experts, reduce=lambda sums: sums
             )
         batch = sharding.partition_spec(("batch",))
         replicated = PartitionSpec()
@@ -120,19 +127,21 @@ class MoELayer(nnx.Module):
         run = jax.shard_map(
             functools.partial(self._run_on_device, reduce=sum_over_mesh),
             mesh=self.mesh,
-            in_specs=(batch, batch, replicated, expert_specs),
-            out_specs=LayerOutput(batch, replicated, replicated, replicated),
+            in_specs=(batch, batch, replicated, replicated, expert_specs),
+            out_specs=LayerOutput(batch, *[replicated] * (len(LayerOutput._fields) - 1)),
             check_vma=False,
         )
-        return run(x_BLD, valid_BL, router_weights, experts)
+        return run(x_BLD, valid_BL, router_bias_E, router_weights, experts)
 
-    def choose_experts(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def choose_experts(
+        self, x_BLD: jax.Array, router_bias_E: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns (gates_BLK, ids_BLK) of every token, the same as in __call__, for analysis."""
         options = self.router_options
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         logits_TE = router.compute_logits(x_TD, self._router_weights(), options.norm_eps)
         gates_TK, ids_TK = router.compute_gates(
-            logits_TE, options.top_k, options.gate, sharding.chip_name(self.mesh)
+            logits_TE, options.top_k, options.gate, sharding.chip_name(self.mesh), router_bias_E
         )
         shape = (*x_BLD.shape[:2], options.top_k)
         return gates_TK.reshape(shape), ids_TK.reshape(shape)
@@ -148,6 +157,7 @@ class MoELayer(nnx.Module):
         self,
         x_BLD: jax.Array,
         valid_BL: jax.Array,
+        router_bias_E: jax.Array | None,
         router_weights: router.RouterWeights,
         experts: ExpertWeights,
         reduce: Callable,
@@ -156,7 +166,9 @@ class MoELayer(nnx.Module):
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         valid_T = valid_BL.reshape(-1)
         chip = sharding.chip_name(self.mesh)
-        routing = router.route(x_TD, valid_T, router_weights, self.router_options, chip, reduce)
+        routing = router.route(
+            x_TD, valid_T, router_weights, self.router_options, chip, reduce, router_bias_E
+        )
         experts = self._all_gather_weights(experts, x_BLD.dtype)
         if len(self.placement.experts) == 1:
             y_TD, dropped = self._run_local_experts(
@@ -166,9 +178,13 @@ class MoELayer(nnx.Module):
             y_TD, dropped = self._exchange_all_to_all(x_TD, routing, valid_T, experts)
         else:
             y_TD, dropped = self._exchange_all_gather(x_TD, routing, valid_T, experts)
-        statistics = routing.statistics._replace(dropped=reduce(dropped))
+        statistics = routing.statistics._replace(dropped_P=reduce(dropped)[None])
         return LayerOutput(
-            y_TD.reshape(x_BLD.shape), routing.balance_loss, routing.z_loss, statistics
+            y_TD.reshape(x_BLD.shape),
+            routing.balance_loss,
+            routing.z_loss,
+            routing.width_penalty,
+            statistics,
         )
 
     def _all_gather_weights(self, experts: ExpertWeights, dtype: jnp.dtype) -> ExpertWeights:

@@ -1,6 +1,7 @@
 """The options of a mixture-of-experts layer, independent of any training config."""
 
 import dataclasses
+from typing import NamedTuple
 
 from modse_jax.moe.experts.block_sizes import DEFAULT_BLOCKS, Blocks
 
@@ -11,6 +12,16 @@ BALANCE_LOSS_SCOPES = ("batch", "device")
 BACKENDS = ("auto", "reference", "blocked", "pallas_tpu", "pallas_gpu", "pallas_triton")
 PLACEMENTS = ("whole", "split")
 EXCHANGES = ("auto", "gather", "all_to_all")
+
+
+class Pool(NamedTuple):
+    """A group of experts with its own softmax, top-k and auxiliary losses.
+
+    The pools of a layer lie one after another on the axis of experts.
+    """
+
+    num_experts: int
+    top_k: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 All computations are in float32. The load-balancing loss and the router z-loss are returned
 unweighted; the training step multiplies them by their weights.
 
-Legend: T tokens, D model, E experts, K top-k.
+Legend: T tokens, D model, E experts, K top-k, P pools.
 """
 
 from collections.abc import Callable
@@ -33,10 +33,10 @@ class RouterStatistics(NamedTuple):
     """Sums over the valid tokens of one layer, over all devices that share the batch."""
 
     counts_KE: jax.Array  # int32: tokens whose k-th choice is expert e
-    gates_KE: jax.Array  # float32: sum of the gates of those tokens
-    entropy: jax.Array  # float32: entropy of the softmax over all logits, in nats, summed
+    gates_E: jax.Array  # float32: sum of the gates of all tokens that chose expert e
+    entropy_P: jax.Array  # float32: entropy of the softmax over a pool's logits, nats, summed
     tokens: jax.Array  # int32: valid tokens
-    dropped: jax.Array  # int32: routed tokens over capacity, filled in by the layer
+    dropped_P: jax.Array  # int32: routed tokens of a pool over capacity, filled in by the layer
 
 
 class Routing(NamedTuple):
@@ -46,6 +46,7 @@ class Routing(NamedTuple):
     ids_TK: jax.Array  # int32, the expert with the largest logit first
     balance_loss: jax.Array  # unweighted load-balancing loss
     z_loss: jax.Array  # unweighted router z-loss
+    width_penalty: jax.Array  # unweighted width penalty
     statistics: RouterStatistics
 
 
@@ -106,9 +107,17 @@ def top_k_ids_in_rounds(logits_TE: jax.Array, top_k: int) -> jax.Array:
 
 
 def compute_gates(
-    logits_TE: jax.Array, top_k: int, gate: str, chip: str
+    logits_TE: jax.Array,
+    top_k: int,
+    gate: str,
+    chip: str,
+    router_bias_E: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (gates_TK, ids_TK) of the k experts with the largest logits.
+    """Returns (gates_TK, ids_TK) of the k chosen experts of every token.
+
+    Without a bias these are the experts with the largest logits. With one, they are the experts
+    with the largest softmax probability plus bias; the gates do not depend on the bias otherwise
+    (loss-free balancing, Wang et al. 2024).
 
     Args:
         gate: one of
@@ -118,8 +127,12 @@ def compute_gates(
             "softmax_top_k_renormalized": the same, divided by their sum. In exact arithmetic this
                 equals the first; it exists because other stacks compute it this way.
         chip: see `top_k_ids`.
+        router_bias_E: the bias of every expert; None for none.
     """
-    ids_TK = checkpoint_name(top_k_ids(jax.lax.stop_gradient(logits_TE), top_k, chip), ROUTING)
+    scores_TE = jax.lax.stop_gradient(logits_TE)
+    if router_bias_E is not None:
+        scores_TE = jax.nn.softmax(scores_TE, axis=-1) + router_bias_E[None, :]
+    ids_TK = checkpoint_name(top_k_ids(scores_TE, top_k, chip), ROUTING)
     is_chosen_TKE = ids_TK[:, :, None] == jnp.arange(logits_TE.shape[1])[None, None, :]
 
     def choose(values_TE: jax.Array) -> jax.Array:
@@ -164,6 +177,7 @@ def route(
     options: RouterOptions,
     chip: str,
     reduce: Callable = lambda sums: sums,
+    router_bias_E: jax.Array | None = None,
 ) -> Routing:
     """Routes every token.
 
@@ -174,11 +188,12 @@ def route(
         reduce: sums a tree of arrays over the devices that share the batch (psum), so that the
             losses are those of the global batch (the load-balancing loss only if
             options.balance_loss_scope is "batch"). The default is for a single device.
+        router_bias_E: is added to the scores that experts are chosen by; None for no bias.
     """
     # Without this, NaN in padding would reach the gradient of the weights as 0 * NaN.
     x_TD = jnp.where(valid_T[:, None], x_TD, 0)
     logits_TE = compute_logits(x_TD, weights, options.norm_eps)
-    gates_TK, ids_TK = compute_gates(logits_TE, options.top_k, options.gate, chip)
+    gates_TK, ids_TK = compute_gates(logits_TE, options.top_k, options.gate, chip, router_bias_E)
     log_p_TE = jax.nn.log_softmax(logits_TE, axis=-1)
     p_TE = jnp.exp(log_p_TE)
     z_T = jax.nn.logsumexp(logits_TE, axis=-1)
@@ -189,10 +204,10 @@ def route(
     entropy_TE = _mask(p_TE * log_p_TE, valid_T[:, None])
     local = RouterStatistics(
         counts_KE=jnp.sum(is_chosen_TKE, axis=0, dtype=jnp.int32),
-        gates_KE=jax.lax.stop_gradient(jnp.sum(chosen_gates_TKE, axis=0)),
-        entropy=jax.lax.stop_gradient(-jnp.sum(entropy_TE)),
+        gates_E=jax.lax.stop_gradient(jnp.sum(chosen_gates_TKE, axis=(0, 1))),
+        entropy_P=jax.lax.stop_gradient(-jnp.sum(entropy_TE))[None],
         tokens=jnp.sum(valid_T, dtype=jnp.int32),
-        dropped=jnp.zeros((), jnp.int32),
+        dropped_P=jnp.zeros((1,), jnp.int32),
     )
     local_p_E = jnp.sum(_mask(p_TE, valid_T[:, None]), axis=0)
     local_z = jnp.sum(_mask(z_T * z_T, valid_T))
@@ -206,7 +221,12 @@ def route(
         balance = balance_loss(local.counts_KE, local_p_E, local.tokens, count)
         balance = reduce(balance * local.tokens) / batch_tokens
     return Routing(
-        gates_TK, ids_TK, balance_loss=balance, z_loss=batch_z / batch_tokens, statistics=batch
+        gates_TK,
+        ids_TK,
+        balance_loss=balance,
+        z_loss=batch_z / batch_tokens,
+        width_penalty=jnp.zeros((), jnp.float32),
+        statistics=batch,
     )
 
 

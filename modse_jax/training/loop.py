@@ -259,7 +259,7 @@ class Run:
             scored = {
                 dataset.name: validation.run(
                     self._context.score_step,
-                    self.state.params,
+                    self.state.variables,
                     self._validation_batches(dataset),
                     dataset,
                     whole=True,

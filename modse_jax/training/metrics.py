@@ -1,4 +1,4 @@
-"""The metrics of a step, as logged and as printed.
+"""Turns the results of a step into the rows of the logs, and into the line that is printed.
 
 Legend: E experts, K top-k.
 """
@@ -19,12 +19,13 @@ def routing_by_layer(
     widths: tuple[int, ...],
     placement: expert_placement.Placement | None = None,
 ) -> list[dict]:
-    """Summarizes routing statistics.
+    """Summarizes routing statistics, as routing.jsonl contains them.
 
     Args:
       statistics: sums over a step or a data split, with a leading axis of layers.
       widths: hidden dimensions of the experts.
-      placement: the placement in use, whose straggler factor is reported as "in_use".
+      placement: how this run places experts on devices, whose straggler factor is reported as
+        "in_use"; None reports none.
 
     Returns:
       One dict of plain numbers per layer:
@@ -34,8 +35,9 @@ def routing_by_layer(
         entropy: mean entropy of the softmax over all experts, nats.
         count_weighted_width, gate_weighted_width: mean width of the chosen experts, weighted by
           the number of tokens or by gates.
-        straggler: for each placement, the maximum over the mean of tokens x width per device, if
-          one expert axis processed the batch without dropping tokens.
+        straggler: {placement: straggler factor}, for several ways to place experts on devices: the
+          maximum over the mean of tokens x width per device, if a single expert axis processed the
+          whole batch without dropping tokens.
         dropped: tokens dropped because of limited capacity.
     """
     placements = expert_placement.reference_placements(widths)
@@ -54,7 +56,7 @@ def _summarize_layer(
     placements: dict[str, expert_placement.Placement],
 ) -> dict:
     counts_KE = np.asarray(statistics.counts_KE[layer], np.int64)
-    gates_E = np.asarray(statistics.gates_KE[layer], np.float64).sum(axis=0)
+    gates_E = np.asarray(statistics.gates_E[layer], np.float64)
     counts_E = counts_KE.sum(axis=0)
     tokens = max(int(statistics.tokens[layer]), 1)
     straggler = {
@@ -67,11 +69,11 @@ def _summarize_layer(
         "tokens_per_expert_by_choice": counts_KE.tolist(),
         "mean_gate": [_ratio(gate, count) for gate, count in zip(gates_E, counts_E)],
         "max_over_mean": _ratio(counts_E.max(), counts_E.mean()),
-        "entropy": float(statistics.entropy[layer]) / tokens,
+        "entropy": float(np.sum(statistics.entropy_P[layer])) / tokens,
         "count_weighted_width": _ratio(counts_E @ widths_E, counts_E.sum()),
         "gate_weighted_width": _ratio(gates_E @ widths_E, gates_E.sum()),
         "straggler": straggler,
-        "dropped": int(statistics.dropped[layer]),
+        "dropped": int(np.sum(statistics.dropped_P[layer])),
     }
 
 
@@ -97,8 +99,8 @@ def train_row(
     tokens = config.training.batch_size * length
     counts_E = np.asarray(metrics.statistics.counts_KE).sum(axis=(0, 1))
     # Dropped tokens take part in no matmul. Neither do padding tokens, which are never routed.
-    computed = counts_E.sum() - np.asarray(metrics.statistics.dropped).sum()
-    share = computed / (tokens * config.moe.top_k * config.model.num_layers)
+    computed = counts_E.sum() - np.asarray(metrics.statistics.dropped_P).sum()
+    share = computed / (tokens * config.top_k * config.model.num_layers)
 
     def mfu(width: float) -> float | None:
         """Returns the model FLOPs utilization for experts of a given width."""

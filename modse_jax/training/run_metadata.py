@@ -1,4 +1,4 @@
-"""Metadata that a run saves with every checkpoint, and the comparison with that of a run."""
+"""The metadata that a run saves with every checkpoint, and its check when a run resumes."""
 
 import base64
 from typing import Any
@@ -15,8 +15,8 @@ from modse_jax.runtime import processes
 def build_metadata(config: Config, data: training_data.TrainingData, mesh: Mesh) -> dict[str, Any]:
     """Returns the metadata of a run's checkpoints.
 
-    Two values are filled in later: "skipped_data", the [first step, number of batches] of every
-    rewind, and "validation_loss", that of the saved step.
+    Two values are filled in later: "skipped_data", which is [step, number of skipped batches] for
+    every rewind, and "validation_loss", the loss of the saved step.
     """
     return {
         "config": to_saved(config),

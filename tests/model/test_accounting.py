@@ -60,7 +60,7 @@ def test_counts_equal_the_tables_of_the_paper(name, weights, total, active, acti
     assert counts.weights == pytest.approx(weights, abs=5e4)
     assert counts.total == pytest.approx(total, abs=5e4)
     assert accounting.active_parameters(config) == pytest.approx(active, abs=5e4)
-    one_expert = accounting.active_parameters(config, width / config.moe.top_k)
+    one_expert = accounting.active_parameters(config, width / config.top_k)
     assert one_expert == pytest.approx(active_with_one_expert, abs=5e4)
     for first, second in zip(config.widths[::2], config.widths[1::2]):
         assert first + second == 2 * width

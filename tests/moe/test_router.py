@@ -27,8 +27,8 @@ def make_layer(rng, **moe):
     @jax.jit
     def apply(weights, x_TD, valid_T):
         weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), weights)
-        y, balance, z, statistics = nnx.merge(graph, weights)(x_TD[None], valid_T[None])
-        return y[0], balance, z, statistics
+        out = nnx.merge(graph, weights)(x_TD[None], valid_T[None])
+        return out.y_BLD[0], out.balance_loss, out.z_loss, out.statistics
 
     return config, weights, apply
 

@@ -62,9 +62,13 @@ def test_rows_of_a_device_equal_those_checked_before_the_run(name, monkeypatch):
     monkeypatch.setattr(
         select, "expert_ffn", lambda x, *rest: seen.append(x.shape[0]) or real(x, *rest)
     )
-    params = train_step.state_shapes(config, mesh).params
+    variables = train_step.state_shapes(config, mesh).variables
+    totals = train_step.BatchTotals(targets=1.0, routed=1.0)
     jax.eval_shape(
-        train_step.make_loss(config, mesh), params, jax.eval_shape(lambda: batch(config)), 1.0
+        train_step.make_loss(config, mesh),
+        *variables,
+        jax.eval_shape(lambda: batch(config)),
+        totals,
     )
     assert seen and set(seen) == {kernel_selection.max_rows_per_device(config, mesh)}
 
@@ -156,7 +160,7 @@ def test_capacity_drops_are_counted_once(placement):
             return transformer.build_moe_layer(config, mesh, nnx.Rngs(0))(x, valid)
 
         y, *_, statistics = jax.jit(f)(x, valid)
-        return y, statistics.dropped
+        return y, statistics.dropped_P.sum()
 
     (y, dropped), (whole_y, whole_dropped) = layer(device_mesh.build_mesh(config)), layer(None)
     assert int(dropped) == int(whole_dropped) > 0

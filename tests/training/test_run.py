@@ -460,7 +460,7 @@ def trace_all_tokens(run: model_loading.LoadedModel) -> np.ndarray:
     (dataset,) = run.data.datasets
     ids_by_batch = []
     for batch in batching.validation_batches(dataset, 8, run.config.model.vocab_size):
-        *_, ids_YBLK = score(run.params, sharding.shard_batch(run.mesh, batch, 8))
+        *_, ids_YBLK = score(run.variables, sharding.shard_batch(run.mesh, batch, 8))
         is_token_BL = batch["segments"][:, :-1] > 0
         ids_by_batch.append(np.asarray(ids_YBLK)[:, is_token_BL])
     return np.concatenate(ids_by_batch, axis=1)

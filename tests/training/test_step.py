@@ -75,7 +75,7 @@ def test_realized_flops_count_only_routed_tokens(capacity):
     config = tiny_config(moe=dict(widths=(), pairs=False, capacity_factor=capacity))
     _, results = run_one_step(config)
     row = metrics.train_row(config, 1, results, 2.0, 1.0, 1e9)
-    dropped = int(results.statistics.dropped.sum())
+    dropped = int(results.statistics.dropped_P.sum())
     assert (dropped > 0) == (capacity > 0)
     assert row["mfu_realised"] < row["mfu_nominal"]
     layers_times_k = 4
@@ -201,14 +201,14 @@ def test_scores_equal_the_training_loss_and_ignore_capacity():
     config = tiny_config()
     limited = tiny_config(moe=dict(capacity_factor=0.25))
     score = jax.jit(train_step.make_score_step(limited))
-    nll_BL, weights_BL, _ = score(initial_state(config).params, batch(config))
+    nll_BL, weights_BL, _ = score(initial_state(config).variables, batch(config))
     mean = float((nll_BL * weights_BL).sum() / weights_BL.sum())
     _, results = run_one_step(config)
     assert mean == pytest.approx(float(results.loss), rel=1e-5)
     # Training with a capacity does drop tokens.
     _, limited_results = run_one_step(tiny_config(moe=dict(capacity_factor=0.5)))
-    assert int(results.statistics.dropped.sum()) == 0
-    assert int(limited_results.statistics.dropped.sum()) > 0
+    assert int(results.statistics.dropped_P.sum()) == 0
+    assert int(limited_results.statistics.dropped_P.sum()) > 0
 
 
 def test_targets_belong_to_the_document_of_their_input():
@@ -241,7 +241,7 @@ def test_learning_rate_schedule_is_that_of_the_paper():
 def test_only_weight_matrices_decay():
     config = tiny_config(moe=dict(router_noise="learned"))
     params = jax.eval_shape(lambda: train_step.init_state(config)).params
-    decays = optimizer.weight_decay_mask(params)
+    decays = optimizer.weight_decay_mask(params, "matrices")
     blocks = decays["blocks"]
     assert not decays["final_norm"]["scale"]
     assert not blocks["moe_norm"]["scale"]
