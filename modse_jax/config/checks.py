@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from modse_jax.config.option_fields import fields_of, get_option
 from modse_jax.errors import UserError
 from modse_jax.moe import expert_widths
+
+SET_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # of a validation set
 
 
 def check_fields(config: Any) -> None:
@@ -84,7 +87,7 @@ def check_moe(config: Any) -> None:
 
 
 def check_data(config: Any) -> None:
-    """Checks the weights and names of a mixture."""
+    """Checks the weights and names of a mixture, and the names of validation sets."""
     mixture = config.data.mixture
     total = sum(weight for _, weight in mixture)
     for name, weight in mixture:
@@ -95,6 +98,25 @@ def check_data(config: Any) -> None:
             )
     if len({name for name, _ in mixture}) < len(mixture):
         raise UserError(f"data.mixture={mixture} names a directory twice; add up its weights")
+    check_set_names([name for name, _ in config.data.validation_sources])
+
+
+def check_set_names(names: list[str]) -> None:
+    """Checks the names of validation sets, which become names of directories."""
+    for name in names:
+        if not re.fullmatch(SET_NAME, name):
+            raise UserError(
+                f"data.validation_sources: {name!r} is not a name for a set; use 1 to 64 letters "
+                "(a-z, A-Z), digits, - and _, of which the first is a letter or a digit"
+            )
+    # Some file systems do not distinguish upper and lower case.
+    folded = [name.lower() for name in names]
+    for number, name in enumerate(folded):
+        if name in folded[:number]:
+            raise UserError(
+                f"data.validation_sources: the name {names[number]!r} is used twice (upper and "
+                "lower case count as equal); give every set a name of its own"
+            )
 
 
 def check_training(config: Any) -> None:

@@ -193,6 +193,11 @@ class DataConfig:
     mixture: tuple[tuple[str, float], ...] = option(
         (), 'prepared data to mix, instead of a source: (("DIR", weight), ...)'
     )
+    validation_sources: tuple[tuple[str, str], ...] = option(
+        (),
+        "validation sets, each with a loss of its own, beside the validation split of the data: "
+        '(("NAME", "SOURCE"), ...)',
+    )
     field: str = option("text", "JSONL field, Parquet column or TFDS feature that holds the text")
     tokenizer: str = option(
         "bytes", "bytes, sentencepiece:FILE, hf:FILE, or sentencepiece (trained on the source)"

@@ -176,6 +176,24 @@ def console_line(row: dict, layers: list[dict], total_steps: int) -> str:
     return "  ".join(parts)
 
 
+def validation_line(step: int, total_steps: int, result: dict) -> str:
+    """Returns the line that is printed for a validation.
+
+    Args:
+      step: the step that was validated.
+      total_steps: the last step of the run.
+      result: from `validation.together`, with what `validation.summarize_sets` adds.
+    """
+    parts = [
+        f"step {step}/{total_steps}",
+        f"validation loss {result['loss']:.4f}",
+        f"{result['bits_per_byte']:.4f} bits/byte",
+    ]
+    if "sets" in result:
+        parts.append(f"macro-average of {len(result['sets'])} sets {result['macro_loss']:.4f}")
+    return "  ".join(parts)
+
+
 def duration(seconds: float) -> str:
     """Returns a duration as text, such as "1h05m" or "3m07s"."""
     minutes, seconds = divmod(round(seconds), 60)

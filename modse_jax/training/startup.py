@@ -170,9 +170,14 @@ def prepare_run(
 def load_data(config: Config, workdir: pathlib.Path) -> training_data.TrainingData:
     """Loads the data on every process; process 0 prepares it first if necessary."""
     data = processes.on_all_processes(lambda: training_data.load(config, workdir), first_alone=True)
-    processes.assert_same({"the data": data.fingerprint})
+    processes.assert_same(
+        {"the data": data.fingerprint, "the validation sets": str(data.set_fingerprints)}
+    )
     for dataset in data.datasets:
         console.log(data_card.summarize_card(dataset.card))
+    for dataset in data.validation_sets:
+        counts = dataset.card["splits"]["validation"]
+        console.log(data_card.summarize_split(f"validation set {dataset.name}", counts))
     return data
 
 
