@@ -67,6 +67,7 @@ def check_moe(config: Any) -> None:
             expert_widths.check_pairs(config.widths, moe.width)
     except ValueError as error:
         raise UserError(f"moe.widths: {error}") from None
+    check_shared_expert(config)
     if moe.exchange == "all_to_all" and (moe.placement != "whole" or moe.capacity_factor):
         raise UserError(
             "moe.exchange=all_to_all needs whole experts and no capacity: set "
@@ -83,6 +84,27 @@ def check_moe(config: Any) -> None:
         raise UserError(
             f"advanced.tail_rows={advanced.tail_rows} is larger than "
             f"advanced.block_rows={advanced.block_rows}"
+        )
+
+
+def check_shared_expert(config: Any) -> None:
+    """Checks the shared expert: it needs a width, a placement, and MoE layers beside it."""
+    moe = config.moe
+    if moe.shared_width and moe.shared_placement == "none":
+        raise UserError(
+            f"moe.shared_width={moe.shared_width} needs a placement: set moe.shared_placement="
+            "in_layer (added to the output of the MoE layer) or moe.shared_placement=parallel (the "
+            "MoE layer reads the input of the block), or set moe.shared_width=0"
+        )
+    if moe.shared_placement != "none" and not moe.shared_width:
+        raise UserError(
+            f"moe.shared_placement={moe.shared_placement} needs a shared expert: set "
+            "moe.shared_width above 0, or moe.shared_placement=none"
+        )
+    if moe.shared_width and config.model.dense_width:
+        raise UserError(
+            f"moe.shared_width={moe.shared_width} needs MoE layers, but model.dense_width="
+            f"{config.model.dense_width} replaces them by a dense FFN: set one of the two to 0"
         )
 
 

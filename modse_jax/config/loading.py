@@ -97,6 +97,31 @@ def from_saved(values: Mapping[str, Any]) -> Config:
     return config
 
 
+def override_options(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns a checked copy of a config with other values of some options.
+
+    Args:
+        config: the config, which stays as it is.
+        values: {"section.option": value}.
+
+    Raises:
+        UserError: as `from_dict`.
+    """
+    nested = dataclasses.asdict(config)
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        section = nested
+        for section_name in sections:
+            section = section.setdefault(section_name, {})
+        section[name] = value
+    return from_dict(nested)
+
+
+def to_option_dict(config: Config) -> OptionDict:
+    """Returns a config as the ConfigDict that a file in configs/ returns."""
+    return build_option_dict(dataclasses.asdict(config))
+
+
 def to_flat_dict(config: Config) -> dict[str, Any]:
     """Returns {"section.option": value} of every option."""
     return {path: get_option(config, path) for path, _ in fields()}

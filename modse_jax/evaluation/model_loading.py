@@ -146,7 +146,7 @@ def find_valid_step(
         step: The requested step; 0 for the newest.
         fingerprints: {"data": ..., "tokenizer": ...}, the fingerprints of what has been loaded.
             Those in the metadata of the checkpoint must be equal.
-        set_fingerprints: The same of the validation sets.
+        set_fingerprints: The same of the validation sets, by name.
 
     Raises:
         UserError: The step is not saved, is damaged, or was trained on other data.

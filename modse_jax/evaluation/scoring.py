@@ -27,9 +27,11 @@ class ValidationResult(NamedTuple):
     """Loss and routing on validation records.
 
     Attributes:
-        loss: Loss, bits per byte and number of tokens of the validation split. With validation
-            sets also "macro_loss", and the same of every set under "sets".
-        routing: One dictionary of routing statistics per layer, of the validation split.
+        loss: {"loss", "bits_per_byte", "tokens", ...} of the validation split, as
+            `validation.together` returns it. With validation sets also "macro_loss", and the same
+            of every set under "sets".
+        routing: One dictionary of routing statistics per layer, of the validation split; see
+            `metrics.routing_by_layer`.
     """
 
     loss: dict

@@ -15,6 +15,7 @@ from modse_jax.data import data_card, training_data
 from modse_jax.moe import expert_placement
 from modse_jax.runtime import files, peak_rate, processes
 from modse_jax.training import (
+    auxiliary_losses,
     console,
     preflight,
     restore,
@@ -230,10 +231,12 @@ def first_state(context: RunContext, restored: restore.Restored) -> State:
 
 
 def log_description(context: RunContext) -> None:
-    """Prints parameters, kernels and memory, unless all training steps have been completed."""
+    """Prints parameters, auxiliary losses, kernels and memory, unless no step is left."""
     if context.compiled_step is None:
         return
     program, seconds = context.compiled_step
     console.log(run_description.parameter_table(context.config))
+    for line in auxiliary_losses.description_lines(context.config):
+        console.log(line)
     console.log(context.setup.kernels.line())
     console.log(run_description.memory_line(program, context.setup.state_shapes, seconds))
