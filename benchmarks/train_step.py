@@ -31,7 +31,7 @@ from modse_jax.config.options import Config
 from modse_jax.model import accounting
 from modse_jax.model.attention import attention_layer
 from modse_jax.moe import dispatch, expert_widths, router
-from modse_jax.moe.experts import block_sizes, expert_weights, select
+from modse_jax.moe.experts import expert_weights, select
 from modse_jax.runtime import peak_rate, sharding
 from modse_jax.training import losses, optimizer, train_step
 
@@ -127,7 +127,7 @@ def list_parts(step: OwnStep) -> dict[str, tuple[Callable, tuple]]:
     rule = optimizer.build_optimizer(config)
 
     def loss(x_BLD: jax.Array, head: jax.Array) -> jax.Array:
-        chunk = config.training.loss_chunk
+        chunk = config.advanced.loss_chunk
         return losses.cross_entropy(x_BLD, head, targets_BL, weights_BL, chunk)
 
     apply_update = train_step.select_update(None)
@@ -198,14 +198,13 @@ class _RoutingPart:
         return _with_gradients(dispatch_and_combine), (self.x_TD, self.gate)
 
     def experts_part(self) -> tuple[Callable, tuple]:
-        moe = self.config.moe
-        blocks = block_sizes.Blocks(moe.block_rows, moe.tail_rows, moe.saved_activations)
+        backend, blocks = self.config.moe.backend, self.config.expert_options.blocks
         placement = device_mesh.place_experts_on_mesh(self.config, None)
         chip = sharding.chip_name(None)
 
         def run_experts(x_ND: jax.Array, experts: expert_weights.ExpertWeights) -> jax.Array:
             rows_E = self.plan.rows_E
-            y_ND = select.expert_ffn(x_ND, rows_E, experts, placement, moe.backend, blocks, chip)
+            y_ND = select.expert_ffn(x_ND, rows_E, experts, placement, backend, blocks, chip)
             return y_ND * self.x_ND
 
         return _with_gradients(run_experts), (self.x_ND, self.experts)

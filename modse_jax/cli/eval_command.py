@@ -31,7 +31,7 @@ EXCLUSIVE_SUITES = {"tasks", "compare", "analysis", "verify"}
 
 
 def run() -> None:
-    """Runs the command line `eval`."""
+    """Runs the command `eval` with the flags of the command line, and exits."""
     command_line.run(evaluate, define_flags, __doc__)
 
 
@@ -78,7 +78,7 @@ def define_flags() -> None:
 
 
 def evaluate() -> int:
-    """Runs the suites of --suite. Returns the exit code."""
+    """Runs the evaluations that --suite names. Returns the exit code."""
     suites = list(FLAGS.suite)
     exclusive = EXCLUSIVE_SUITES & set(suites)
     if exclusive and len(suites) > 1:

@@ -35,7 +35,7 @@ def main() -> None:
     COMMANDS[name]()
 
 
-# The commands are imported only when they run: each imports what the others do not need.
+# The module of a command is imported only when the command runs, because some are slow to import.
 
 
 def _train() -> None:

@@ -64,14 +64,22 @@ def check_moe(config: Any) -> None:
             expert_widths.check_pairs(config.widths, moe.width)
     except ValueError as error:
         raise UserError(f"moe.widths: {error}") from None
-    if moe.exchange == "all_to_all" and (moe.placement != "pairs" or moe.capacity_factor):
+    if moe.exchange == "all_to_all" and (moe.placement != "whole" or moe.capacity_factor):
         raise UserError(
             "moe.exchange=all_to_all needs whole experts and no capacity: set "
-            "moe.placement=pairs and moe.capacity_factor=0, or choose moe.exchange=gather"
+            "moe.placement=whole and moe.capacity_factor=0, or choose moe.exchange=gather"
         )
-    if moe.tail_rows > moe.block_rows:
+    if moe.bias_rule != "none" and moe.gate == "uniform":
         raise UserError(
-            f"moe.tail_rows={moe.tail_rows} is larger than moe.block_rows={moe.block_rows}"
+            f"moe.bias_rule={moe.bias_rule} does not fit moe.gate=uniform: its gates are all 1/k, "
+            "so the cross-entropy does not train the router, and the bias alone would choose the "
+            "experts; set moe.bias_rule=none or choose another gate"
+        )
+    advanced = config.advanced
+    if advanced.tail_rows > advanced.block_rows:
+        raise UserError(
+            f"advanced.tail_rows={advanced.tail_rows} is larger than "
+            f"advanced.block_rows={advanced.block_rows}"
         )
 
 

@@ -7,8 +7,6 @@ mean "off", because a command-line flag cannot be set to None.
 """
 
 import dataclasses
-import sys
-from typing import Any
 
 from modse_jax.config.checks import check_data, check_fields, check_model, check_moe, check_training
 from modse_jax.config.option_fields import fields_of, option
@@ -19,13 +17,6 @@ ANYWHERE = ("auto", "reference", "blocked")  # backends that run on any device
 DTYPES = ("float32", "bfloat16")
 PACKINGS = ("concat", "best_fit")
 UNDECODABLE = ("skip", "replace", "fail")
-
-# (option, value that no longer exists) -> the value that replaces it. Old config files, flags and
-# runs stay readable: `loading.from_dict` replaces the value and reports it on stderr.
-RENAMED_VALUES = {
-    # It ran lax.ragged_dot, whose weight gradient is not fused on GPU by any jax before 0.12.
-    ("moe.backend", "virtual"): "auto",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +45,6 @@ class ModelConfig:
         "kernels (TPU), or cuDNN (GPU). auto = splash on TPU and cudnn on GPU if they "
         "support the shapes, otherwise blocks",
         choices=("auto", "blocks", "splash", "cudnn"),
-    )
-    unroll: int = option(
-        0,
-        "transformer blocks per `lax.scan` iteration. Unrolling avoids copying saved "
-        "activations but compiles more slowly. 0 = automatic: up to 4 on CPU without "
-        "rematerialization, otherwise 1",
-        minimum=0,
     )
     remat: str = option(
         "none",
@@ -93,14 +77,14 @@ class MoEConfig:
         "entries of a softmax over all experts, optionally renormalized",
         choices=layer_options.GATES,
     )
-    gate_term: str = option(
+    router_noise: str = option(
         "none",
         "learned: add RMSNorm(Softplus(x W_n)) to the logits (paper, Eq. 3)",
-        choices=layer_options.GATE_TERMS,
+        choices=layer_options.ROUTER_NOISES,
     )
     balance_loss_weight: float = option(
         0.01,
-        "weight of the load-balancing loss N * sum f_i P_i, summed over layers (paper, Eq. 9)",
+        "weight of the load-balancing loss N * sum f_i P_i (paper, Eq. 9)",
         minimum=0,
     )
     balance_loss_count: str = option(
@@ -116,8 +100,33 @@ class MoEConfig:
     )
     z_loss_weight: float = option(
         0.0,
-        "weight of the router z-loss mean(logsumexp(router logits)^2), summed over layers",
+        "weight of the router z-loss mean(logsumexp(router logits)^2)",
         minimum=0,
+    )
+    auxiliary_over_layers: str = option(
+        "sum",
+        "the load-balancing loss, the router z-loss and the width penalty are summed over "
+        "layers, or averaged",
+        choices=("sum", "mean"),
+    )
+    width_penalty_weight: float = option(
+        0.0, "weight of the width penalty, which favors narrow experts (HMoE)", minimum=0
+    )
+    bias_rule: str = option(
+        "none",
+        "loss-free balancing: a bias of every expert, added to its score when experts are chosen, "
+        "grows after each step with rate * sign(mean(c) - c_i), or with rate * (mean(c) - c_i) / "
+        "mean(c), where c_i counts the tokens of expert i",
+        choices=("none", "sign", "proportional"),
+    )
+    bias_rate: float = option(1e-3, "rate of `bias_rule`", above=0)
+    bias_schedule: str = option(
+        "constant",
+        "the rate stays the same, or decays to 0 at training.steps",
+        choices=("constant", "linear", "cosine"),
+    )
+    bias_recenter: bool = option(
+        False, "subtract the mean bias of a pool after each step, so that the bias cannot drift"
     )
     capacity_factor: float = option(
         0.0,
@@ -133,9 +142,9 @@ class MoEConfig:
         choices=layer_options.BACKENDS,
     )
     placement: str = option(
-        "pairs",
-        "how experts are sharded over `mesh.expert`. pairs: each device holds whole "
-        "experts of equal total width. columns: each device holds a slice of every "
+        "whole",
+        "how experts are sharded over `mesh.expert`. whole: each device holds whole "
+        "experts of equal total width. split: each device holds a slice of every "
         "expert's hidden units",
         choices=layer_options.PLACEMENTS,
     )
@@ -144,25 +153,6 @@ class MoEConfig:
         "how tokens reach experts on other devices: all-gather of all tokens, or "
         "all-to-all of the routed tokens. auto = the supported one that sends less",
         choices=layer_options.EXCHANGES,
-    )
-    block_rows: int = option(
-        1024,
-        "`blocked` backend: maximum rows per block. An expert with up to 1.5 times as many "
-        "rows is still processed as one block",
-        minimum=1,
-    )
-    tail_rows: int = option(
-        64,
-        "`blocked` backend: minimum rows per block (ignored if experts receive fewer rows "
-        "on average)",
-        minimum=1,
-    )
-    saved_activations: float = option(
-        1.25,
-        "`blocked` backend: size of the buffer of saved hidden activations, as a multiple "
-        "of what balanced routing needs (at most 2^31 elements per layer). What does not "
-        "fit is recomputed in the backward pass",
-        minimum=0,
     )
 
 
@@ -221,6 +211,7 @@ class DataConfig:
         "are kept whole if they fit, and sequences are padded",
         choices=PACKINGS,
     )
+    shuffle_seed: int = option(0, "seed of the order of the training records", minimum=0)
     drop_duplicates: bool = option(False, "keep only the first of documents that are exact copies")
     undecodable: str = option(
         "skip", "what to do with documents that are not valid UTF-8", choices=UNDECODABLE
@@ -243,37 +234,21 @@ class TrainingConfig:
     checkpoint_every: int = option(
         200, "steps between two checkpoints (the last step is always saved)", minimum=1
     )
-    seed: int = option(0, "seed of the order of the data", minimum=0)
-    max_nonfinite_steps: int = option(
-        10, "consecutive non-finite steps after which the run stops with exit code 3", minimum=1
-    )
     spike_factor: float = option(
         0.0,
         "skip the update if the gradient norm exceeds this multiple of its running median; 0 = off",
         minimum=0,
-    )
-    spike_window: int = option(
-        128,
-        "steps in the window of that median; spike detection starts when a quarter of it is filled",
-        minimum=4,
     )
     rewind: tuple[int, ...] = option(
         (),
         "(step, batches): return once to the checkpoint of `step` and skip that many "
         "batches of data; () = off",
     )
-    replay_check: int = option(
-        0, "run every n-th step twice and compare the results bit by bit; 0 = off", minimum=0
-    )
-    hang_minutes: float = option(
-        60.0,
-        "minutes without a step after which the stacks of all threads are printed and the "
-        "run ends with exit code 1; 0 = off",
-        minimum=0,
-    )
     deterministic: bool = option(True, "request deterministic operations from XLA on GPU")
-    loss_chunk: int = option(
-        2048, "tokens whose logits are held in memory at once on each device", minimum=1
+    vocab_z_loss_weight: float = option(
+        0.0,
+        "weight of the z-loss of the vocabulary, the mean over targets of logsumexp(logits)^2",
+        minimum=0,
     )
 
 
@@ -306,7 +281,13 @@ class OptimizerConfig:
     beta1: float = option(0.9, "decay rate of the first moment", minimum=0, below=1)
     beta2: float = option(0.95, "decay rate of the second moment", minimum=0, below=1)
     eps: float = option(1e-8, "constant added to the square root of the second moment", above=0)
-    weight_decay: float = option(0.1, "decoupled weight decay, applied to matrices only", minimum=0)
+    weight_decay: float = option(0.1, "decoupled weight decay", minimum=0)
+    weight_decay_on: str = option(
+        "matrices",
+        "parameters that decay: matrices (of embeddings, attention, experts and routers), or all, "
+        "which adds the scales of the norms",
+        choices=("matrices", "all"),
+    )
     grad_clip: float = option(1.0, "maximum global norm of the gradient", above=0)
 
 
@@ -315,12 +296,72 @@ class EvaluationConfig:
     """Options of validation and sampling."""
 
     batch_size: int = option(16, "sequences per validation batch", minimum=1)
+    capacity_factor: float = option(
+        0.0,
+        "`moe.capacity_factor` of validation, of the suites loss and routing, and of the analysis. "
+        "Above 0, the score of a token depends on the other tokens of its batch. 0 = dropless, as "
+        "samples and benchmark tasks always are",
+        minimum=0,
+    )
     sample_tokens: int = option(96, "tokens to generate per sample", minimum=1)
     prompts: tuple[str, ...] = option(("def ", "import ", "class "), "prompts of the sample suite")
     temperature: float = option(0.8, "sampling temperature; 0 = greedy", minimum=0)
     top_k: int = option(0, "sample from the k most likely tokens; 0 = all", minimum=0)
     top_p: float = option(
         0.95, "sample from the smallest set of tokens with at least this total probability", above=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvancedConfig:
+    """Options that are rarely needed: speed, memory, and protection against faults."""
+
+    loss_chunk: int = option(
+        2048, "tokens whose logits are held in memory at once on each device", minimum=1
+    )
+    unroll: int = option(
+        0,
+        "transformer blocks per iteration of `lax.scan`. Unrolling avoids copying saved "
+        "activations but compiles more slowly. 0 = automatic: up to 4 on CPU without "
+        "rematerialization, otherwise 1",
+        minimum=0,
+    )
+    block_rows: int = option(
+        1024,
+        "`blocked` backend: maximum rows per block. An expert with up to 1.5 times as many "
+        "rows is still processed as one block",
+        minimum=1,
+    )
+    tail_rows: int = option(
+        64,
+        "`blocked` backend: minimum rows per block (ignored if experts receive fewer rows "
+        "on average)",
+        minimum=1,
+    )
+    saved_activations: float = option(
+        1.25,
+        "`blocked` backend: size of the buffer of saved hidden activations, as a multiple "
+        "of what balanced routing needs (at most 2^31 elements per layer). What does not "
+        "fit is recomputed in the backward pass",
+        minimum=0,
+    )
+    spike_window: int = option(
+        128,
+        "steps in the window of the median of `training.spike_factor`; spike detection "
+        "starts when a quarter of it is filled",
+        minimum=4,
+    )
+    max_nonfinite_steps: int = option(
+        10, "consecutive non-finite steps after which the run stops with exit code 3", minimum=1
+    )
+    replay_check: int = option(
+        0, "run every n-th step twice and compare the results bit by bit; 0 = off", minimum=0
+    )
+    hang_minutes: float = option(
+        60.0,
+        "minutes without a step after which the stacks of all threads are printed and the "
+        "run ends with exit code 1; 0 = off",
+        minimum=0,
     )
 
 
@@ -337,6 +378,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    advanced: AdvancedConfig = AdvancedConfig()
 
     def __post_init__(self) -> None:
         for check in (check_fields, check_model, check_moe, check_data, check_training):
@@ -368,7 +410,7 @@ class Config:
         return layer_options.RouterOptions(
             top_k=self.moe.top_k,
             gate=self.moe.gate,
-            gate_term=self.moe.gate_term,
+            router_noise=self.moe.router_noise,
             balance_loss_count=self.moe.balance_loss_count,
             balance_loss_scope=self.moe.balance_loss_scope,
             norm_eps=self.model.norm_eps,
@@ -382,27 +424,14 @@ class Config:
             placement=self.moe.placement,
             exchange=self.moe.exchange,
             capacity_factor=self.moe.capacity_factor,
-            blocks=Blocks(self.moe.block_rows, self.moe.tail_rows, self.moe.saved_activations),
+            blocks=Blocks(
+                self.advanced.block_rows,
+                self.advanced.tail_rows,
+                self.advanced.saved_activations,
+            ),
         )
 
 
 def fields() -> list[tuple[str, dataclasses.Field]]:
     """Returns ("section.option", dataclass field) of every option."""
     return fields_of(Config)
-
-
-_reported: set[tuple[str, str]] = set()  # keys of RENAMED_VALUES that were reported already
-
-
-def renamed(value: Any, path: str) -> Any:
-    """Returns the value that replaces an old value of an option, or the value itself."""
-    key = path, value
-    if not isinstance(value, str) or key not in RENAMED_VALUES:
-        return value
-    if key not in _reported:
-        _reported.add(key)
-        print(
-            f"{path}={value} no longer exists; {path}={RENAMED_VALUES[key]} is used instead",
-            file=sys.stderr,
-        )
-    return RENAMED_VALUES[key]

@@ -17,18 +17,18 @@ from modse_jax.runtime import processes, sharding
 from modse_jax.training import metrics, train_step, validation
 
 SUITES = ("loss", "routing", "sample")
-TOKENS_PER_CHUNK = 8  # tokens between two updates of a sample on the console
-SHOWN_EXPERTS = 16  # experts in the table of routing
+TOKENS_PER_CHUNK = 8  # new tokens between two updates of a sample on the console
+SHOWN_EXPERTS = 16  # most columns of experts in the printed table of routing
 
 Show = Callable[[str], None]
 
 
 class ValidationResult(NamedTuple):
-    """Validation loss and routing.
+    """Loss and routing on validation records.
 
     Attributes:
-        loss: Loss, bits per byte and number of tokens.
-        routing: One dictionary of routing statistics per layer.
+        loss: {"loss", "bits_per_byte", "tokens", ...}, as `validation.together` returns it.
+        routing: One dictionary of routing statistics per layer; see `metrics.routing_by_layer`.
     """
 
     loss: dict
@@ -36,7 +36,7 @@ class ValidationResult(NamedTuple):
 
 
 def show_nothing(text: str) -> None:
-    """Discards a piece of console output."""
+    """Discards console output; the default for `show` arguments."""
 
 
 def evaluate(
@@ -48,16 +48,22 @@ def evaluate(
     prompts: tuple[str, ...],
     show: Show = show_nothing,
 ) -> dict:
-    """Runs suites and writes eval/STEP.json, or eval/STEP.firstN.json if there is a limit.
+    """Evaluates a checkpoint, and writes the results to a file.
+
+    The file is eval/STEP.json in the workdir, or eval/STEP.firstN.json with a limit of N.
 
     Args:
         workdir: The directory of the run.
         step: A saved step; 0 for the newest.
-        suites: Any of SUITES.
-        limit: Number of validation records; 0 for all.
+        suites: What to evaluate, some of SUITES.
+        limit: Number of validation records of each dataset; 0 for all.
         batch_size: Sequences per batch; 0 for `evaluation.batch_size` of the config.
         prompts: Prompts of the samples; empty for those of the config.
-        show: Receives the console output. Samples arrive in small pieces, as they are generated.
+        show: Called with each piece of console output; samples come a few characters at a time, as
+            they are generated.
+
+    Returns:
+        The content of the file; on processes other than the main one, only the new results.
 
     Raises:
         UserError: A suite is unknown, or a prompt does not fit into the context.
@@ -85,13 +91,19 @@ def evaluate(
 
 
 def validate(model: LoadedModel, limit: int, batch_size: int) -> ValidationResult:
-    """Computes loss and routing on validation records: the first `limit` of a dataset, or all."""
+    """Computes loss and routing on the validation records of the run's datasets.
+
+    Args:
+        model: The model.
+        limit: Number of records of each dataset, from its first one on; 0 for all.
+        batch_size: Sequences per batch.
+    """
     score = train_step.jitted_score_step(model.config, model.mesh)
     scored = {}
     for dataset in model.data.datasets:
         batches = read_validation_batches(model, dataset, limit, batch_size)
         is_complete = not limit or limit >= len(dataset.splits["validation"])
-        scored[dataset.name] = validation.run(score, model.params, batches, dataset, is_complete)
+        scored[dataset.name] = validation.run(score, model.variables, batches, dataset, is_complete)
     loss, statistics = validation.together(scored)
     return ValidationResult(loss, metrics.routing_by_layer(statistics, model.config.widths))
 
@@ -99,7 +111,10 @@ def validate(model: LoadedModel, limit: int, batch_size: int) -> ValidationResul
 def read_validation_batches(
     model: LoadedModel, dataset: prepared_data.Dataset, limit: int, batch_size: int
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the validation records of a dataset as batches on the devices of a model."""
+    """Yields the validation records of a dataset in batches, sharded over the model's devices.
+
+    See `validate` for `limit` and `batch_size`.
+    """
     batches = batching.validation_batches(
         dataset,
         batch_size,
@@ -115,7 +130,7 @@ def sample(model: LoadedModel, prompts: tuple[str, ...], show: Show = show_nothi
     """Generates a continuation of each prompt, with the sampling options of the config.
 
     Returns:
-        A dictionary with "prompt" and "text" per prompt.
+        {"prompt": prompt, "text": continuation} for each prompt.
 
     Raises:
         UserError: A prompt and its continuation do not fit into the context.
@@ -151,15 +166,18 @@ def _indent(text: str) -> str:
 
 
 def _generate(model: LoadedModel, prompt: list[int], number: int) -> Iterator[str]:
-    """Yields the text after a prompt in pieces of complete characters."""
+    """Yields the generated text after a prompt, a few complete characters at a time.
+
+    `number` is the index of the prompt, from which its random key is derived.
+    """
     options = model.config.evaluation
     tokenizer = model.data.tokenizer
-    graph, _ = transformer.build_abstract_model(kernel_selection.for_evaluation(model.config))
-    # The parameters are replicated, so one device holds all of them. Samples are generated there.
-    params = jax.tree.map(lambda array: array.addressable_data(0), model.params)
+    graph, _ = transformer.build_abstract_model(kernel_selection.for_generation(model.config))
+    # Samples are generated on one device. It holds all arrays, because they are replicated.
+    variables = jax.tree.map(lambda array: array.addressable_data(0), model.variables)
     pieces = sampling.stream(
         graph,
-        params,
+        variables,
         [prompt],
         options.sample_tokens,
         sampling.Settings(options.temperature, options.top_k, options.top_p),
@@ -176,7 +194,7 @@ def _generate(model: LoadedModel, prompt: list[int], number: int) -> Iterator[st
 
 
 def format_results(results: dict) -> str:
-    """Returns the loss and the routing of a result as text."""
+    """Returns the loss and the routing of a result file as text for the console and the report."""
     lines = [f"checkpoint of step {results['step']}"]
     if "loss" in results:
         loss = results["loss"]
@@ -191,7 +209,10 @@ def format_results(results: dict) -> str:
 
 
 def _format_routing(routing: dict) -> str:
-    """Returns a table with a row per layer and a column for each of the first experts."""
+    """Returns the table of the share of tokens per expert: a row per layer, a column per expert.
+
+    Only the first SHOWN_EXPERTS experts have a column. Further columns are statistics of the layer.
+    """
     widths = routing["widths"][:SHOWN_EXPERTS]
     experts = [Column(7, gap=2)] + [Column(7, gap=0)] * (len(widths) - 1)
     columns = [Column(5, gap=2), *experts, Column(8, gap=3), Column(7, gap=2), Column(10, gap=2)]

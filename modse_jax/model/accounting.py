@@ -44,7 +44,7 @@ def count_parameters(config: Config) -> ParameterCounts:
     E = config.num_experts
     key_value_dim = (model.num_kv_heads or model.num_heads) * (D // model.num_heads)
     router_gate = D * E
-    router_noise = D * E + E if config.moe.gate_term == "learned" else 0
+    router_noise = D * E + E if config.moe.router_noise == "learned" else 0
     num_embeddings = 1 if model.tie_embeddings else 2
     return ParameterCounts(
         embeddings=num_embeddings * model.vocab_size * D,

@@ -30,7 +30,7 @@ from modse_jax.moe.layer import MoELayer
 from modse_jax.moe.router import RouterStatistics
 from modse_jax.runtime import sharding
 
-# The scan over at most this many blocks is unrolled on CPU if model.unroll is 0. A training step
+# The scan over at most this many blocks is unrolled on CPU if advanced.unroll is 0. A training step
 # with seven size classes of experts then compiles in 45 s on 2 cores.
 MAX_UNROLLED = 4
 
@@ -116,6 +116,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs, mesh: Mesh | None = None) -> None:
         self.config = config.model
+        self.unroll = config.advanced.unroll
         self.mesh = mesh
         vocab_size, dim = config.model.vocab_size, config.model.dim
         head_std = 0.5 * dim**-0.5
@@ -292,8 +293,8 @@ class Transformer(nnx.Module):
         saved. Nor is it done for long sequences, whose scores are recomputed in the same way.
         """
         num_layers = self.config.num_layers
-        if self.config.unroll:
-            return min(self.config.unroll, num_layers)
+        if self.unroll:
+            return min(self.unroll, num_layers)
         is_shallow = num_layers <= MAX_UNROLLED
         is_cpu = sharding.chip_name(self.mesh) == "cpu"
         saves_all = checkpoint_policy(self.config.remat, self.mesh) is None

@@ -34,7 +34,7 @@ def widths_from_ratio_pairs(pairs: Sequence[tuple[float, float]], dim: int) -> t
 
 
 def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    """Returns the widths as a tuple of int.
+    """Checks that all widths are positive integers, and returns them as a tuple of int.
 
     Raises:
         ValueError: a width is not a positive integer. The message names the expert.
@@ -48,7 +48,9 @@ def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_pairs(widths: Sequence[int], width: int) -> tuple[int, ...]:
-    """Returns the widths if experts 2j and 2j+1 sum to 2 * width for every j (MoDSE, Eq. 7-8).
+    """Checks that the widths of experts 2j and 2j+1 sum to 2 * width for every j; returns them.
+
+    A layer of such pairs has as many parameters as one of equal experts (MoDSE, Eq. 7-8).
 
     Raises:
         ValueError: a pair has another sum, or the number of experts is odd.

@@ -93,7 +93,7 @@ class MoELayer(nnx.Module):
         w_down = _draw_down_projection(rngs, self.widths, dim, num_layers)
         self.w_down = nnx.Param(w_down[order])
         self.router_gate = nnx.Param(_draw_normal(rngs, (dim, num_experts), dim**-0.5))
-        if self.router_options.gate_term == "learned":
+        if self.router_options.router_noise == "learned":
             noise = _draw_normal(rngs, (dim, num_experts), 0.1 * dim**-0.5)
             self.router_noise = nnx.Param(noise)
             self.router_noise_scale = nnx.Param(jnp.ones((num_experts,)))
@@ -147,7 +147,7 @@ class MoELayer(nnx.Module):
         return gates_TK.reshape(shape), ids_TK.reshape(shape)
 
     def _router_weights(self) -> router.RouterWeights:
-        if self.router_options.gate_term == "none":
+        if self.router_options.router_noise == "none":
             return router.RouterWeights(self.router_gate[...])
         return router.RouterWeights(
             self.router_gate[...], self.router_noise[...], self.router_noise_scale[...]
@@ -211,7 +211,7 @@ class MoELayer(nnx.Module):
         """
         if self.options.exchange != "auto":
             return self.options.exchange == "all_to_all"
-        has_whole_experts = self.options.placement == "pairs"
+        has_whole_experts = self.options.placement == "whole"
         is_dropless = not self.options.capacity_factor
         is_cheaper = self.router_options.top_k < len(self.placement.experts)
         return has_whole_experts and is_dropless and self._has_native_all_to_all() and is_cheaper
@@ -270,7 +270,7 @@ class MoELayer(nnx.Module):
             experts,
             shard,
         )
-        if self.options.placement == "columns":
+        if self.options.placement == "split":
             # Every shard has a slice of every expert, so all of them counted the same drops.
             dropped = jnp.where(shard == 0, dropped, 0)
         return jax.lax.psum_scatter(y_TD, sharding.EXPERT, tiled=True), dropped

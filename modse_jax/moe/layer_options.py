@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 from modse_jax.moe.experts.block_sizes import DEFAULT_BLOCKS, Blocks
 
-GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalised")
-GATE_TERMS = ("none", "learned")
+GATES = ("top_k_softmax", "softmax_top_k", "softmax_top_k_renormalized")
+ROUTER_NOISES = ("none", "learned")
 BALANCE_LOSS_COUNTS = ("top_k", "argmax")
 BALANCE_LOSS_SCOPES = ("batch", "device")
 BACKENDS = ("auto", "reference", "blocked", "pallas_tpu", "pallas_gpu", "pallas_triton")
-PLACEMENTS = ("pairs", "columns")
+PLACEMENTS = ("whole", "split")
 EXCHANGES = ("auto", "gather", "all_to_all")
 
 
@@ -32,7 +32,7 @@ class RouterOptions:
         top_k: experts per token, K.
         gate: how the gates, the weights of the chosen experts, are computed; see
             router.compute_gates.
-        gate_term: "learned" adds RMSNorm(Softplus(x W_n)) to the logits (MoDSE, Eq. 3).
+        router_noise: "learned" adds RMSNorm(Softplus(x W_n)) to the logits (MoDSE, Eq. 3).
         balance_loss_count: the choices that the load-balancing loss counts; see
             router.balance_loss.
         balance_loss_scope: the tokens that the load-balancing loss is computed over: the whole
@@ -42,14 +42,14 @@ class RouterOptions:
 
     top_k: int = 2
     gate: str = "top_k_softmax"
-    gate_term: str = "none"
+    router_noise: str = "none"
     balance_loss_count: str = "top_k"
     balance_loss_scope: str = "batch"
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         _check_choice("gate", self.gate, GATES)
-        _check_choice("gate_term", self.gate_term, GATE_TERMS)
+        _check_choice("router_noise", self.router_noise, ROUTER_NOISES)
         _check_choice("balance_loss_count", self.balance_loss_count, BALANCE_LOSS_COUNTS)
         _check_choice("balance_loss_scope", self.balance_loss_scope, BALANCE_LOSS_SCOPES)
 
@@ -60,8 +60,8 @@ class ExpertOptions:
 
     Attributes:
         backend: the implementation of the grouped expert FFN; see experts.select.select_backend.
-        placement: how experts are sharded over the `expert` axis of a mesh: "pairs" gives whole
-            experts to every device, "columns" a slice of every expert's hidden units.
+        placement: how experts are sharded over the `expert` axis of a mesh: "whole" gives whole
+            experts to every device, "split" a slice of every expert's hidden units.
         exchange: how tokens reach the experts of other devices: "gather" (all-gather and
             reduce-scatter) or "all_to_all"; "auto" chooses the one that sends fewer bytes.
         capacity_factor: the largest number of tokens of an expert, relative to an even share;
@@ -70,7 +70,7 @@ class ExpertOptions:
     """
 
     backend: str = "auto"
-    placement: str = "pairs"
+    placement: str = "whole"
     exchange: str = "auto"
     capacity_factor: float = 0.0
     blocks: Blocks = DEFAULT_BLOCKS

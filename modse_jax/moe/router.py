@@ -22,7 +22,7 @@ ROUTING = "routing"
 
 
 class RouterWeights(NamedTuple):
-    """The parameters of a router; the last two are None unless gate_term is "learned"."""
+    """The parameters of a router; the last two are None unless router_noise is "learned"."""
 
     w_gate: jax.Array  # [D, E]
     w_noise: jax.Array | None = None  # [D, E]
@@ -124,7 +124,7 @@ def compute_gates(
             "top_k_softmax": softmax over the k chosen logits (MoDSE, Eq. 5-6);
             "softmax_top_k": softmax over all logits, of which k are kept, so that the gates of a
                 token sum to less than 1 (Switch Transformer, OLMoE);
-            "softmax_top_k_renormalised": the same, divided by their sum. In exact arithmetic this
+            "softmax_top_k_renormalized": the same, divided by their sum. In exact arithmetic this
                 equals the first; it exists because other stacks compute it this way.
         chip: see `top_k_ids`.
         router_bias_E: the bias of every expert; None for none.
@@ -142,7 +142,7 @@ def compute_gates(
     if gate == "top_k_softmax":
         return jax.nn.softmax(choose(logits_TE), axis=-1), ids_TK
     gates_TK = choose(jax.nn.softmax(logits_TE, axis=-1))
-    if gate == "softmax_top_k_renormalised":
+    if gate == "softmax_top_k_renormalized":
         gates_TK = gates_TK / jnp.sum(gates_TK, axis=-1, keepdims=True)
     elif gate != "softmax_top_k":
         raise ValueError(f"gate={gate!r} is unknown")

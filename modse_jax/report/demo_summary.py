@@ -16,7 +16,7 @@ from modse_jax.training import run_logs
 
 
 def summarize_run(workdir: pathlib.Path, since: float) -> dict:
-    """Compares the newest evaluation with gzip -9 on the same validation text.
+    """Compares the newest evaluation of a run with gzip -9 on the same validation text.
 
     Args:
         workdir: The directory of the run.
@@ -49,7 +49,7 @@ def summarize_run(workdir: pathlib.Path, since: float) -> dict:
 
 
 def _read_validation_text(workdir: pathlib.Path) -> bytes:
-    """Decodes the validation records of a run with one dataset."""
+    """Returns the validation text of a run with a single dataset, decoded from its records."""
     (dataset,) = training_data.load(model_loading.read_config(workdir), workdir).datasets
     text = b"".join(decoding.decode_documents(dataset, "validation"))
     if len(text) != dataset.card["splits"]["validation"]["bytes"]:

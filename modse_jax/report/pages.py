@@ -62,10 +62,13 @@ def write(workdir: str) -> None:
 
 
 def straggler_table(layers: list[dict]) -> str:
-    """Returns the straggler factor of each placement: mean and worst of the layers.
+    """Returns the table of straggler factors: mean and worst layer for each placement.
+
+    A straggler factor is the work of the most loaded device over the mean, for one way to place
+    the experts on devices.
 
     Args:
-        layers: One line of routing.jsonl per layer, all of one step.
+        layers: The lines of routing.jsonl of one step, one per layer.
     """
     rows = [["experts on devices", "mean", "worst", f"of {len(layers)} layers"]]
     for placement, factors in run_plots.list_straggler_factors(layers).items():
@@ -105,7 +108,7 @@ def _format_figures(captions: dict[str, str]) -> str:
 
 
 def _format_analysis(workdir: pathlib.Path) -> str:
-    """Returns the figures of the suite analysis, if it has been run."""
+    """Returns HTML that shows the figures of report/analysis, or "" if there are none."""
     paths = sorted((workdir / "report" / "analysis").glob("*.png"))
     if not paths:
         return ""

@@ -1,8 +1,8 @@
 """A lock file that admits one writer at a time.
 
-The kernel frees the lock when its process ends, however it ends. Some network file systems ignore
-flock, so there two machines can both obtain it. Checkpoints have a second defense: no step that
-exists is ever overwritten.
+The operating system frees the lock when the process ends, however it ends. Some network file
+systems ignore locks (flock), so there two machines can both obtain it. Checkpoints are still safe:
+a checkpoint that exists is never overwritten.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ class Lock:
     """Holds a lock file from its construction until `release`."""
 
     def __init__(self, path: pathlib.Path, busy: str) -> None:
-        """Acquires the lock and writes into the file who holds it.
+        """Acquires the lock, and writes into the file which process on which machine holds it.
 
         Args:
           path: the lock file. Missing parent directories are created.
@@ -51,19 +51,19 @@ class Lock:
                 raise UserError(
                     f"{busy} by {holder}; wait for it, stop it, or use another directory"
                 ) from None
-            # The previous holder may have removed the file after it was opened here. Then the lock
-            # is on a file that nobody else will find.
+            # The previous holder may have removed the file after it was opened here. The lock would
+            # then be on a file that no other process can find, so it is opened again.
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self._path).st_ino == os.fstat(file.fileno()).st_ino:
                     return file
             file.close()
 
     def release(self, leave_no_trace: bool = False) -> None:
-        """Frees the lock; does nothing if it has been freed.
+        """Frees the lock; does nothing if it has been freed already.
 
         Args:
-          leave_no_trace: also removes the lock file, and those directories that the constructor
-            created and that are empty.
+          leave_no_trace: also removes the lock file and the directories that the constructor
+            created, if they are empty.
         """
         if self._file.closed:
             return

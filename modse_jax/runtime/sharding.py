@@ -1,7 +1,8 @@
-"""Device meshes, logical axes, and where arrays are placed on a mesh.
+"""Device meshes, logical axes, and how arrays are sharded over a mesh.
 
-This module alone knows the names of the mesh axes and which logical axis is sharded over which mesh
-axes. Batches are sharded over every mesh axis. The three axes differ in what they do to parameters:
+A logical axis is the meaning of an array dimension, such as "batch" or "vocab". This module alone
+defines the names of the mesh axes, and over which of them each logical axis is sharded. Batches are
+sharded over every mesh axis. The three mesh axes differ in what they do to parameters:
 
   data    data parallelism: parameters are replicated.
   fsdp    fully sharded data parallelism: the model dimension of parameters is sharded.
@@ -35,8 +36,8 @@ AXIS_RULES = {
     "head": (),
 }
 
-# Logical axes of the last dimensions of each parameter. Earlier dimensions (layers) are not
-# sharded. Parameters that are not listed are small and replicated.
+# {name of a parameter: logical axes of its last dimensions}. A dimension before these, that of
+# layers, is not sharded. Parameters that are not listed are small and replicated.
 PARAMETER_AXES = {
     "embedding": ("vocab", "embed"),
     "head": ("embed", "vocab"),
@@ -91,7 +92,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, count: int) -> list[int]:
-    """Returns the rows, of a batch of `count`, that are placed on this process's devices."""
+    """Returns which rows of a batch this process has to load: those of its own devices.
+
+    Args:
+      mesh: the mesh.
+      count: number of rows of the batch.
+    """
     indices = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
     return sorted({row for (rows,) in indices for row in range(*rows.indices(count))})
 
@@ -112,7 +118,7 @@ def shard_batch(mesh: Mesh, rows: dict[str, np.ndarray], count: int) -> dict[str
 
 
 def partition_spec(logical_axes: Sequence[str]) -> PartitionSpec:
-    """Returns the mesh axes of an array, given the logical axis of each of its dimensions.
+    """Returns over which mesh axes an array is sharded, given the logical axis of each dimension.
 
     Raises:
       ValueError: a mesh axis would shard two dimensions of the array.
@@ -128,7 +134,12 @@ def partition_spec(logical_axes: Sequence[str]) -> PartitionSpec:
 
 
 def parameter_partition_spec(name: str, rank: int) -> PartitionSpec:
-    """Returns the mesh axes of a parameter, or of an optimizer moment with the same name."""
+    """Returns over which mesh axes a parameter, or its optimizer moments, are sharded.
+
+    Args:
+      name: the name of the parameter, as in `PARAMETER_AXES`.
+      rank: the number of its dimensions, with that of layers if there is one.
+    """
     logical_axes = PARAMETER_AXES.get(name, ())
     leading = [None] * (rank - len(logical_axes))
     return PartitionSpec(*leading, *partition_spec(logical_axes))
@@ -146,7 +157,13 @@ def flat_axis_of(name: str) -> int | None:
 
 
 def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Returns the sharding of every array in a tree, chosen by the last key of its path."""
+    """Returns the tree of shardings of parameters, gradients or optimizer moments.
+
+    Args:
+      mesh: the mesh.
+      tree: a tree of arrays, or of their shapes. The last key in the path of an array is the name
+        of its parameter.
+    """
 
     def leaf_sharding(path: tuple, leaf: Any) -> NamedSharding:
         name = str(getattr(path[-1], "key", ""))

@@ -5,10 +5,10 @@ import sys
 
 
 def reset(minutes: float) -> None:
-    """Starts the countdown again; 0 disables it.
+    """Ends the process if `minutes` pass without another call of this function.
 
-    If `minutes` pass without another call, the stack of every thread is printed and the process
-    exits with code 1. A hung collective or file system would otherwise block the run forever.
+    The stack of every thread is printed, and the exit code is 1. A hung collective or file system
+    would otherwise block the run forever. 0 minutes disable the watchdog.
     """
     if minutes:
         # sys.__stderr__ has a file descriptor even if sys.stderr was replaced.
@@ -18,5 +18,5 @@ def reset(minutes: float) -> None:
 
 
 def cancel() -> None:
-    """Stops the countdown."""
+    """Disables the watchdog."""
     faulthandler.cancel_dump_traceback_later()

@@ -1,4 +1,4 @@
-"""The metrics of a step, as logged and as printed.
+"""Turns the results of a step into the rows of the logs, and into the line that is printed.
 
 Legend: E experts, K top-k.
 """
@@ -19,12 +19,13 @@ def routing_by_layer(
     widths: tuple[int, ...],
     placement: expert_placement.Placement | None = None,
 ) -> list[dict]:
-    """Summarizes routing statistics.
+    """Summarizes routing statistics, as routing.jsonl contains them.
 
     Args:
       statistics: sums over a step or a data split, with a leading axis of layers.
       widths: hidden dimensions of the experts.
-      placement: the placement in use, whose straggler factor is reported as "in_use".
+      placement: how this run places experts on devices, whose straggler factor is reported as
+        "in_use"; None reports none.
 
     Returns:
       One dict of plain numbers per layer:
@@ -34,8 +35,9 @@ def routing_by_layer(
         entropy: mean entropy of the softmax over all experts, nats.
         count_weighted_width, gate_weighted_width: mean width of the chosen experts, weighted by
           the number of tokens or by gates.
-        straggler: for each placement, the maximum over the mean of tokens x width per device, if
-          one expert axis processed the batch without dropping tokens.
+        straggler: {placement: straggler factor}, for several ways to place experts on devices: the
+          maximum over the mean of tokens x width per device, if a single expert axis processed the
+          whole batch without dropping tokens.
         dropped: tokens dropped because of limited capacity.
     """
     placements = expert_placement.reference_placements(widths)

@@ -1,4 +1,7 @@
-"""Descriptions of a run: environment.json, the parameter table and the memory line."""
+"""Descriptions that a run writes or prints when it starts.
+
+These are environment.json, the table of parameters, and a line on memory.
+"""
 
 import importlib.metadata
 import math
@@ -16,7 +19,7 @@ from modse_jax.training.train_step import State
 
 MIB = 2**20
 
-# Packages whose versions are recorded.
+# Packages whose versions are recorded in environment.json.
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -28,11 +31,11 @@ PACKAGES = (
     "numpy",
 )
 
-WIDTHS_SHOWN = 16  # of the experts, in the parameter table
+WIDTHS_SHOWN = 16  # most expert widths that the parameter table lists
 
 
 def describe_environment() -> dict:
-    """Returns the contents of environment.json: everything outside the config that may matter."""
+    """Returns the contents of environment.json: what may affect results beside the config."""
     return {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -74,7 +77,7 @@ def parameter_table(config: Config) -> str:
 def memory_line(
     compiled_step: jax.stages.Compiled, state_shapes: State, compile_seconds: float
 ) -> str:
-    """Returns a line on the memory that a training step needs per device.
+    """Returns the line that a run prints on the memory that a training step needs per device.
 
     Args:
       compiled_step: the compiled training step.

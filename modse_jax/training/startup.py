@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from modse_jax.config.loading import to_saved
 from modse_jax.config.options import Config
 from modse_jax.data import data_card, training_data
 from modse_jax.moe import expert_placement
@@ -65,7 +66,12 @@ class RunContext:
 
 
 class PreparedRun(NamedTuple):
-    """A run that has passed all checks but has not changed its workdir yet."""
+    """A run that has passed all checks but has not changed its workdir yet.
+
+    Attributes:
+      context: everything that stays the same.
+      restored: the checkpoint from which it resumes, if there is one.
+    """
 
     context: RunContext
     restored: restore.Restored
@@ -76,9 +82,10 @@ class StartedRun(NamedTuple):
 
     Attributes:
       context: everything that stays the same.
-      step: number of steps that earlier processes completed.
+      step: number of steps that were completed before this start; 0 for a new run.
       state: the state after that many steps.
-      is_validation_missing: an earlier process was interrupted before it validated `state`.
+      is_validation_missing: True if an earlier process was stopped before the validation that was
+        due for `state`.
     """
 
     context: RunContext
@@ -130,7 +137,10 @@ def start_run(
 def prepare_run(
     config: Config, workdir: pathlib.Path, cleanup: contextlib.ExitStack
 ) -> PreparedRun:
-    """Makes all checks, loads the data, restores the state and compiles the steps."""
+    """Makes all checks, loads the data, restores the state and compiles the training step.
+
+    See `start_run` for the arguments.
+    """
     started_at = time.monotonic()
     setup = preflight.run_preflight_checks(config, workdir)
     workdir_checks.lock_workdir(workdir, cleanup)
@@ -180,7 +190,8 @@ def compile_step(config: Config, setup: Setup) -> CompiledStep:
     """Compiles the training step.
 
     Raises:
-      UserError: it needs more memory than the devices of any process have.
+      UserError: on every process, if the step needs more memory than the devices of one of them
+        have.
     """
     start = time.monotonic()
     program = train_step.compile_train_step(config, setup.mesh)
@@ -195,7 +206,7 @@ def write_description(config: Config, workdir: pathlib.Path) -> None:
         return
     descriptions = {
         "environment.json": run_description.describe_environment(),
-        "config.json": dataclasses.asdict(config),
+        "config.json": to_saved(config),
     }
     for name, value in descriptions.items():
         files.write_atomically(workdir / name, json.dumps(value, indent=2) + "\n")
@@ -214,7 +225,7 @@ def first_state(context: RunContext, restored: restore.Restored) -> State:
 
 
 def log_description(context: RunContext) -> None:
-    """Prints parameters, kernels and memory, unless no training step is left."""
+    """Prints parameters, kernels and memory, unless all training steps have been completed."""
     if context.compiled_step is None:
         return
     program, seconds = context.compiled_step

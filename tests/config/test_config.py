@@ -9,7 +9,7 @@ import re
 import pytest
 
 from modse_jax import errors
-from modse_jax.config import loading, options, reference
+from modse_jax.config import loading, migration, options, reference
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -88,23 +88,10 @@ def test_types_and_unknown_names_are_refused():
         )
 
 
-def test_an_old_value_becomes_the_new_one_with_one_line(capsys, monkeypatch):
-    """It is replaced in config.json, config files and flags, and reported once per process."""
-    monkeypatch.setattr(options, "_reported", set())
-    values = dataclasses.asdict(options.Config())
-    old = {**values, "moe": {**values["moe"], "backend": "virtual"}}
-    assert loading.from_dict(old) == loading.from_dict(old) == options.Config()
-    assert (
-        capsys.readouterr().err
-        == "moe.backend=virtual no longer exists; moe.backend=auto is used instead\n"
-    )
-    with pytest.raises(errors.UserError, match="moe.backend='virtually' must be one of auto"):
-        loading.from_dict({**values, "moe": {**values["moe"], "backend": "virtually"}})
-
-
-def test_a_saved_config_of_an_older_version_takes_the_defaults(tmp_path, capsys):
+def test_a_saved_config_of_an_older_version_takes_the_defaults(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(migration, "_reported", set())
     saved = changed(moe__top_k=1, training__steps=7)
-    del saved["moe"]["tail_rows"], saved["model"]["unroll"], saved["checkpoint"], saved["seed"]
+    del saved["advanced"]["tail_rows"], saved["data"]["packing"], saved["checkpoint"], saved["seed"]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(saved))
     values = json.loads(path.read_text())
@@ -115,8 +102,8 @@ def test_a_saved_config_of_an_older_version_takes_the_defaults(tmp_path, capsys)
     assert message.count("\n") == 1
     for added in (
         "seed=0",
-        "model.unroll=0",
-        "moe.tail_rows=64",
+        "data.packing='concat'",
+        "advanced.tail_rows=64",
         "checkpoint.keep=3",
         "checkpoint.keep_every=0",
     ):
@@ -128,18 +115,12 @@ def test_a_saved_config_of_an_older_version_takes_the_defaults(tmp_path, capsys)
 
 def test_a_saved_config_with_an_unknown_option_is_refused():
     saved = changed()
-    del saved["moe"]["tail_rows"]
-    saved["moe"]["tail_row"] = 64
-    with pytest.raises(errors.UserError, match="did you mean moe.tail_rows"):
+    del saved["advanced"]["tail_rows"]
+    saved["advanced"]["tail_row"] = 64
+    with pytest.raises(errors.UserError, match="did you mean advanced.tail_rows"):
         loading.from_saved(saved)
     with pytest.raises(errors.UserError, match="moe=8 must be a section of options"):
         loading.from_saved({**changed(), "moe": 8})
-
-
-def test_every_old_value_is_replaced_by_one_that_is_allowed():
-    choices = {path: field.metadata["choices"] for path, field in options.fields()}
-    for (path, old), new in options.RENAMED_VALUES.items():
-        assert new in choices[path] and old not in choices[path]
 
 
 def test_differences_name_the_option():

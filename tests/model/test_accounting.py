@@ -38,7 +38,7 @@ def test_counts_equal_the_built_model(name):
     [
         dict(model=dict(tie_embeddings=True)),
         dict(model=dict(num_kv_heads=1)),
-        dict(moe=dict(gate_term="learned")),
+        dict(moe=dict(router_noise="learned")),
     ],
 )
 def test_counts_equal_the_built_model_with_other_options(options):

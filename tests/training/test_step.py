@@ -109,7 +109,7 @@ def test_slice_without_ragged_all_to_all_is_refused(text, error, message, monkey
 @pytest.mark.parametrize("chunk", [32, 256])
 def test_compiled_step_donates_its_state_and_never_holds_all_logits(chunk):
     """A chunk of all 256 tokens does hold them, which proves that the pattern finds them."""
-    config = tiny_config(mesh=MeshConfig(1, 1, 1), training=dict(loss_chunk=chunk))
+    config = tiny_config(mesh=MeshConfig(1, 1, 1), advanced=dict(loss_chunk=chunk))
     mesh = device_mesh.build_mesh(config, jax.devices()[:1])
     compiled = train_step.compile_train_step(config, mesh)
     text = compiled.as_text()
@@ -201,7 +201,7 @@ def test_scores_equal_the_training_loss_and_ignore_capacity():
     config = tiny_config()
     limited = tiny_config(moe=dict(capacity_factor=0.25))
     score = jax.jit(train_step.make_score_step(limited))
-    nll_BL, weights_BL, _ = score(initial_state(config).params, batch(config))
+    nll_BL, weights_BL, _ = score(initial_state(config).variables, batch(config))
     mean = float((nll_BL * weights_BL).sum() / weights_BL.sum())
     _, results = run_one_step(config)
     assert mean == pytest.approx(float(results.loss), rel=1e-5)
@@ -239,9 +239,9 @@ def test_learning_rate_schedule_is_that_of_the_paper():
 
 
 def test_only_weight_matrices_decay():
-    config = tiny_config(moe=dict(gate_term="learned"))
+    config = tiny_config(moe=dict(router_noise="learned"))
     params = jax.eval_shape(lambda: train_step.init_state(config)).params
-    decays = optimizer.weight_decay_mask(params)
+    decays = optimizer.weight_decay_mask(params, "matrices")
     blocks = decays["blocks"]
     assert not decays["final_norm"]["scale"]
     assert not blocks["moe_norm"]["scale"]

@@ -1,7 +1,8 @@
 """Prepares a source: scan, train a tokenizer if requested, encode, publish.
 
-A source is cut into parts, and each part is written to separate shards. So the result does not
-depend on the number of processes, and a run that was killed resumes with the missing parts.
+A source is divided into parts (ranges that processes read independently), and the records of each
+part are written to files of their own. So the result does not depend on the number of processes,
+and a run that was killed resumes with the missing parts.
 
 1. `scanning` reads all documents: it counts the empty, undecodable and duplicate ones, and chooses
    the validation split.
@@ -27,10 +28,10 @@ from modse_jax.runtime.lock import Lock
 def prepare_data(
     data: DataConfig, out: str | pathlib.Path, vocab_size: int, workers: int = 1
 ) -> dict[str, Any]:
-    """Prepares the source of a config and returns the card.
+    """Prepares the source of a config: tokenizes its documents into records of equal length.
 
-    The work is done in `OUT.partial`. If it is killed, the next call with the same options resumes
-    from there.
+    The files are written in `OUT.partial`. If the process is killed, the next call with the same
+    options resumes from there.
 
     Args:
         data: the data section of a config.
@@ -38,9 +39,12 @@ def prepare_data(
         vocab_size: number of pieces of a tokenizer that is trained on the source.
         workers: number of processes.
 
+    Returns:
+        The card: a description of the data, which is also written to card.json.
+
     Raises:
-        UserError: the source is invalid, has too few documents or tokens, or the directory exists.
-            No files are left behind.
+        UserError: the source is invalid or has too few documents or tokens, or the directory exists
+            and is not empty. No files are left behind.
     """
     out = pathlib.Path(out).expanduser().absolute()
     _check_output(out)

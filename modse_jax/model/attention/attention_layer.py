@@ -24,8 +24,8 @@ from modse_jax.model.attention.selection import select_attention
 from modse_jax.model.attention.splash_attention import attend_splash
 from modse_jax.runtime import sharding
 
-# On CPU, the softmax weights of sequences up to this length are saved for the backward pass. They
-# take less memory than the activations of an expert. Those of longer sequences are recomputed.
+# On CPU, the softmax weights of sequences up to this length are saved for the backward pass, where
+# they take less memory than the activations of an expert. For longer sequences they are recomputed.
 MAX_SAVED_LENGTH = 1024
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values, [B, S, G, C]; [layers, ...] for a model
@@ -44,10 +44,14 @@ class AttentionInputs(NamedTuple):
 
 
 def packed_inputs(segments_BL: jax.Array, config: ModelConfig) -> AttentionInputs:
-    """Returns the inputs for packed rows.
+    """Returns the attention inputs for packed rows, each of which may hold several documents.
 
-    Positions count from the start of the row, not of the document: rotary attention depends on
-    differences of positions only.
+    Positions count from the start of the row, not of the document. That gives the same result,
+    because rotary attention depends on differences of positions only.
+
+    Args:
+        segments_BL: the document number of every token, 0 for padding.
+        config: the model's config.
     """
     L = segments_BL.shape[1]
     sin_LH, cos_LH = rotary_tables(L, config)
@@ -62,9 +66,14 @@ def packed_inputs(segments_BL: jax.Array, config: ModelConfig) -> AttentionInput
 def cached_inputs(
     positions_BL: jax.Array, cache_length: int, config: ModelConfig
 ) -> AttentionInputs:
-    """Returns the inputs for one document per row, with a cache of S positions.
+    """Returns the attention inputs for decoding: one document per row, and a key/value cache.
 
-    A token attends to all positions up to its own.
+    A token attends to all positions of the cache up to its own.
+
+    Args:
+        positions_BL: the position of every token in its document.
+        cache_length: the number S of positions of the cache.
+        config: the model's config.
     """
     mask_BLS = jnp.arange(cache_length)[None, None, :] <= positions_BL[:, :, None]
     sin_SH, cos_SH = rotary_tables(cache_length, config)
@@ -101,10 +110,15 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BLD: jax.Array, attention_inputs: AttentionInputs, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """Returns (y_BLD, the cache with the keys and values of these tokens).
+        """Runs the layer.
 
         Args:
-            cache: keys and values of the tokens so far; None for packed rows.
+            x_BLD: the input of the layer.
+            attention_inputs: from `packed_inputs`, or from `cached_inputs` if there is a cache.
+            cache: keys and values of earlier tokens; None for packed rows.
+
+        Returns:
+            y_BLD, and the cache with the keys and values of these tokens added, or None.
         """
         query_BLAC, key_BLGC, value_BLGC = self._project(x_BLD)
         query_BLAC = rotate(query_BLAC, *attention_inputs.rotary_BL1H)
@@ -123,7 +137,10 @@ class Attention(nnx.Module):
         return y_BLD, cache
 
     def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns (query_BLAC, key_BLGC, value_BLGC) by one matmul with the joined weights."""
+        """Returns (query_BLAC, key_BLGC, value_BLGC), without rotation.
+
+        The three weights are concatenated, so that one matmul computes all of them.
+        """
         weights = (self.w_query, self.w_key, self.w_value)
         w_DXC = jnp.concatenate([w[...].astype(self.dtype) for w in weights], axis=1)
         D, X, C = w_DXC.shape
@@ -140,7 +157,7 @@ class Attention(nnx.Module):
         value_BLGC: jax.Array,
         segments_BL: jax.Array,
     ) -> jax.Array:
-        """Attends over packed rows by the implementation for this chip."""
+        """Attends within the documents of packed rows, by the implementation for this chip."""
         chip = self._chip()
         kind = select_attention(self.kind, query_BLAC.shape, chip, str(self.dtype))
         arrays = (query_BLAC, key_BLGC, value_BLGC, segments_BL)
@@ -167,7 +184,10 @@ class Attention(nnx.Module):
 def _write_cache(
     cache: Cache, key_BLGC: jax.Array, value_BLGC: jax.Array, positions_BL: jax.Array
 ) -> Cache:
-    """Returns the cache with keys and values at some positions; positions >= S are dropped."""
+    """Returns the cache with new keys and values written at the given positions.
+
+    Those at positions past the end of the cache (>= S) are not written.
+    """
     cached_key_BSGC, cached_value_BSGC = cache
     row_B1 = jnp.arange(key_BLGC.shape[0])[:, None]
     return (

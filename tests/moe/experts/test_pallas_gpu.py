@@ -81,7 +81,7 @@ def test_kernels_match_reference(rows, num_rows, dim, widths):
 
 
 def test_kernels_match_reference_for_shards_wide_tiles_and_float16():
-    placement = expert_placement.place_experts((256, 128, 128, 256), 2, "pairs")
+    placement = expert_placement.place_experts((256, 128, 128, 256), 2, "whole")
     tiles = TILES._replace(wide=128, blocks=3)
     widths = placement.widths[1]
     inputs = make_half_precision_inputs(widths, (10, 60), 80, dtype=jnp.float16)
@@ -91,7 +91,7 @@ def test_kernels_match_reference_for_shards_wide_tiles_and_float16():
 
 def test_widths_that_are_not_multiples_of_the_unit_are_padded():
     """One odd width, and shards whose padded sums differ."""
-    placement = expert_placement.place_experts((70, 30, 36, 64), 2, "pairs")
+    placement = expert_placement.place_experts((70, 30, 36, 64), 2, "whole")
     job = TILES, 64
 
     def run_padded(inputs, shard):
@@ -144,11 +144,11 @@ def test_forward_pass_alone_matches_reference():
 @pytest.mark.parametrize(
     "dim, kind, num_shards",
     [  # 300Mx8 and 700Mx8
-        (1536, "pairs", 1),
-        (1536, "pairs", 4),
-        (1536, "columns", 2),
-        (2048, "pairs", 1),
-        (2048, "columns", 2),
+        (1536, "whole", 1),
+        (1536, "whole", 4),
+        (1536, "split", 2),
+        (2048, "whole", 1),
+        (2048, "split", 2),
     ],
 )
 def test_kernels_lower_for_hopper(dim, kind, num_shards):

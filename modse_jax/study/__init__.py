@@ -1,0 +1,1 @@
+"""The design-space study: notation, arms, scaling laws."""
