@@ -111,6 +111,8 @@ def validate(model: LoadedModel, limit: int, batch_size: int) -> ValidationResul
 
     loss, statistics = validation.together(score_all(model.data.datasets))
     loss |= validation.summarize_sets(score_all(model.data.validation_sets))
+    if model.config.evaluation.capacity_factor:
+        loss["dropped"] = metrics.count_dropped(statistics)
     return ValidationResult(loss, metrics.routing_by_layer(statistics, model.config.widths))
 
 
@@ -221,6 +223,7 @@ def format_results(results: dict) -> str:
         lines.append(
             f"  validation{part}: loss {loss['loss']:.4f} nats/token, "
             f"{loss['bits_per_byte']:.4f} bits/byte, {loss['tokens']:,} tokens"
+            + (f", {loss['dropped']:,} dropped" if "dropped" in loss else "")
         )
         if "sets" in loss:
             lines += ["", f"validation sets{part}", _format_sets(loss)]

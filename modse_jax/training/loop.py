@@ -262,6 +262,8 @@ class Run:
             return None
         result, statistics = validation.together(scored)
         result |= validation.summarize_sets(scored_sets)
+        if self._config.evaluation.capacity_factor:
+            result["dropped"] = metrics.count_dropped(statistics)
         layers = metrics.routing_by_layer(
             statistics, self._config.widths, self._context.setup.placement
         )

@@ -152,6 +152,8 @@ def count_computed_rows(config: Config, statistics: RouterStatistics) -> np.ndar
 def _row_of_options(config: Config, metrics: Any) -> dict:
     """Returns the values that only runs with certain options log."""
     row: dict[str, Any] = {}
+    if config.moe.capacity_factor:
+        row["dropped"] = count_dropped(metrics.statistics)
     if config.moe.width_penalty_weight:
         row["width_penalty"] = float(metrics.width_penalty)
     if metrics.vocab_z_loss is not None:
@@ -161,6 +163,11 @@ def _row_of_options(config: Config, metrics: Any) -> dict:
         row["router_bias_min"] = smallest.tolist()
         row["router_bias_max"] = largest.tolist()
     return row
+
+
+def count_dropped(statistics: RouterStatistics) -> int:
+    """Returns the number of routed tokens over capacity in all layers."""
+    return int(np.asarray(statistics.dropped_P, np.int64).sum())
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -224,6 +231,8 @@ def validation_line(step: int, total_steps: int, result: dict) -> str:
         f"validation loss {result['loss']:.4f}",
         f"{result['bits_per_byte']:.4f} bits/byte",
     ]
+    if "dropped" in result:
+        parts.append(f"dropped {result['dropped']}")
     if "sets" in result:
         parts.append(f"macro-average of {len(result['sets'])} sets {result['macro_loss']:.4f}")
     return "  ".join(parts)

@@ -194,6 +194,9 @@ def test_scores_traces_samples_and_tasks_use_the_bias():
         assert (np.asarray(ids_LBLK[layer]) == np.array(order)).all()
         for choice, expert in enumerate(order):
             assert statistics.counts_KE[layer, choice, expert] == num_tokens
+    totals = train_step.BatchTotals(targets=jnp.float32(1), routed=jnp.float32(1))
+    _, terms = jax.jit(train_step.make_loss(config))(*biased, rows, totals)
+    np.testing.assert_array_equal(terms.statistics.counts_KE, statistics.counts_KE)
     plain_nll_BL, *_ = score(state.variables, rows)
     assert np.abs(plain_nll_BL - nll_BL).max() > 1e-3
 
@@ -277,6 +280,7 @@ def test_validation_leaves_the_bias_alone_and_checkpoints_keep_it(corpus, tmp_pa
     ]
     assert losses[0]["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-6)
     assert losses[1]["loss"] != pytest.approx(losses[0]["loss"], rel=1e-5)
+    assert "dropped" not in losses[0]
 
 
 def test_a_bias_rule_is_not_added_to_an_old_run(corpus, tmp_path):

@@ -83,6 +83,8 @@ def test_realized_flops_count_only_routed_tokens(capacity):
     row = metrics.train_row(config, 1, results, 2.0, 1.0, 1e9)
     dropped = int(results.statistics.dropped_P.sum())
     assert (dropped > 0) == (capacity > 0)
+    assert row.get("dropped", 0) == dropped
+    assert ("dropped" in row) == (capacity > 0)
     assert row["mfu_realised"] < row["mfu_nominal"]
     layers_times_k = 4
     routed = 249 * layers_times_k - dropped
