@@ -9,7 +9,14 @@ mean "off", because a command-line flag cannot be set to None.
 import dataclasses
 from fractions import Fraction
 
-from modse_jax.config.checks import check_data, check_fields, check_model, check_moe, check_training
+from modse_jax.config.checks import (
+    check_data,
+    check_fields,
+    check_flop_match,
+    check_model,
+    check_moe,
+    check_training,
+)
 from modse_jax.config.option_fields import fields_of, option
 from modse_jax.moe import expert_widths, layer_options
 from modse_jax.moe.experts.block_sizes import Blocks
@@ -96,6 +103,12 @@ class MoEConfig:
     )
     widths: tuple[int, ...] = option(
         (), "hidden width of each expert, in pairs; () = num_experts experts of `width`"
+    )
+    flop_matched_width: int = option(
+        0,
+        "width of the dense FFN whose FLOPs the layer is claimed to match: `shared_width` plus the "
+        "sum over pools of top_k times the mean width must equal it exactly. 0 = no claim",
+        minimum=0,
     )
     pairs: bool = option(
         False, "require that widths[2j] + widths[2j+1] = 2 * width (paper, Eq. 7-8)"
@@ -427,6 +440,7 @@ class Config:
     def __post_init__(self) -> None:
         for check in (check_fields, check_model, check_moe, check_data, check_training):
             check(self)
+        check_flop_match(self)
 
     @property
     def is_dense(self) -> bool:
