@@ -102,7 +102,9 @@ def _random_tokens(
 def _make_generate(graph: nnx.GraphDef, count: int) -> Callable:
     """Returns a function that generates `count` tokens after each prompt."""
 
-    def generate(variables: Variables, prompts: jax.Array, lengths: jax.Array, key: jax.Array) -> Any:
+    def generate(
+        variables: Variables, prompts: jax.Array, lengths: jax.Array, key: jax.Array
+    ) -> Any:
         state = sampling.prefill(graph, variables, prompts, lengths, count)
         keys = jax.random.split(key, count)
         return sampling.decode(graph, variables, state, keys, sampling.Settings(0.0), 0, -1)

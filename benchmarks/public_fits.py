@@ -72,7 +72,7 @@ def measure(law: fits.LawToFit, data: dict[str, np.ndarray], samples: int) -> di
         "rmse_log10": found.rmse / math.log(10),
         "rmse_log10_of_largest_left_out": held_out.rmse / math.log(10),
         "starts": len(found.starts),
-        "starts_within_0.1%": sum(s.objective <= found.objective * 1.001 for s in found.starts),
+        "starts_within_1%": sum(s.objective <= found.objective * 1.01 for s in found.starts),
         "warnings": found.warnings,
         "cpu_seconds": round(seconds, 1),
     }

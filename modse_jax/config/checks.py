@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from modse_jax.config.option_fields import fields_of, get_option
 from modse_jax.errors import UserError
 from modse_jax.moe import expert_widths
+
+SET_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # of a validation set
 
 
 def check_fields(config: Any) -> None:
@@ -53,20 +56,10 @@ def check_model(config: Any) -> None:
 def check_moe(config: Any) -> None:
     """Checks the options of the mixture-of-experts layers against each other."""
     moe = config.moe
-    _check_pools(config)
-    try:
-        if moe.widths:
-            expert_widths.check_widths(moe.widths)
-            if len(moe.widths) != config.num_experts:
-                raise ValueError(f"{len(moe.widths)} widths for {config.num_experts} experts")
-        if moe.pairs:
-            expert_widths.check_pairs(config.widths, moe.width)
-    except ValueError as error:
-        raise UserError(f"moe.widths: {error}") from None
-    try:
-        expert_widths.check_copy_experts(moe.copy_experts, config.widths)
-    except ValueError as error:
-        raise UserError(f"moe.copy_experts: {error}") from None
+    if not config.is_dense:
+        _check_pools(config)
+        _check_experts(config)
+    check_shared_expert(config)
     if moe.exchange == "all_to_all" and (moe.placement != "whole" or moe.capacity_factor):
         raise UserError(
             "moe.exchange=all_to_all needs whole experts and no capacity: set "
@@ -114,8 +107,47 @@ def _check_pools(config: Any) -> None:
             raise UserError(f"{pool} has width 0; give it a width, or set moe.widths")
 
 
+def _check_experts(config: Any) -> None:
+    """Checks the widths of the experts, and which experts copy their input."""
+    moe = config.moe
+    try:
+        if moe.widths:
+            expert_widths.check_widths(moe.widths)
+            if len(moe.widths) != config.num_experts:
+                raise ValueError(f"{len(moe.widths)} widths for {config.num_experts} experts")
+        if moe.pairs:
+            expert_widths.check_pairs(config.widths, moe.width)
+    except ValueError as error:
+        raise UserError(f"moe.widths: {error}") from None
+    try:
+        expert_widths.check_copy_experts(moe.copy_experts, config.widths)
+    except ValueError as error:
+        raise UserError(f"moe.copy_experts: {error}") from None
+
+
+def check_shared_expert(config: Any) -> None:
+    """Checks the shared expert: it needs a width, a placement, and MoE layers beside it."""
+    moe = config.moe
+    if moe.shared_width and moe.shared_placement == "none":
+        raise UserError(
+            f"moe.shared_width={moe.shared_width} needs a placement: set moe.shared_placement="
+            "in_layer (added to the output of the MoE layer) or moe.shared_placement=parallel (the "
+            "MoE layer reads the input of the block), or set moe.shared_width=0"
+        )
+    if moe.shared_placement != "none" and not moe.shared_width:
+        raise UserError(
+            f"moe.shared_placement={moe.shared_placement} needs a shared expert: set "
+            "moe.shared_width above 0, or moe.shared_placement=none"
+        )
+    if moe.shared_width and config.model.dense_width:
+        raise UserError(
+            f"moe.shared_width={moe.shared_width} needs MoE layers, but model.dense_width="
+            f"{config.model.dense_width} replaces them by a dense FFN: set one of the two to 0"
+        )
+
+
 def check_data(config: Any) -> None:
-    """Checks the weights and names of a mixture."""
+    """Checks the weights and names of a mixture, and the names of validation sets."""
     mixture = config.data.mixture
     total = sum(weight for _, weight in mixture)
     for name, weight in mixture:
@@ -126,6 +158,25 @@ def check_data(config: Any) -> None:
             )
     if len({name for name, _ in mixture}) < len(mixture):
         raise UserError(f"data.mixture={mixture} names a directory twice; add up its weights")
+    check_set_names([name for name, _ in config.data.validation_sources])
+
+
+def check_set_names(names: list[str]) -> None:
+    """Checks the names of validation sets, which become names of directories."""
+    for name in names:
+        if not re.fullmatch(SET_NAME, name):
+            raise UserError(
+                f"data.validation_sources: {name!r} is not a name for a set; use 1 to 64 letters "
+                "(a-z, A-Z), digits, - and _, of which the first is a letter or a digit"
+            )
+    # Some file systems do not distinguish upper and lower case.
+    folded = [name.lower() for name in names]
+    for number, name in enumerate(folded):
+        if name in folded[:number]:
+            raise UserError(
+                f"data.validation_sources: the name {names[number]!r} is used twice (upper and "
+                "lower case count as equal); give every set a name of its own"
+            )
 
 
 def check_training(config: Any) -> None:

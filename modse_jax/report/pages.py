@@ -12,6 +12,7 @@ import numpy as np
 from modse_jax.evaluation import model_loading, result_files, scoring, text_table
 from modse_jax.evaluation.text_table import Column
 from modse_jax.report import plot_style, run_plots
+from modse_jax.report.plot_style import CaptionedFigure
 from modse_jax.training import run_logs
 
 STRAGGLER_COLUMNS = (
@@ -47,6 +48,7 @@ def write(workdir: str) -> None:
     when = f"{split}, step {newest_step}"
     figures = {
         "loss.png": run_plots.plot_loss(rows),
+        **_plot_sets(rows),
         "expert_load.png": run_plots.plot_load_heatmap(newest, widths, when),
         "load_by_width.png": run_plots.plot_load_by_width(newest, widths, when),
         "balance.png": run_plots.plot_balance(layers),
@@ -59,6 +61,14 @@ def write(workdir: str) -> None:
     captions = {name: captioned.caption for name, captioned in figures.items()}
     page = _format_page(directory, rows[-1], captions, straggler_table(newest))
     (out / "index.html").write_text(page)
+
+
+def _plot_sets(rows: list[dict]) -> dict[str, CaptionedFigure]:
+    """Returns the figure of the validation sets; nothing if the run has none."""
+    validations = [row for row in rows if "sets" in row]
+    if not validations:
+        return {}
+    return {"validation_sets.png": run_plots.plot_validation_sets(validations)}
 
 
 def straggler_table(layers: list[dict]) -> str:
@@ -80,7 +90,11 @@ def straggler_table(layers: list[dict]) -> str:
 def _format_page(
     workdir: pathlib.Path, last_row: dict, captions: dict[str, str], stragglers: str
 ) -> str:
-    facts = ", ".join(f"{name} {_format_value(value)}" for name, value in last_row.items())
+    facts = ", ".join(
+        f"{name} {_format_value(value)}"
+        for name, value in last_row.items()
+        if name != "sets"  # they have a figure, and a table in the results of an evaluation
+    )
     results = "".join(
         f"<h2>eval of step {file.stem}</h2>"
         f"<pre>{html.escape(scoring.format_results(json.loads(file.read_text())))}</pre>"

@@ -19,13 +19,18 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.optimize
-import scipy.special
 
 from modse_jax.errors import UserError
 
 Data = Mapping[str, np.ndarray]  # "loss" in nats and the inputs of the law, each [R]
 
 LEAST_SQUARES = math.inf  # a Huber threshold: every residual is squared
+# Every start is followed until the objective changes by less than COARSE, relatively. The best
+# NUM_REFINED starts are then followed until it changes by less than FINE.
+COARSE = 1e-7
+FINE = 1e-14
+NUM_REFINED = 16
+
 NEAR = 1e-6  # a coefficient this close to a bound or a start value, relatively, is reported
 
 
@@ -85,9 +90,13 @@ class LawToFit:
     def log_loss(self, encoded_P: np.ndarray, data: Data) -> tuple[np.ndarray, np.ndarray]:
         """Returns (log of the predicted loss [R], its derivatives [R, P])."""
         terms = self.terms(encoded_P, data)
-        log_loss_R = scipy.special.logsumexp(terms.log_terms_RM, axis=1)
-        share_RM = np.exp(terms.log_terms_RM - log_loss_R[:, None])
-        return log_loss_R, np.einsum("rm,rmp->rp", share_RM, terms.gradients_RMP)
+        # scipy.special.logsumexp computes the same; its checks would take most of the time.
+        largest_R1 = terms.log_terms_RM.max(axis=1, keepdims=True)
+        share_RM = np.exp(terms.log_terms_RM - largest_R1)
+        sum_R1 = share_RM.sum(axis=1, keepdims=True)
+        log_loss_R = (largest_R1 + np.log(sum_R1))[:, 0]
+        share_RM /= sum_R1
+        return log_loss_R, np.matmul(share_RM[:, None], terms.gradients_RMP)[:, 0]
 
     def objective(self, encoded_P: np.ndarray, data: Data) -> tuple[float, np.ndarray]:
         """Returns the sum of Huber losses over runs, and its gradient."""
@@ -350,15 +359,19 @@ def fit(law: LawToFit, data: Data) -> Fit:
     """
     columns = check_data(law, data)
     grid = itertools.product(*(c.starts for c in law.coefficients))
-    ends = [_minimize(law, columns, _encode(law, start)) for start in grid]
-    return _summarize(law, columns, ends)
+    ends = [_minimize(law, columns, _encode(law, start), COARSE) for start in grid]
+    ends.sort(key=lambda end: end.fun)
+    refined = [_minimize(law, columns, end.x) for end in ends[:NUM_REFINED]]
+    return _summarize(law, columns, [*refined, *ends[NUM_REFINED:]])
 
 
 def _encode(law: LawToFit, values: Sequence[float]) -> np.ndarray:
     return np.array([c.encode(v) for c, v in zip(law.coefficients, values)])
 
 
-def _minimize(law: LawToFit, data: Data, start_P: np.ndarray) -> scipy.optimize.OptimizeResult:
+def _minimize(
+    law: LawToFit, data: Data, start_P: np.ndarray, tolerance: float = FINE
+) -> scipy.optimize.OptimizeResult:
     bounds = [(c.encode(c.low), c.encode(c.high)) for c in law.coefficients]
     return scipy.optimize.minimize(
         law.objective,
@@ -367,7 +380,7 @@ def _minimize(law: LawToFit, data: Data, start_P: np.ndarray) -> scipy.optimize.
         jac=True,
         method="L-BFGS-B",
         bounds=bounds,
-        options={"maxiter": 5000, "maxfun": 20000, "ftol": 1e-14, "gtol": 1e-10, "maxcor": 30},
+        options={"maxiter": 5000, "maxfun": 20000, "ftol": tolerance, "gtol": 1e-10, "maxcor": 30},
     )
 
 

@@ -40,7 +40,6 @@ def description_lines(config: Config) -> list[str]:
     """Returns a line for each auxiliary loss that is used, and one for the bias rule, if any."""
     losses = [
         _balance_loss(config),
-        _width_penalty(config),
         _router_z_loss(config),
         _vocabulary_z_loss(config),
     ]
