@@ -60,7 +60,7 @@ class OwnStep:
     def __init__(self, config: Config):
         self.config = config
         self.state = train_step.init_state(config)
-        self.counts: list[jax.Array] = []  # tokens per expert, [K, E], of every call
+        self.counts: list[jax.Array] = []  # tokens per expert, [layers, K, E], of every call
         rng = np.random.default_rng(0)
         shape = (config.training.batch_size, config.data.sequence_length + 1)
         tokens = rng.integers(4, config.model.vocab_size, shape, dtype=np.int32)
@@ -298,13 +298,10 @@ def _count_flops(step: OwnStep) -> StepFlops:
     config = step.config
     tokens = _tokens_per_step(config)
     length = config.data.sequence_length
-    tokens_KE = np.sum(step.counts, axis=0)
-    nominal_width = accounting.nominal_width(config)
-    realised_width = accounting.realized_width(config, tokens_KE.sum(axis=1))
-    return StepFlops(
-        tokens * accounting.train_flops_per_token(config, length, nominal_width),
-        tokens * accounting.train_flops_per_token(config, length, realised_width),
-    )
+    rows_LKE = np.sum(step.counts, axis=0)
+    steps = len(step.counts)
+    realised = accounting.realized_flops_per_token(config, length, rows_LKE, steps * tokens)
+    return StepFlops(tokens * accounting.nominal_flops_per_token(config, length), tokens * realised)
 
 
 def _list_groups() -> list[dict[str, Config]]:

@@ -13,6 +13,7 @@ LAYERS = (
     "moe",
     "config",
     "model",
+    "study",
     "data",
     "training",
     "planning",

@@ -399,17 +399,34 @@ def time_step(
         counts.append(np.asarray(metrics.statistics.counts_KE).sum(axis=0))
         if index == 2 and seconds[-1] > 8:
             break
-    write(**what, **_step_row(c, mesh, seconds[2:], losses, np.sum(counts, axis=0)))
+    write(**what, **_step_row(c, mesh, seconds[2:], losses, counts))
     _profile(write, lambda: compiled(state, batch), backend=backend, attention=attention)
 
 
-def _step_row(c: options.Config, mesh, seconds: list[float], losses: list[float], counts) -> dict:
-    """Returns the numbers of a step: rates, model FLOPs utilization, memory and losses."""
+def _step_row(
+    c: options.Config,
+    mesh,
+    seconds: list[float],
+    losses: list[float],
+    counts: list[np.ndarray],
+) -> dict:
+    """Returns the numbers of a step: rates, model FLOPs utilization, memory and losses.
+
+    Args:
+        c: the config.
+        mesh: the mesh of the step.
+        seconds: duration of every timed step.
+        losses: loss of every step.
+        counts: tokens per expert of every step, [K, E], summed over layers.
+    """
     tokens = c.training.batch_size * c.data.sequence_length
     length = c.data.sequence_length
-    nominal = tokens * accounting.train_flops_per_token(c, length, accounting.nominal_width(c))
-    width = accounting.realized_width(c, counts)
-    realised = tokens * accounting.train_flops_per_token(c, length, width)
+    nominal = tokens * accounting.nominal_flops_per_token(c, length)
+    rows_KE = np.sum(counts, axis=0)
+    width = accounting.realized_width(c, rows_KE)
+    realised = tokens * accounting.realized_flops_per_token(
+        c, length, rows_KE, len(counts) * tokens
+    )
     median = float(np.median(seconds))
     chip = chips.CHIPS.get(sharding.chip_name(mesh))
     peak = chip and chip.teraflops * 1e12 * mesh.size

@@ -2,11 +2,15 @@
 
 import dataclasses
 import math
+from fractions import Fraction
+import re
 from typing import Any
 
 from modse_jax.config.option_fields import fields_of, get_option
 from modse_jax.errors import UserError
 from modse_jax.moe import expert_widths
+
+SET_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # of a validation set
 
 
 def check_fields(config: Any) -> None:
@@ -64,6 +68,7 @@ def check_moe(config: Any) -> None:
             expert_widths.check_pairs(config.widths, moe.width)
     except ValueError as error:
         raise UserError(f"moe.widths: {error}") from None
+    check_shared_expert(config)
     if moe.exchange == "all_to_all" and (moe.placement != "whole" or moe.capacity_factor):
         raise UserError(
             "moe.exchange=all_to_all needs whole experts and no capacity: set "
@@ -83,8 +88,56 @@ def check_moe(config: Any) -> None:
         )
 
 
+def check_shared_expert(config: Any) -> None:
+    """Checks the shared expert: it needs a width, a placement, and MoE layers beside it."""
+    moe = config.moe
+    if moe.shared_width and moe.shared_placement == "none":
+        raise UserError(
+            f"moe.shared_width={moe.shared_width} needs a placement: set moe.shared_placement="
+            "in_layer (added to the output of the MoE layer) or moe.shared_placement=parallel (the "
+            "MoE layer reads the input of the block), or set moe.shared_width=0"
+        )
+    if moe.shared_placement != "none" and not moe.shared_width:
+        raise UserError(
+            f"moe.shared_placement={moe.shared_placement} needs a shared expert: set "
+            "moe.shared_width above 0, or moe.shared_placement=none"
+        )
+    if moe.shared_width and config.model.dense_width:
+        raise UserError(
+            f"moe.shared_width={moe.shared_width} needs MoE layers, but model.dense_width="
+            f"{config.model.dense_width} replaces them by a dense FFN: set one of the two to 0"
+        )
+
+
+def check_flop_match(config: Any) -> None:
+    """Checks that a token uses as many hidden units as the dense FFN of moe.flop_matched_width."""
+    claimed = config.moe.flop_matched_width
+    if not claimed or config.active_width == claimed:
+        return
+    raise UserError(
+        f"moe.flop_matched_width={claimed}, but a token uses {config.active_width} hidden units "
+        f"per layer, which is {config.active_width / claimed} of it instead of 1: "
+        f"{_list_active_widths(config)}; change the widths or the experts per token, or set "
+        "moe.flop_matched_width=0"
+    )
+
+
+def _list_active_widths(config: Any) -> str:
+    """Returns where the hidden units of a token come from, as a sum."""
+    if config.is_dense:
+        return f"model.dense_width={config.model.dense_width}"
+    terms = [f"shared {config.moe.shared_width}"] if config.moe.shared_width else []
+    first = 0
+    for number, (experts, top_k) in enumerate(config.pools):
+        widths = config.widths[first : first + experts]
+        first += experts
+        name = f"pool {number}: " if len(config.pools) > 1 else ""
+        terms.append(f"{name}{top_k} of mean width {Fraction(sum(widths), experts)}")
+    return " + ".join(terms)
+
+
 def check_data(config: Any) -> None:
-    """Checks the weights and names of a mixture."""
+    """Checks the weights and names of a mixture, and the names of validation sets."""
     mixture = config.data.mixture
     total = sum(weight for _, weight in mixture)
     for name, weight in mixture:
@@ -95,6 +148,25 @@ def check_data(config: Any) -> None:
             )
     if len({name for name, _ in mixture}) < len(mixture):
         raise UserError(f"data.mixture={mixture} names a directory twice; add up its weights")
+    check_set_names([name for name, _ in config.data.validation_sources])
+
+
+def check_set_names(names: list[str]) -> None:
+    """Checks the names of validation sets, which become names of directories."""
+    for name in names:
+        if not re.fullmatch(SET_NAME, name):
+            raise UserError(
+                f"data.validation_sources: {name!r} is not a name for a set; use 1 to 64 letters "
+                "(a-z, A-Z), digits, - and _, of which the first is a letter or a digit"
+            )
+    # Some file systems do not distinguish upper and lower case.
+    folded = [name.lower() for name in names]
+    for number, name in enumerate(folded):
+        if name in folded[:number]:
+            raise UserError(
+                f"data.validation_sources: the name {names[number]!r} is used twice (upper and "
+                "lower case count as equal); give every set a name of its own"
+            )
 
 
 def check_training(config: Any) -> None:

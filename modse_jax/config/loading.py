@@ -97,6 +97,31 @@ def from_saved(values: Mapping[str, Any]) -> Config:
     return config
 
 
+def override_options(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns a checked copy of a config with other values of some options.
+
+    Args:
+        config: the config, which stays as it is.
+        values: {"section.option": value}.
+
+    Raises:
+        UserError: as `from_dict`.
+    """
+    nested = dataclasses.asdict(config)
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        section = nested
+        for section_name in sections:
+            section = section.setdefault(section_name, {})
+        section[name] = value
+    return from_dict(nested)
+
+
+def to_option_dict(config: Config) -> OptionDict:
+    """Returns a config as the ConfigDict that a file in configs/ returns."""
+    return build_option_dict(dataclasses.asdict(config))
+
+
 def to_flat_dict(config: Config) -> dict[str, Any]:
     """Returns {"section.option": value} of every option."""
     return {path: get_option(config, path) for path, _ in fields()}
@@ -136,8 +161,9 @@ def _cast(field: dataclasses.Field, value: Any, path: str) -> Any:
         return _build(typing.cast(type, kind), value, path + ".")
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
-        is_list_of_pairs = typing.get_origin(item) is tuple
-        return _cast_pairs(value, path) if is_list_of_pairs else _cast_tuple(value, item, path)
+        if typing.get_origin(item) is tuple:
+            return _cast_tuples(value, typing.get_args(item), path)
+        return _cast_tuple(value, item, path)
     if kind is float and _is(value, int):
         return float(value)
     if not _is(value, kind):
@@ -152,18 +178,19 @@ def _cast_tuple(value: Any, item: type, path: str) -> tuple:
     return tuple(value)
 
 
-def _cast_pairs(value: Any, path: str) -> tuple[tuple[str, float], ...]:
-    """Returns a list or tuple of (directory, weight) as tuples (`data.mixture`)."""
-    if not isinstance(value, (tuple, list)) or not all(_is_weighted_name(pair) for pair in value):
-        raise UserError(f'{path}={value!r} must be (("DIR", weight), ...)')
-    return tuple((name, float(weight)) for name, weight in value)
+def _cast_tuples(value: Any, kinds: tuple[type, ...], path: str) -> tuple[tuple, ...]:
+    """Returns a list or tuple of tuples, such as `data.mixture`, with items of the given types."""
+    if not isinstance(value, (tuple, list)) or not all(_has_types(v, kinds) for v in value):
+        form = ", ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"{path}={value!r} must be a tuple of tuples: (({form}), ...)")
+    return tuple(tuple(kind(v) for kind, v in zip(kinds, item)) for item in value)
 
 
-def _is_weighted_name(pair: Any) -> bool:
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+def _has_types(values: Any, kinds: tuple[type, ...]) -> bool:
+    """Tests whether a list or tuple has one item of each type; an int may be given as a float."""
+    if not isinstance(values, (tuple, list)) or len(values) != len(kinds):
         return False
-    name, weight = pair
-    return _is(name, str) and (_is(weight, float) or _is(weight, int))
+    return all(_is(v, kind) or (kind is float and _is(v, int)) for v, kind in zip(values, kinds))
 
 
 def _is(value: Any, kind: type) -> bool:

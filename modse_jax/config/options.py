@@ -7,14 +7,25 @@ mean "off", because a command-line flag cannot be set to None.
 """
 
 import dataclasses
+from fractions import Fraction
 
-from modse_jax.config.checks import check_data, check_fields, check_model, check_moe, check_training
+from modse_jax.config.checks import (
+    check_data,
+    check_fields,
+    check_flop_match,
+    check_model,
+    check_moe,
+    check_training,
+)
 from modse_jax.config.option_fields import fields_of, option
 from modse_jax.moe import expert_widths, layer_options
 from modse_jax.moe.experts.block_sizes import Blocks
 
 ANYWHERE = ("auto", "reference", "blocked")  # backends that run on any device
 DTYPES = ("float32", "bfloat16")
+NORM_POSITIONS = ("pre", "post")
+QK_NORMS = ("none", "full")
+SHARED_PLACEMENTS = ("none", "in_layer", "parallel")
 PACKINGS = ("concat", "best_fit")
 UNDECODABLE = ("skip", "replace", "fail")
 
@@ -24,7 +35,9 @@ class ModelConfig:
     """Options of the transformer."""
 
     dim: int = option(256, "model width D", minimum=2)
-    num_layers: int = option(4, "decoder blocks, each with an MoE layer", minimum=1)
+    num_layers: int = option(
+        4, "decoder blocks, each with an MoE layer (or a dense FFN: `dense_width`)", minimum=1
+    )
     num_heads: int = option(4, "attention heads; `dim` must be divisible by it", minimum=1)
     num_kv_heads: int = option(
         0, "key/value heads; 0 = num_heads (multi-head attention)", minimum=0
@@ -35,6 +48,29 @@ class ModelConfig:
     )
     rope_base: float = option(10000.0, "base of the rotary frequencies", above=0)
     norm_eps: float = option(1e-5, "epsilon of every RMSNorm", above=0)
+    norm_position: str = option(
+        "pre",
+        "pre: normalize the input of attention and of the FFN, h = x + f(N(x)). post: normalize "
+        "their outputs (reordered norms, as in OLMo 2), h = x + N(f(x))",
+        choices=NORM_POSITIONS,
+    )
+    qk_norm: str = option(
+        "none",
+        "full: RMSNorm of queries and of keys, each over the width of all its heads, before RoPE",
+        choices=QK_NORMS,
+    )
+    init_std: float = option(
+        0.0,
+        "standard deviation of every initial matrix, a normal distribution truncated at 3 "
+        "standard deviations. 0 = by the fan-in of the matrix, less for outputs of branches",
+        minimum=0,
+    )
+    dense_width: int = option(
+        0,
+        "hidden width of a dense SwiGLU FFN that takes the place of every MoE layer; such a model "
+        "has no experts and no router, and the options `moe.*` are not used. 0 = MoE layers",
+        minimum=0,
+    )
     tie_embeddings: bool = option(False, "use one matrix for the input and the output embedding")
     dtype: str = option(
         "float32", "compute type; parameters, router, softmax and loss stay float32", choices=DTYPES
@@ -68,8 +104,24 @@ class MoEConfig:
     widths: tuple[int, ...] = option(
         (), "hidden width of each expert, in pairs; () = num_experts experts of `width`"
     )
+    flop_matched_width: int = option(
+        0,
+        "width of the dense FFN whose FLOPs the layer is claimed to match: `shared_width` plus the "
+        "sum over pools of top_k times the mean width must equal it exactly. 0 = no claim",
+        minimum=0,
+    )
     pairs: bool = option(
         False, "require that widths[2j] + widths[2j+1] = 2 * width (paper, Eq. 7-8)"
+    )
+    shared_width: int = option(
+        0, "hidden width of the shared expert, which processes every token; 0 = none", minimum=0
+    )
+    shared_placement: str = option(
+        "none",
+        "in_layer: the shared expert reads the input of the MoE layer and is added to its output. "
+        "parallel: it takes the place of the MoE layer after attention, and the MoE layer reads "
+        "the input of the block; each has its own norm, and both are added",
+        choices=SHARED_PLACEMENTS,
     )
     gate: str = option(
         "top_k_softmax",
@@ -192,6 +244,11 @@ class DataConfig:
     )
     mixture: tuple[tuple[str, float], ...] = option(
         (), 'prepared data to mix, instead of a source: (("DIR", weight), ...)'
+    )
+    validation_sources: tuple[tuple[str, str], ...] = option(
+        (),
+        "validation sets, each with a loss of its own, beside the validation split of the data: "
+        '(("NAME", "SOURCE"), ...)',
     )
     field: str = option("text", "JSONL field, Parquet column or TFDS feature that holds the text")
     tokenizer: str = option(
@@ -383,16 +440,36 @@ class Config:
     def __post_init__(self) -> None:
         for check in (check_fields, check_model, check_moe, check_data, check_training):
             check(self)
+        check_flop_match(self)
+
+    @property
+    def is_dense(self) -> bool:
+        """True for a model with a dense FFN in place of every MoE layer."""
+        return self.model.dense_width > 0
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The hidden width of every expert of a layer."""
+        """The hidden width of every expert of a layer; () for a dense model."""
+        if self.is_dense:
+            return ()
         return self.moe.widths or expert_widths.equal_widths(self.moe.num_experts, self.moe.width)
 
     @property
     def pools(self) -> tuple[layer_options.Pool, ...]:
-        """The pools of experts of a layer, in the order of the experts; at least one."""
+        """The pools of experts of a layer, in the order of the experts; () for a dense model."""
+        if self.is_dense:
+            return ()
         return (layer_options.Pool(self.moe.num_experts, self.moe.top_k),)
+
+    @property
+    def active_width(self) -> Fraction:
+        """The hidden units that a token uses per layer, the shared expert's included.
+
+        The experts of a pool are taken to receive equally many tokens.
+        """
+        if self.is_dense:
+            return Fraction(self.model.dense_width)
+        return self.moe.shared_width + expert_widths.mean_active_width(self.widths, self.pools)
 
     @property
     def num_experts(self) -> int:

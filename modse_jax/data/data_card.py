@@ -10,6 +10,7 @@ import json
 import pathlib
 from typing import Any
 
+from modse_jax.config.options import DataConfig
 from modse_jax.errors import UserError
 from modse_jax.runtime import files
 
@@ -33,6 +34,11 @@ PREPARATION_OPTIONS = (
     "drop_duplicates",
     "undecodable",
 )
+
+
+def has_only_validation(data: DataConfig) -> bool:
+    """Returns whether the options make all documents of the source validation documents."""
+    return data.validation_fraction == 1 and not data.validation_source
 
 
 def read_card(directory: pathlib.Path) -> dict[str, Any]:
@@ -82,15 +88,20 @@ def summarize_card(card: dict[str, Any]) -> str:
         f"{card['duplicate_documents']} duplicates ({card['dropped_documents']} dropped)"
     ]
     for split, counts in card["splits"].items():
-        bytes_per_token = counts["bytes"] / max(counts["tokens"], 1)
-        lines.append(
-            f"{split}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, "
-            f"{counts['tokens']:,} tokens ({bytes_per_token:.2f} bytes per token), "
-            f"{counts['records']:,} records, {counts['padding']:,} padding tokens"
-        )
+        lines.append(summarize_split(split, counts))
     for kind, waste in card["waste"].items():
         lines.append(
             f"packing {kind}: {waste['padding']:.2%} padding, {waste['cut']:.0%} of the documents "
             "that fit into a record are cut"
         )
     return "\n".join(lines)
+
+
+def summarize_split(label: str, counts: dict[str, Any]) -> str:
+    """Returns the counts of a split as a line of text that begins with a label."""
+    bytes_per_token = counts["bytes"] / max(counts["tokens"], 1)
+    return (
+        f"{label}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, "
+        f"{counts['tokens']:,} tokens ({bytes_per_token:.2f} bytes per token), "
+        f"{counts['records']:,} records, {counts['padding']:,} padding tokens"
+    )

@@ -116,6 +116,8 @@ def _inspect(options: argparse.Namespace) -> pathlib.Path:
         raise UserError(f"--out={options.out} is not a directory")
     dataset = prepared_data.open_prepared(pathlib.Path(options.data).expanduser().absolute())
     num_records = len(dataset.splits[options.split])
+    if not num_records:
+        raise UserError(f"--split={options.split}: {dataset.directory} has no such records")
     if not 0 <= options.record < num_records:
         raise UserError(
             f"--record={options.record}: {options.split} has records 0 to {num_records - 1}"

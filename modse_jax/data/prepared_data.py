@@ -14,6 +14,8 @@ from modse_jax.runtime import files, integrity
 # Larger data is compared by file size when it is opened. Its reader verifies a hash of each chunk.
 MAX_HASHED_BYTES = 2**30
 
+PREPARED_PREFIX = "prepared:"
+
 
 class Dataset(NamedTuple):
     """One prepared directory.
@@ -23,7 +25,8 @@ class Dataset(NamedTuple):
         directory: absolute path.
         card: content of `card.json`; see `data_card`.
         tokenizer: the tokenizer that the records were encoded with.
-        splits: {"train", "validation"} -> sequence of records with random access.
+        splits: {"train", "validation"} -> sequence of records with random access. The training
+            split of a validation set is empty.
     """
 
     name: str
@@ -31,6 +34,13 @@ class Dataset(NamedTuple):
     card: dict[str, Any]
     tokenizer: tokenizers.Tokenizer
     splits: dict[str, Sequence[dict]]
+
+
+def prepared_directory(source: str) -> pathlib.Path | None:
+    """Returns the directory of a source `prepared:DIR`; None for a source of text."""
+    if not source.startswith(PREPARED_PREFIX):
+        return None
+    return pathlib.Path(source.removeprefix(PREPARED_PREFIX)).expanduser().absolute()
 
 
 def open_prepared(directory: pathlib.Path) -> Dataset:
@@ -51,7 +61,10 @@ def open_prepared(directory: pathlib.Path) -> Dataset:
         )
     folder = directory / record_format.DATASET_NAME / record_format.DATASET_VERSION
     builder = tfds.builder_from_directory(str(folder))
-    splits = {split: builder.as_data_source(split=split) for split in data_card.SPLITS}
+    splits: dict[str, Sequence[dict]] = {}
+    for split in data_card.SPLITS:
+        has_records = card["splits"][split]["records"] > 0
+        splits[split] = builder.as_data_source(split=split) if has_records else []
     return Dataset(directory.name, directory, card, tokenizer, splits)
 
 

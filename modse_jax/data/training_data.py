@@ -1,29 +1,33 @@
 """The data of a run: one prepared directory, a mixture of several, or text prepared on the fly."""
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from modse_jax.config.options import Config, DataConfig
-from modse_jax.data import data_card, prepared_data, sources, tokenizers
+from modse_jax.data import data_card, prepared_data, sources, tokenizers, validation_sets
 from modse_jax.data.prepare import pipeline
 from modse_jax.data.prepared_data import Dataset
 from modse_jax.errors import UserError
 
-# A larger source must be prepared with its own command, before the run.
-MAX_ON_THE_FLY_BYTES = 256 * 2**20
-
-PREPARED_PREFIX = "prepared:"
-
 
 class TrainingData(NamedTuple):
-    """The datasets of a run and the share of training records from each; the shares sum to 1."""
+    """The data of a run.
+
+    Attributes:
+        datasets: the prepared directories that the run trains on.
+        weights: the share of training records from each; the shares sum to 1.
+        validation_sets: further data that only the validation reads; see `validation_sets`.
+    """
 
     datasets: tuple[Dataset, ...]
     weights: tuple[float, ...]
+    validation_sets: tuple[Dataset, ...] = ()
 
     @property
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -32,12 +36,17 @@ class TrainingData(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the content of all datasets and of their weights."""
+        """A hash of the content of all datasets and of their weights, without validation sets."""
         fingerprints = [dataset.card["fingerprint"] for dataset in self.datasets]
         if len(fingerprints) == 1:
             return fingerprints[0]
         text = json.dumps([fingerprints, self.weights])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def set_fingerprints(self) -> dict[str, str]:
+        """{name: hash of its content} of every validation set."""
+        return {dataset.name: dataset.card["fingerprint"] for dataset in self.validation_sets}
 
     @property
     def training_bytes_per_token(self) -> float:
@@ -57,16 +66,19 @@ def check_source(config: Config, workdir: pathlib.Path) -> None:
             has more ids than the model.
     """
     directories = _prepared_directories(config.data)
-    for directory in directories:
-        data_card.read_card(directory)
-    if not directories and not (_on_the_fly_directory(workdir) / data_card.CARD_NAME).exists():
-        _check_text_source(config)
+    on_the_fly = _on_the_fly_directory(workdir)
+    if not directories and (on_the_fly / data_card.CARD_NAME).exists():
+        directories = [on_the_fly]
+    cards = [data_card.read_card(directory) for directory in directories]
+    tokenizer = cards[0]["tokenizer"] if cards else _check_text_source(config)
+    validation_sets.check_sources(config.data, workdir, tokenizer)
 
 
-def _check_text_source(config: Config) -> None:
+def _check_text_source(config: Config) -> str:
+    """Checks a source of text; returns the tokenizer's fingerprint, "" if it is not trained yet."""
     data = config.data
     total_bytes = sources.total_bytes(data.source)
-    if total_bytes > MAX_ON_THE_FLY_BYTES:
+    if total_bytes > pipeline.MAX_ON_THE_FLY_BYTES:
         raise UserError(
             f"data.source={data.source} has {total_bytes / 2**20:.0f} MiB, too much to prepare on "
             f"the fly; run python -m modse_jax.data.prepare --source={data.source} "
@@ -75,34 +87,61 @@ def _check_text_source(config: Config) -> None:
         )
     if data.validation_source:
         sources.total_bytes(data.validation_source)
-    if data.tokenizer != tokenizers.TRAINED_ON_SOURCE:
-        tokenizer = tokenizers.load(data.tokenizer)
-        _check_vocabulary(data.tokenizer, tokenizer.vocab_size, config)
+    if data.tokenizer == tokenizers.TRAINED_ON_SOURCE:
+        return ""
+    tokenizer = tokenizers.load(data.tokenizer)
+    _check_vocabulary(data.tokenizer, tokenizer.vocab_size, config)
+    return tokenizers.fingerprint(tokenizer)
 
 
 def load(config: Config, workdir: pathlib.Path) -> TrainingData:
-    """Opens the data of a run. Prepares it into `workdir/data` first if the source is text.
+    """Opens the data of a run. What is text is prepared first, into directories of the workdir.
 
     Raises:
-        UserError: the data does not match the config, is damaged, or cannot be prepared. A
-            preparation that fails leaves no files.
+        UserError: the data does not match the config, is damaged, or cannot be prepared. Nothing
+            that this call has prepared remains.
     """
-    directories = _prepared_directories(config.data)
-    if directories:
-        return _open_all(config, directories)
-    directory = _on_the_fly_directory(workdir)
+    on_the_fly = _on_the_fly_directory(workdir)
+    set_directories = [
+        validation_sets.on_the_fly_directory(workdir, name)
+        for name, _ in config.data.validation_sources
+    ]
+    with _remove_after_bad_input([on_the_fly, *set_directories]):
+        directories = _prepared_directories(config.data)
+        if not directories:
+            _prepare_text_source(config, on_the_fly)
+            directories = [on_the_fly]
+        data = _open_all(config, directories)
+        sets = validation_sets.load(config.data, workdir, data.datasets[0])
+        return data._replace(validation_sets=sets)
+
+
+@contextlib.contextmanager
+def _remove_after_bad_input(directories: Sequence[pathlib.Path]) -> Iterator[None]:
+    """Removes the directories that the block makes, and their new parents, after a UserError."""
+    new = [path for path in directories if not path.exists() or _is_empty_directory(path)]
+    parents = {parent for path in new for parent in path.parents if not parent.exists()}
+    try:
+        yield
+    except UserError:
+        for path in new:
+            shutil.rmtree(path, ignore_errors=True)
+        for parent in sorted(parents, reverse=True):  # a folder comes before the one it is in
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _is_empty_directory(path: pathlib.Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _prepare_text_source(config: Config, directory: pathlib.Path) -> None:
+    """Prepares the source, or checks the options with which it has been prepared already."""
     if (directory / data_card.CARD_NAME).exists():
         _check_options_unchanged(config.data, directory)
-        return _open_all(config, [directory])
-    new_folders = [path for path in (workdir, *workdir.parents) if not path.exists()]
+        return
     pipeline.prepare_data(config.data, directory, config.model.vocab_size, os.cpu_count() or 1)
-    try:
-        return _open_all(config, [directory])
-    except UserError:
-        shutil.rmtree(directory)
-        for folder in new_folders:
-            folder.rmdir()
-        raise
 
 
 def _on_the_fly_directory(workdir: pathlib.Path) -> pathlib.Path:
@@ -112,12 +151,9 @@ def _on_the_fly_directory(workdir: pathlib.Path) -> pathlib.Path:
 def _prepared_directories(data: DataConfig) -> list[pathlib.Path]:
     """Returns the prepared directories that the config names; none if the source is text."""
     if data.mixture:
-        names = [name for name, _ in data.mixture]
-    elif data.source.startswith(PREPARED_PREFIX):
-        names = [data.source.removeprefix(PREPARED_PREFIX)]
-    else:
-        names = []
-    return [pathlib.Path(name).expanduser().absolute() for name in names]
+        return [pathlib.Path(name).expanduser().absolute() for name, _ in data.mixture]
+    directory = prepared_data.prepared_directory(data.source)
+    return [] if directory is None else [directory]
 
 
 def _check_options_unchanged(data: DataConfig, directory: pathlib.Path) -> None:
@@ -144,6 +180,12 @@ def _open_all(config: Config, directories: list[pathlib.Path]) -> TrainingData:
                 f"data.mixture: {dataset.directory} was prepared with {dataset.card['tokenizer']}, "
                 f"{first.directory} with {first.card['tokenizer']}; prepare them with the same "
                 "tokenizer"
+            )
+        if not dataset.card["splits"]["train"]["records"]:
+            raise UserError(
+                f"{dataset.directory} has no training records, because it was prepared as a "
+                "validation set; name it in data.validation_sources, or choose other data to train "
+                "on"
             )
     num_records = sum(len(dataset.splits["train"]) for dataset in datasets)
     if num_records < config.training.batch_size:

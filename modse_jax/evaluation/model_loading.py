@@ -14,7 +14,7 @@ from modse_jax.errors import UserError
 from modse_jax.model import kernel_selection
 from modse_jax.model.variables import Variables
 from modse_jax.runtime import files, processes, sharding
-from modse_jax.training import train_step
+from modse_jax.training import run_metadata, train_step
 from modse_jax.training.checkpointing import Checkpoints
 
 
@@ -73,7 +73,7 @@ def load_model(workdir: pathlib.Path, step: int, batch_size: int) -> LoadedModel
         "data": data.fingerprint,
         "tokenizer": tokenizers.fingerprint(data.tokenizer),
     }
-    step = find_valid_step(checkpoints, workdir, step, fingerprints)
+    step = find_valid_step(checkpoints, workdir, step, fingerprints, data.set_fingerprints)
     state, damage = checkpoints.restore(step, _state_shapes(config, mesh))
     checkpoints.close()
     if damage:
@@ -132,7 +132,11 @@ def open_checkpoints(workdir: pathlib.Path) -> Checkpoints:
 
 
 def find_valid_step(
-    checkpoints: Checkpoints, workdir: pathlib.Path, step: int, fingerprints: dict[str, str]
+    checkpoints: Checkpoints,
+    workdir: pathlib.Path,
+    step: int,
+    fingerprints: dict[str, str],
+    set_fingerprints: dict[str, str],
 ) -> int:
     """Returns the requested step, or the newest undamaged one if 0 is requested.
 
@@ -142,6 +146,7 @@ def find_valid_step(
         step: The requested step; 0 for the newest.
         fingerprints: {"data": ..., "tokenizer": ...}, the fingerprints of what has been loaded.
             Those in the metadata of the checkpoint must be equal.
+        set_fingerprints: The same of the validation sets, by name.
 
     Raises:
         UserError: The step is not saved, is damaged, or was trained on other data.
@@ -154,6 +159,7 @@ def find_valid_step(
                     f"checkpoint {number} was trained with other data ({name} {meta[name]!r}), now "
                     f"{value!r}; restore the data it was trained on"
                 )
+        run_metadata.check_same_sets(set_fingerprints, number, meta)
 
     if not step:
         found = checkpoints.newest(check_data)

@@ -27,8 +27,11 @@ class ValidationResult(NamedTuple):
     """Loss and routing on validation records.
 
     Attributes:
-        loss: {"loss", "bits_per_byte", "tokens", ...}, as `validation.together` returns it.
-        routing: One dictionary of routing statistics per layer; see `metrics.routing_by_layer`.
+        loss: {"loss", "bits_per_byte", "tokens", ...} of the validation split, as
+            `validation.together` returns it. With validation sets also "macro_loss", and the same
+            of every set under "sets".
+        routing: One dictionary of routing statistics per layer, of the validation split; see
+            `metrics.routing_by_layer`.
     """
 
     loss: dict
@@ -99,13 +102,31 @@ def validate(model: LoadedModel, limit: int, batch_size: int) -> ValidationResul
         batch_size: Sequences per batch.
     """
     score = train_step.jitted_score_step(model.config, model.mesh)
-    scored = {}
-    for dataset in model.data.datasets:
-        batches = read_validation_batches(model, dataset, limit, batch_size)
-        is_complete = not limit or limit >= len(dataset.splits["validation"])
-        scored[dataset.name] = validation.run(score, model.variables, batches, dataset, is_complete)
-    loss, statistics = validation.together(scored)
+
+    def score_all(datasets: tuple[prepared_data.Dataset, ...]) -> dict[str, validation.Scored]:
+        return {
+            dataset.name: _score_dataset(score, model, dataset, limit, batch_size)
+            for dataset in datasets
+        }
+
+    loss, statistics = validation.together(score_all(model.data.datasets))
+    loss |= validation.summarize_sets(score_all(model.data.validation_sets))
+    if model.config.evaluation.capacity_factor:
+        loss["dropped"] = metrics.count_dropped(statistics)
     return ValidationResult(loss, metrics.routing_by_layer(statistics, model.config.widths))
+
+
+def _score_dataset(
+    score: train_step.ScoreStep,
+    model: LoadedModel,
+    dataset: prepared_data.Dataset,
+    limit: int,
+    batch_size: int,
+) -> validation.Scored:
+    """Scores the first `limit` validation records of a dataset, or all."""
+    batches = read_validation_batches(model, dataset, limit, batch_size)
+    is_complete = not limit or limit >= len(dataset.splits["validation"])
+    return validation.run(score, model.variables, batches, dataset, is_complete)
 
 
 def read_validation_batches(
@@ -202,17 +223,46 @@ def format_results(results: dict) -> str:
         lines.append(
             f"  validation{part}: loss {loss['loss']:.4f} nats/token, "
             f"{loss['bits_per_byte']:.4f} bits/byte, {loss['tokens']:,} tokens"
+            + (f", {loss['dropped']:,} dropped" if "dropped" in loss else "")
         )
+        if "sets" in loss:
+            lines += ["", f"validation sets{part}", _format_sets(loss)]
     if "routing" in results:
-        lines += ["", "share of tokens per expert, %", _format_routing(results["routing"])]
+        lines += ["", _format_routing(results["routing"])]
     return "\n".join(lines)
+
+
+def _format_sets(loss: dict) -> str:
+    """Returns a table with a row per validation set, and the macro-average below them."""
+    name_width = max(map(len, ("macro-average", *loss["sets"])))
+    columns = [
+        Column(name_width, "left", gap=2),
+        Column(11, gap=2),
+        Column(9, gap=2),
+        Column(12, gap=2),
+    ]
+    rows = [["set", "nats/token", "bits/byte", "tokens"]]
+    for name, result in loss["sets"].items():
+        rows.append(
+            [
+                name,
+                f"{result['loss']:.4f}",
+                f"{result['bits_per_byte']:.4f}",
+                f"{result['tokens']:,}",
+            ]
+        )
+    rows.append(["macro-average", f"{loss['macro_loss']:.4f}"])
+    return text_table.text_table(columns, rows)
 
 
 def _format_routing(routing: dict) -> str:
     """Returns the table of the share of tokens per expert: a row per layer, a column per expert.
 
     Only the first SHOWN_EXPERTS experts have a column. Further columns are statistics of the layer.
+    A dense model has no table.
     """
+    if not routing["widths"]:
+        return "no routing: the model is dense"
     widths = routing["widths"][:SHOWN_EXPERTS]
     experts = [Column(7, gap=2)] + [Column(7, gap=0)] * (len(widths) - 1)
     columns = [Column(5, gap=2), *experts, Column(8, gap=3), Column(7, gap=2), Column(10, gap=2)]
@@ -229,4 +279,4 @@ def _format_routing(routing: dict) -> str:
                 f"{layer['count_weighted_width']:.1f}",
             ]
         )
-    return text_table.text_table(columns, rows)
+    return "share of tokens per expert, %\n" + text_table.text_table(columns, rows)

@@ -1,8 +1,9 @@
 """A decoder-only Transformer in the form of Llama 2, with an MoE layer in every block.
 
-The experts of an MoE layer may have different widths (MoDSE, section 3). All blocks have the same
-structure, so their parameters are stacked along a leading axis of layers, and one `lax.scan` runs
-them: the size of the program does not grow with the number of layers.
+The experts of an MoE layer may have different widths (MoDSE, section 3). A dense model has one
+feed-forward network in place of the experts. All blocks have the same structure (block.py), so
+their parameters are stacked along a leading axis of layers, and one `lax.scan` runs them: the size
+of the program does not grow with the number of layers.
 
 Legend: B batch, L length (in router_bias_LE: layers), S cache length, D model, V vocabulary,
 E experts, K top-k, G key/value heads, C head size.
@@ -15,35 +16,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modse_jax.config.options import Config
+from modse_jax.config.options import Config, ModelConfig
 from modse_jax.model import embedding
 from modse_jax.model.attention.attention_layer import (
     MAX_SAVED_LENGTH,
-    Attention,
     AttentionInputs,
     Cache,
     cached_inputs,
     packed_inputs,
 )
+from modse_jax.model.block import Block, BlockOutput
+from modse_jax.model.initialization import draw_normal
+from modse_jax.model.normalization import RMSNorm
 from modse_jax.model.rematerialization import checkpoint_policy
-from modse_jax.moe.layer import MoELayer
 from modse_jax.moe.router import RouterStatistics
 from modse_jax.runtime import sharding
 
 # The scan over at most this many blocks is unrolled on CPU if advanced.unroll is 0. A training step
 # with seven size classes of experts then compiles in 45 s on 2 cores.
 MAX_UNROLLED = 4
-
-
-class BlockOutput(NamedTuple):
-    """The results of one block besides its activations."""
-
-    cache: Cache | None  # [B, S, G, C]; None for packed rows
-    balance_loss: jax.Array  # load-balancing loss, unweighted
-    z_loss: jax.Array  # router z-loss, unweighted
-    width_penalty: jax.Array  # width penalty, unweighted
-    statistics: RouterStatistics
-    choices: tuple[jax.Array, jax.Array] | None  # gates and expert ids [B, L, K], if requested
 
 
 class ModelOutput(NamedTuple):
@@ -57,60 +48,6 @@ class ModelOutput(NamedTuple):
     choices: tuple[jax.Array, jax.Array] | None  # [layers, B, L, K], if requested
 
 
-class RMSNorm(nnx.Module):
-    """Root mean square layer normalization (Zhang & Sennrich 2019), computed in float32."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        self.scale = nnx.Param(jnp.ones((dim,)))
-        self.eps = eps
-
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        """Returns the normalized activations in the type of x_BLD."""
-        dtype = x_BLD.dtype
-        x_BLD = x_BLD.astype(jnp.float32)
-        mean_square_BL1 = jnp.mean(x_BLD * x_BLD, axis=-1, keepdims=True)
-        x_BLD = x_BLD * jax.lax.rsqrt(mean_square_BL1 + self.eps)
-        return (x_BLD * self.scale[...][None, None, :]).astype(dtype)
-
-
-class Block(nnx.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + moe(norm(x))."""
-
-    def __init__(self, config: Config, mesh: Mesh | None, rngs: nnx.Rngs) -> None:
-        model = config.model
-        self.attention_norm = RMSNorm(model.dim, model.norm_eps)
-        self.attention = Attention(model, mesh, rngs)
-        self.moe_norm = RMSNorm(model.dim, model.norm_eps)
-        self.moe = build_moe_layer(config, mesh, rngs)
-
-    def __call__(
-        self,
-        x_BLD: jax.Array,
-        attention_inputs: AttentionInputs,
-        valid_BL: jax.Array,
-        cache: Cache | None = None,
-        trace: bool = False,
-        router_bias_E: jax.Array | None = None,
-    ) -> tuple[jax.Array, BlockOutput]:
-        """Returns (x_BLD, BlockOutput).
-
-        Args:
-            valid_BL: False for padding, which is routed to no expert.
-            cache: keys and values of the tokens so far; None for packed rows.
-            trace: also returns the gates and expert ids of every token.
-            router_bias_E: is added to the scores that experts are chosen by; None for no bias.
-        """
-        y_BLD, cache = self.attention(self.attention_norm(x_BLD), attention_inputs, cache)
-        x_BLD = x_BLD + y_BLD
-        normed_BLD = self.moe_norm(x_BLD)
-        out = self.moe(normed_BLD, valid_BL, router_bias_E)
-        x_BLD = x_BLD + out.y_BLD
-        choices = self.moe.choose_experts(normed_BLD, router_bias_E) if trace else None
-        return x_BLD, BlockOutput(
-            cache, out.balance_loss, out.z_loss, out.width_penalty, out.statistics, choices
-        )
-
-
 class Transformer(nnx.Module):
     """The model: token embedding, blocks, final norm, logits."""
 
@@ -118,13 +55,7 @@ class Transformer(nnx.Module):
         self.config = config.model
         self.unroll = config.advanced.unroll
         self.mesh = mesh
-        vocab_size, dim = config.model.vocab_size, config.model.dim
-        head_std = 0.5 * dim**-0.5
-        # The usual standard deviation of 0.02 is not used: the output of a block is about 1, and
-        # would at first hide the token (LOG.md, 2026-11-22). A tied embedding is initialized as
-        # the head that it also is; `embed` scales it up.
-        std = head_std if config.model.tie_embeddings else 0.5
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, dim)))
+        self.embedding = nnx.Param(_draw_embedding(config.model, rngs))
 
         def build_block(key: jax.Array) -> Block:
             return Block(config, mesh, nnx.Rngs(params=key))
@@ -132,9 +63,9 @@ class Transformer(nnx.Module):
         self.blocks = nnx.vmap(build_block)(
             jax.random.split(rngs.params(), config.model.num_layers)
         )
-        self.final_norm = RMSNorm(dim, config.model.norm_eps)
+        self.final_norm = RMSNorm(config.model.dim, config.model.norm_eps)
         if not config.model.tie_embeddings:
-            self.head = nnx.Param(head_std * jax.random.normal(rngs.params(), (dim, vocab_size)))
+            self.head = nnx.Param(_draw_head(config.model, rngs))
 
     def __call__(
         self,
@@ -302,6 +233,32 @@ class Transformer(nnx.Module):
         return num_layers if is_shallow and is_cpu and saves_all and saves_scores else 1
 
 
+def _draw_embedding(config: ModelConfig, rngs: nnx.Rngs) -> jax.Array:
+    """Returns the initial embedding [V, D].
+
+    Without `model.init_std`, the usual standard deviation of 0.02 is not used: the output of a
+    pre-norm block is about 1, and would at first hide the token (LOG.md, 2026-11-22). A tied
+    embedding is initialized as the head that it also is; `Transformer.embed` scales it up.
+    """
+    shape = (config.vocab_size, config.dim)
+    if config.init_std:
+        return draw_normal(rngs, shape, config.init_std)
+    std = _head_std(config) if config.tie_embeddings else 0.5
+    return std * jax.random.normal(rngs.params(), shape)
+
+
+def _draw_head(config: ModelConfig, rngs: nnx.Rngs) -> jax.Array:
+    """Returns the initial head [D, V]."""
+    shape = (config.dim, config.vocab_size)
+    if config.init_std:
+        return draw_normal(rngs, shape, config.init_std)
+    return _head_std(config) * jax.random.normal(rngs.params(), shape)
+
+
+def _head_std(config: ModelConfig) -> float:
+    return 0.5 * config.dim**-0.5
+
+
 def build_model(config: Config, mesh: Mesh | None = None) -> Transformer:
     """Returns a freshly initialized model. The weights depend on the config only (config.seed)."""
     return Transformer(config, nnx.Rngs(params=config.seed), mesh)
@@ -311,16 +268,3 @@ def build_abstract_model(config: Config, mesh: Mesh | None = None) -> tuple[nnx.
     """Returns (graph, shapes and types of the parameters as a dict) without allocating memory."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build_model(config, mesh)))
     return graph, nnx.to_pure_dict(state)
-
-
-def build_moe_layer(config: Config, mesh: Mesh | None, rngs: nnx.Rngs) -> MoELayer:
-    """Returns a mixture-of-experts layer with the options of a config."""
-    return MoELayer(
-        config.model.dim,
-        config.widths,
-        config.router_options,
-        config.expert_options,
-        num_layers=config.model.num_layers,
-        mesh=mesh,
-        rngs=rngs,
-    )

@@ -6,6 +6,7 @@ Source: MoDSE (Mixture of Diverse Size Experts), Table 1 and Eq. 7-8.
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 # Expert widths as multiples of the model dimension, pair by pair. Every pair sums to 5 (Table 1).
 PAPER_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
@@ -66,6 +67,26 @@ def check_pairs(widths: Sequence[int], width: int) -> tuple[int, ...]:
                 f"2 * width = {2 * width}"
             )
     return widths
+
+
+def mean_active_width(
+    widths: Sequence[int], pools: Sequence[tuple[int, int]]
+) -> Fraction:
+    """Returns the sum of the widths of a token's experts, exactly.
+
+    The experts of a pool are taken to receive equally many tokens, so that a token uses k times
+    their mean width.
+
+    Args:
+        widths: hidden width of every expert, pool after pool.
+        pools: (number of experts, experts per token) of every pool.
+    """
+    total = Fraction(0)
+    first = 0
+    for num_experts, top_k in pools:
+        total += Fraction(top_k * sum(widths[first : first + num_experts]), num_experts)
+        first += num_experts
+    return total
 
 
 def offsets(widths: Sequence[int]) -> tuple[int, ...]:

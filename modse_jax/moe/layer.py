@@ -53,6 +53,7 @@ class MoELayer(nnx.Module):
         experts: how the experts are computed; None for the default options.
         num_layers: layers of the whole model. The output of the experts is initialized
             1 / sqrt(2 * num_layers) as large, as residual branches often are.
+        init_std: standard deviation of every initial matrix; 0 for the rule of each matrix.
         mesh: the devices, with the axes `data`, `fsdp` and `expert` (see runtime/sharding.py);
             None for one device.
         rngs: a source of `params` keys. The initial weights do not depend on the mesh.
@@ -66,6 +67,7 @@ class MoELayer(nnx.Module):
         experts: ExpertOptions | None = None,
         *,
         num_layers: int = 1,
+        init_std: float = 0.0,
         mesh: Mesh | None = None,
         rngs: nnx.Rngs,
     ) -> None:
@@ -86,15 +88,20 @@ class MoELayer(nnx.Module):
         # Weights are drawn in the order of the experts and stored in the order of the placement,
         # so that the model is the same on every mesh.
         order = np.array(expert_placement.hidden_unit_order(self.widths, self.placement))
-        w_gate = _draw_normal(rngs, (dim, num_hidden), dim**-0.5)
+        input_std = init_std or dim**-0.5
+        w_gate = _draw_normal(rngs, (dim, num_hidden), input_std)
         self.w_gate = nnx.Param(w_gate[:, order])
-        w_up = _draw_normal(rngs, (dim, num_hidden), dim**-0.5)
+        w_up = _draw_normal(rngs, (dim, num_hidden), input_std)
         self.w_up = nnx.Param(w_up[:, order])
-        w_down = _draw_down_projection(rngs, self.widths, dim, num_layers)
+        if init_std:
+            w_down = _draw_normal(rngs, (num_hidden, dim), init_std)
+        else:
+            w_down = _draw_down_projection(rngs, self.widths, dim, num_layers)
         self.w_down = nnx.Param(w_down[order])
-        self.router_gate = nnx.Param(_draw_normal(rngs, (dim, num_experts), dim**-0.5))
+        self.router_gate = nnx.Param(_draw_normal(rngs, (dim, num_experts), input_std))
         if self.router_options.router_noise == "learned":
-            noise = _draw_normal(rngs, (dim, num_experts), 0.1 * dim**-0.5)
+            noise_std = init_std or 0.1 * dim**-0.5
+            noise = _draw_normal(rngs, (dim, num_experts), noise_std)
             self.router_noise = nnx.Param(noise)
             self.router_noise_scale = nnx.Param(jnp.ones((num_experts,)))
 

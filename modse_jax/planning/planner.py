@@ -201,9 +201,8 @@ def count_flops(config: Config, mesh: Mesh) -> StepFlops:
     """
     length = config.data.sequence_length
     tokens = config.training.batch_size * length / mesh.size
-    width = accounting.nominal_width(config)
-    per_device = accounting.train_flops_per_token(config, length, width) * tokens
-    expert_flops = 6 * accounting.active_expert_parameters(config, width) * tokens
+    per_device = accounting.nominal_flops_per_token(config, length) * tokens
+    expert_flops = accounting.nominal_expert_flops_per_token(config) * tokens
     placement = device_mesh.place_experts_on_mesh(config, mesh)
     equal_counts = [1] * len(config.widths)
     straggler = expert_placement.straggler_factor(equal_counts, placement)

@@ -51,6 +51,39 @@ def plot_loss(rows: list[dict]) -> CaptionedFigure:
     return CaptionedFigure(figure, caption)
 
 
+def plot_validation_sets(rows: list[dict]) -> CaptionedFigure:
+    """Plots the loss of every validation set, and their macro-average.
+
+    Args:
+        rows: Lines of metrics.jsonl that have "sets".
+    """
+    last = rows[-1]
+    steps = [row["step"] for row in rows]
+    line_style = "-" if len(rows) > 1 else ""
+    figure, axes = plt.subplots(figsize=(8.5, 0.22 * len(last["sets"]) + 3.6))
+    for name, color in zip(last["sets"], plot_style.shades(len(last["sets"]))):
+        losses = [row["sets"][name]["loss"] for row in rows]
+        axes.plot(
+            steps, losses, ".", ls=line_style, color=color, lw=1.2, label=f"{name} {losses[-1]:.3f}"
+        )
+    axes.plot(
+        steps,
+        [row["macro_loss"] for row in rows],
+        "o",
+        ls=line_style,
+        color=plot_style.COLOR_VALIDATION,
+        lw=2.4,
+        label=f"macro-average {last['macro_loss']:.3f}",
+    )
+    axes.set(xlabel="step", ylabel="nats per token", title="Loss of every validation set")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    caption = (
+        "Cross-entropy of every validation set, and its unweighted mean over the sets (the "
+        "macro-average); the last values are in the legend."
+    )
+    return CaptionedFigure(figure, caption)
+
+
 def plot_load_heatmap(layers: list[dict], widths: tuple[int, ...], when: str) -> CaptionedFigure:
     """Plots the load of every expert in every layer: its tokens over the mean of the experts.
 

@@ -31,6 +31,7 @@ AXIS_RULES = {
     "embed": (FSDP, EXPERT),  # model dimension of all parameters except the experts'
     "expert_embed": (FSDP,),  # model dimension of the experts
     "flat": (EXPERT,),  # hidden units of all experts, concatenated
+    "hidden": (),  # hidden units of a dense FFN
     "vocab": (),
     "heads": (),
     "head": (),
@@ -45,6 +46,9 @@ PARAMETER_AXES = {
     "w_key": ("embed", "heads", "head"),
     "w_value": ("embed", "heads", "head"),
     "w_out": ("heads", "head", "embed"),
+    "w_ffn_gate": ("embed", "hidden"),
+    "w_ffn_up": ("embed", "hidden"),
+    "w_ffn_down": ("hidden", "embed"),
     "w_gate": ("expert_embed", "flat"),
     "w_up": ("expert_embed", "flat"),
     "w_down": ("flat", "expert_embed"),

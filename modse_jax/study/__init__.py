@@ -1,1 +1,1 @@
-"""The design-space study: notation, arms, scaling laws."""
+"""The design-space study: symbols, recipe, arms, scaling laws."""

@@ -249,35 +249,40 @@ class Run:
     # ---- validation --------------------------------------------------------------------------
 
     def validate(self) -> float | None:
-        """Computes and logs the validation loss.
+        """Computes and logs the losses of the validation split and of the validation sets.
 
         Returns:
-          The loss in nats per token. None if a signal arrived meanwhile; then nothing is logged,
-          and the next start of this run validates.
+          The loss of the validation split in nats per token. None if a signal arrived meanwhile;
+          then nothing is logged, and the next start of this run validates.
         """
         try:
-            scored = {
-                dataset.name: validation.run(
-                    self._context.score_step,
-                    self.state.variables,
-                    self._validation_batches(dataset),
-                    dataset,
-                    whole=True,
-                )
-                for dataset in self._context.data.datasets
-            }
+            scored = self._score(self._context.data.datasets)
+            scored_sets = self._score(self._context.data.validation_sets)
         except Stopped:
             return None
         result, statistics = validation.together(scored)
+        result |= validation.summarize_sets(scored_sets)
+        if self._config.evaluation.capacity_factor:
+            result["dropped"] = metrics.count_dropped(statistics)
         layers = metrics.routing_by_layer(
             statistics, self._config.widths, self._context.setup.placement
         )
         self._logs.write({"step": self.step, "split": "validation", **result}, layers)
-        console.log(
-            f"step {self.step}/{self._options.steps}  validation loss {result['loss']:.4f}  "
-            f"{result['bits_per_byte']:.4f} bits/byte"
-        )
+        console.log(metrics.validation_line(self.step, self._options.steps, result))
         return result["loss"]
+
+    def _score(self, datasets: tuple[prepared_data.Dataset, ...]) -> dict[str, validation.Scored]:
+        """Scores the validation split of every dataset. Raises Stopped after a signal."""
+        return {
+            dataset.name: validation.run(
+                self._context.score_step,
+                self.state.variables,
+                self._validation_batches(dataset),
+                dataset,
+                whole=True,
+            )
+            for dataset in datasets
+        }
 
     def _validation_batches(self, dataset: prepared_data.Dataset) -> Iterator[dict[str, jax.Array]]:
         """Yields the sharded validation batches of a dataset. Raises Stopped after a signal."""

@@ -149,8 +149,8 @@ def _forward(
     mesh: Mesh | None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Returns the cross-entropy, and its gradients with respect to x and W."""
-    sums, gradients = _sum_chunks(x_BLD, w_DV, targets_BL, weights_BL, chunk, mesh, 0.0)
-    return sums.cross_entropy, gradients
+    losses, gradients = _sum_chunks(x_BLD, w_DV, targets_BL, weights_BL, chunk, mesh, 0.0)
+    return losses.cross_entropy, gradients
 
 
 def _forward_with_z_loss(
@@ -163,11 +163,7 @@ def _forward_with_z_loss(
     z_loss_weight: float,
 ) -> tuple[VocabularyLosses, tuple[jax.Array, jax.Array]]:
     """Returns the losses, and the gradients of their total with respect to x and W."""
-    sums, gradients = _sum_chunks(
-        x_BLD, w_DV, targets_BL, weights_BL, chunk, mesh, z_loss_weight
-    )
-    total = sums.cross_entropy + z_loss_weight * sums.z_loss
-    return VocabularyLosses(total, sums.cross_entropy, sums.z_loss), gradients
+    return _sum_chunks(x_BLD, w_DV, targets_BL, weights_BL, chunk, mesh, z_loss_weight)
 
 
 def _sum_chunks(
@@ -178,8 +174,8 @@ def _sum_chunks(
     chunk: int,
     mesh: Mesh | None,
     z_loss_weight: float,
-) -> tuple[_Sums, tuple[jax.Array, jax.Array]]:
-    """Returns the losses, and the gradients of their weighted sum with respect to x and W.
+) -> tuple[VocabularyLosses, tuple[jax.Array, jax.Array]]:
+    """Returns the losses, and the gradients of their total with respect to x and W.
 
     Without a weight of the z-loss, the program is that of the cross-entropy alone.
     """
@@ -200,9 +196,9 @@ def _sum_chunks(
             preferred_element_type=jnp.float32,
         )
         dw_PDV = _constrain(dw_PDV, mesh, ("batch",))
-        z_loss = None
-        if z_loss_weight:
-            z_loss = sums.z_loss + jnp.sum(weights_BC * lse_BC * lse_BC)
+        z_loss = sums.z_loss
+        if z_loss is not None:
+            z_loss += jnp.sum(weights_BC * lse_BC * lse_BC)
         cross_entropy = sums.cross_entropy + jnp.sum(weights_BC * nll_BC)
         return _Sums(cross_entropy, z_loss, dw_PDV), dx_BCD
 
@@ -215,7 +211,10 @@ def _sum_chunks(
     sums, dx_nBCD = lax.scan(scan_chunk, initial, chunks)
     dx_BLD = _join_chunks(dx_nBCD, x_BLD.shape[1])
     dw_DV = _sum_over_devices(sums.dw_PDV, mesh).astype(w_DV.dtype)
-    return sums, (dx_BLD, dw_DV)
+    total = sums.cross_entropy
+    if sums.z_loss is not None:
+        total += z_loss_weight * sums.z_loss
+    return VocabularyLosses(total, sums.cross_entropy, sums.z_loss), (dx_BLD, dw_DV)
 
 
 def _nll_and_gradient(

@@ -28,7 +28,7 @@ def routing_by_layer(
         "in_use"; None reports none.
 
     Returns:
-      One dict of plain numbers per layer:
+      One dict of plain numbers per layer; none for a dense model, which has no routing:
         tokens_per_expert, tokens_per_expert_by_choice: tokens routed to each expert.
         mean_gate: mean gate of each expert.
         max_over_mean: load imbalance, the maximum over the mean of tokens per expert.
@@ -40,6 +40,8 @@ def routing_by_layer(
           whole batch without dropping tokens.
         dropped: tokens dropped because of limited capacity.
     """
+    if not widths:
+        return []
     placements = expert_placement.reference_placements(widths)
     if placement is not None:
         placements = {"in_use": placement, **placements}
@@ -97,17 +99,13 @@ def train_row(
     """
     length = config.data.sequence_length
     tokens = config.training.batch_size * length
-    counts_E = np.asarray(metrics.statistics.counts_KE).sum(axis=(0, 1))
-    # Dropped tokens take part in no matmul. Neither do padding tokens, which are never routed.
-    computed = counts_E.sum() - np.asarray(metrics.statistics.dropped_P).sum()
-    share = computed / (tokens * config.top_k * config.model.num_layers)
+    rows_E = count_computed_rows(config, metrics.statistics)
 
-    def mfu(width: float) -> float | None:
-        """Returns the model FLOPs utilization for experts of a given width."""
+    def mfu(flops_per_token: int) -> float | None:
+        """Returns the model FLOPs utilization."""
         if not peak_flops:
             return None
-        flops = accounting.train_flops_per_token(config, length, width) * tokens
-        return flops / step_seconds / peak_flops
+        return flops_per_token * tokens / step_seconds / peak_flops
 
     row = {
         "step": step,
@@ -120,12 +118,58 @@ def train_row(
         "grad_norm": float(metrics.grad_norm),
         "learning_rate": float(metrics.learning_rate),
         "tokens_per_second": tokens / step_seconds,
-        "mfu_nominal": mfu(accounting.nominal_width(config)),
-        "mfu_realised": mfu(accounting.realized_width(config, counts_E) * share),
+        "mfu_nominal": mfu(accounting.nominal_flops_per_token(config, length)),
+        "mfu_realised": mfu(accounting.realized_flops_per_token(config, length, rows_E, tokens)),
         "step_seconds": step_seconds,
         "skipped_steps": int(metrics.skipped),
+        **_row_of_options(config, metrics),
     }
     return {name: _finite_or_none(value) for name, value in row.items()}
+
+
+def count_computed_rows(config: Config, statistics: RouterStatistics) -> np.ndarray:
+    """Returns the tokens that every expert computed, summed over layers, [E].
+
+    Padding is never routed. Dropped tokens are known per pool; they are taken from the experts of
+    a pool in proportion to their tokens. The FLOPs are exact if the experts of a pool have one
+    width, or if no token is dropped.
+
+    Args:
+        config: the config of the run.
+        statistics: sums over a step, with a leading axis of layers.
+    """
+    if config.is_dense:
+        return np.zeros(0)
+    rows_LE = np.asarray(statistics.counts_KE, np.float64).sum(axis=1)
+    dropped_LP = np.asarray(statistics.dropped_P, np.float64)
+    first = 0
+    for index, pool in enumerate(config.pools):
+        of_pool = slice(first, first + pool.num_experts)
+        routed_L = np.maximum(rows_LE[:, of_pool].sum(axis=1), 1)
+        rows_LE[:, of_pool] *= (1 - dropped_LP[:, index] / routed_L)[:, None]
+        first += pool.num_experts
+    return rows_LE.sum(axis=0)
+
+
+def _row_of_options(config: Config, metrics: Any) -> dict:
+    """Returns the values that only runs with certain options log."""
+    row: dict[str, Any] = {}
+    if config.moe.capacity_factor:
+        row["dropped"] = count_dropped(metrics.statistics)
+    if config.moe.width_penalty_weight:
+        row["width_penalty"] = float(metrics.width_penalty)
+    if metrics.vocab_z_loss is not None:
+        row["vocab_z_loss"] = float(metrics.vocab_z_loss)
+    if metrics.bias_range is not None:
+        smallest, largest = np.asarray(metrics.bias_range).T
+        row["router_bias_min"] = smallest.tolist()
+        row["router_bias_max"] = largest.tolist()
+    return row
+
+
+def count_dropped(statistics: RouterStatistics) -> int:
+    """Returns the number of routed tokens over capacity in all layers."""
+    return int(np.asarray(statistics.dropped_P, np.int64).sum())
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -141,22 +185,24 @@ def console_line(row: dict, layers: list[dict], total_steps: int) -> str:
     Args:
       row: the row from `train_row`, with "data_wait" (share of time spent waiting for data) and
         "epochs" ({dataset: epochs}).
-      layers: from `routing_by_layer`.
+      layers: from `routing_by_layer`; none for a dense model.
       total_steps: the last step of the run.
     """
 
     def number(name: str, form: str) -> str:
         return "nan" if row[name] is None else format(row[name], form)
 
-    load = max(layer["max_over_mean"] for layer in layers)
     dropped = sum(layer["dropped"] for layer in layers)
     epochs = max(row["epochs"].values())
     parts = [
         f"step {row['step']}/{total_steps}",
         f"loss {number('loss', '.4f')}",
         f"{number('bits_per_byte', '.3f')} bits/byte",
-        f"balance {number('balance_loss', '.3f')}",
-        f"load {load:.2f}",
+    ]
+    if layers:
+        load = max(layer["max_over_mean"] for layer in layers)
+        parts += [f"balance {number('balance_loss', '.3f')}", f"load {load:.2f}"]
+    parts += [
         f"grad {number('grad_norm', '.3f')}",
         f"lr {row['learning_rate']:.2e}",
         f"{row['tokens_per_second']:,.0f} tok/s",
@@ -173,6 +219,26 @@ def console_line(row: dict, layers: list[dict], total_steps: int) -> str:
         parts.append(f"epoch {epochs:.1f}")
     remaining = (total_steps - row["step"]) * row["step_seconds"]
     parts.append(f"eta {duration(remaining)}")
+    return "  ".join(parts)
+
+
+def validation_line(step: int, total_steps: int, result: dict) -> str:
+    """Returns the line that is printed for a validation.
+
+    Args:
+      step: the step that was validated.
+      total_steps: the last step of the run.
+      result: from `validation.together`, with what `validation.summarize_sets` adds.
+    """
+    parts = [
+        f"step {step}/{total_steps}",
+        f"validation loss {result['loss']:.4f}",
+        f"{result['bits_per_byte']:.4f} bits/byte",
+    ]
+    if "dropped" in result:
+        parts.append(f"dropped {result['dropped']}")
+    if "sets" in result:
+        parts.append(f"macro-average of {len(result['sets'])} sets {result['macro_loss']:.4f}")
     return "  ".join(parts)
 
 

@@ -69,6 +69,8 @@ class RunLogWriter:
         for name, value in row.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._board.add_scalar(f"{split}/{name}", value, step)
+        for name, result in row.get("sets", {}).items():
+            self._board.add_scalar(f"{split}/sets/{name}/loss", result["loss"], step)
 
     def event(self, event: dict) -> None:
         """Logs an unusual event, such as a skipped step, as a line of events.jsonl.

@@ -23,7 +23,8 @@ def build_metadata(config: Config, data: training_data.TrainingData, mesh: Mesh)
         "data": data.fingerprint,
         "tokenizer": tokenizers.fingerprint(data.tokenizer),
         "tokenizer_model": base64.b64encode(data.tokenizer.serialize()).decode(),
-        "cards": [dataset.card for dataset in data.datasets],
+        "validation_sets": data.set_fingerprints,
+        "cards": [dataset.card for dataset in (*data.datasets, *data.validation_sets)],
         "code": processes.source_digest(),
         "devices": mesh.size,
         "skipped_data": [],
@@ -40,11 +41,33 @@ def check_same_data(expected: dict, step: int, saved: dict) -> None:
       saved: metadata of the checkpoint.
 
     Raises:
-      UserError: the data or the tokenizer differs.
+      UserError: the data, a validation set or the tokenizer differs.
     """
     for name in ("tokenizer", "data"):
         if saved[name] != expected[name]:
             raise UserError(
                 f"checkpoint {step} was trained with other data ({name} {saved[name]!r}), now "
                 f"{expected[name]!r}; restore the data it was trained on, or use another --workdir"
+            )
+    check_same_sets(expected["validation_sets"], step, saved)
+
+
+def check_same_sets(expected: dict[str, str], step: int, saved: dict) -> None:
+    """Checks that a checkpoint was validated on the validation sets of this run.
+
+    Args:
+      expected: {name: fingerprint} of the validation sets of this run.
+      step: the step of the checkpoint.
+      saved: metadata of the checkpoint.
+
+    Raises:
+      UserError: a set differs.
+    """
+    before = saved.get("validation_sets", {})  # checkpoints of older versions lack it
+    for name in sorted(before.keys() | expected.keys()):
+        if before.get(name) != expected.get(name):
+            raise UserError(
+                f"validation set {name!r} is not the one of checkpoint {step} (fingerprint "
+                f"{before.get(name)}, now {expected.get(name)}); restore the data that the run "
+                "began with, or use another --workdir"
             )

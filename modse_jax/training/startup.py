@@ -15,6 +15,7 @@ from modse_jax.data import data_card, training_data
 from modse_jax.moe import expert_placement
 from modse_jax.runtime import files, peak_rate, processes
 from modse_jax.training import (
+    auxiliary_losses,
     console,
     preflight,
     restore,
@@ -170,9 +171,14 @@ def prepare_run(
 def load_data(config: Config, workdir: pathlib.Path) -> training_data.TrainingData:
     """Loads the data on every process; process 0 prepares it first if necessary."""
     data = processes.on_all_processes(lambda: training_data.load(config, workdir), first_alone=True)
-    processes.assert_same({"the data": data.fingerprint})
+    processes.assert_same(
+        {"the data": data.fingerprint, "the validation sets": str(data.set_fingerprints)}
+    )
     for dataset in data.datasets:
         console.log(data_card.summarize_card(dataset.card))
+    for dataset in data.validation_sets:
+        counts = dataset.card["splits"]["validation"]
+        console.log(data_card.summarize_split(f"validation set {dataset.name}", counts))
     return data
 
 
@@ -225,10 +231,12 @@ def first_state(context: RunContext, restored: restore.Restored) -> State:
 
 
 def log_description(context: RunContext) -> None:
-    """Prints parameters, kernels and memory, unless all training steps have been completed."""
+    """Prints parameters, auxiliary losses, kernels and memory, unless no step is left."""
     if context.compiled_step is None:
         return
     program, seconds = context.compiled_step
     console.log(run_description.parameter_table(context.config))
+    for line in auxiliary_losses.description_lines(context.config):
+        console.log(line)
     console.log(context.setup.kernels.line())
     console.log(run_description.memory_line(program, context.setup.state_shapes, seconds))

@@ -9,7 +9,7 @@ L1 in names, because every token except the first is predicted.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -273,6 +273,7 @@ def make_loss(config: Config, mesh: Mesh | None = None) -> LossFunction:
     graph, _ = transformer.build_abstract_model(config, mesh)
     is_mean = config.moe.auxiliary_over_layers == "mean"
     layer_divisor = config.model.num_layers if is_mean else 1
+    micro_batches = config.training.gradient_accumulation
 
     def loss_function(
         params: Params, router_bias: RouterBias, batch: Batch, totals: BatchTotals
@@ -285,7 +286,7 @@ def make_loss(config: Config, mesh: Mesh | None = None) -> LossFunction:
         vocabulary = _vocabulary_losses(
             config, mesh, x_BLD, model.head_weight(), split, totals.targets
         )
-        share = _count_tokens(split) / totals.routed
+        share = _count_tokens(split) / totals.routed if micro_batches > 1 else 1.0
         balance_loss = out.balance_loss * share / layer_divisor
         z_loss = out.z_loss * share / layer_divisor
         width_penalty = out.width_penalty * share / layer_divisor
@@ -393,9 +394,7 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
         spike = finite & is_spike(grad_norm, state.norms, config.training.spike_factor)
         clip_factor = jnp.minimum(1, config.optimizer.grad_clip / grad_norm)
         is_good = finite & ~spike
-        params, opt_state = update(
-            rule, grads, clip_factor, state.params, state.opt_state, is_good
-        )
+        params, opt_state = update(rule, grads, clip_factor, state.params, state.opt_state, is_good)
         # The schedules count updates, so they do not advance in a skipped step.
         updates = state.step - state.skipped
         router_bias = update_router_bias(

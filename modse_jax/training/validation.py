@@ -95,3 +95,23 @@ def together(scored: dict[str, Scored]) -> tuple[dict, RouterStatistics]:
     if len(scored) > 1:
         result["sources"] = {name: part.result() for name, part in scored.items()}
     return result, total.statistics
+
+
+def summarize_sets(scored: dict[str, Scored]) -> dict:
+    """Returns the results of the validation sets, and the unweighted mean of their losses.
+
+    The mean is the macro-average of Slicing and Dicing: a small set counts as much as a large one.
+
+    Args:
+      scored: {name: sums} of every set.
+
+    Returns:
+      {"macro_loss": mean in nats per token, "sets": {name: loss, bits per byte and tokens}}; {}
+      without sets.
+    """
+    if not scored:
+        return {}
+    sets = {name: part.result() for name, part in scored.items()}
+    # `fsum` rounds once, so the mean does not depend on the order of the sets.
+    macro_loss = math.fsum(result["loss"] for result in sets.values()) / len(sets)
+    return {"macro_loss": macro_loss, "sets": sets}

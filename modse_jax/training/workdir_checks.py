@@ -14,6 +14,7 @@ from modse_jax.config.loading import (
     from_saved,
 )
 from modse_jax.config.options import Config
+from modse_jax.data import validation_sets
 from modse_jax.errors import UserError
 from modse_jax.runtime import processes
 from modse_jax.runtime.lock import Lock
@@ -25,6 +26,7 @@ BEFORE_CONFIG = {
     "data",
     "data.partial",
     "data.preparing",
+    validation_sets.FOLDER,
     "checkpoints",
     "environment.json",
     "environment.json.tmp",

@@ -19,7 +19,15 @@ def generate(graph, params, prompts, max_new_tokens, settings, pad_id, eos_id) -
     """Returns all new tokens of every prompt."""
     rows = [[] for _ in prompts]
     for pieces in sampling.stream(
-        graph, Variables(params, {}), prompts, max_new_tokens, settings, KEY, pad_id, eos_id, chunk=4
+        graph,
+        Variables(params, {}),
+        prompts,
+        max_new_tokens,
+        settings,
+        KEY,
+        pad_id,
+        eos_id,
+        chunk=4,
     ):
         rows = [row + piece for row, piece in zip(rows, pieces)]
     return rows

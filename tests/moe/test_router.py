@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modse_jax.model import transformer
+from modse_jax.model import block
 from modse_jax.moe import router
 from modse_jax.moe.layer_options import GATES, ROUTER_NOISES, RouterOptions
 from tests.helpers import numpy_reference
@@ -20,7 +20,7 @@ WIDTHS = (20, 4, 12, 12)
 def make_layer(rng, **moe):
     """Returns (config, float64 weights, jitted function of (weights, x, valid))."""
     config = tiny_config(moe=moe)
-    graph, state = nnx.split(transformer.build_moe_layer(config, None, nnx.Rngs(0)))
+    graph, state = nnx.split(block.build_moe_layer(config, None, nnx.Rngs(0)))
     weights = nnx.to_pure_dict(state)
     weights = {k: rng.normal(size=v.shape) / 2 for k, v in weights.items()}
 

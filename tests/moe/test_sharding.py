@@ -12,7 +12,7 @@ from flax import nnx
 
 from modse_jax.config import device_mesh
 from modse_jax.errors import UserError
-from modse_jax.model import kernel_selection, transformer
+from modse_jax.model import block, kernel_selection
 from modse_jax.moe import expert_placement
 from modse_jax.moe.experts import select
 from modse_jax.planning.hlo_collectives import list_collectives
@@ -157,7 +157,7 @@ def test_capacity_drops_are_counted_once(placement):
 
     def layer(mesh):
         def f(x, valid):
-            return transformer.build_moe_layer(config, mesh, nnx.Rngs(0))(x, valid)
+            return block.build_moe_layer(config, mesh, nnx.Rngs(0))(x, valid)
 
         y, *_, statistics = jax.jit(f)(x, valid)
         return y, statistics.dropped_P.sum()
@@ -178,7 +178,7 @@ def test_balance_loss_scope_is_the_batch_or_the_mean_over_devices(scope):
     valid = valid.at[0].set(False)
 
     def loss(x, valid, mesh):
-        return transformer.build_moe_layer(config, mesh, nnx.Rngs(0))(x, valid)[1]
+        return block.build_moe_layer(config, mesh, nnx.Rngs(0))(x, valid)[1]
 
     def expected(x):
         parts = (

@@ -159,6 +159,8 @@ def test_every_option_is_read_by_a_run(finished):
         "moe.width",
         "moe.widths",
         "moe.pairs",
+        # training/loss_free_balancing.py, with a bias rule:
+        "moe.bias_recenter",
         # moe/layer.py, if the experts are sharded:
         "moe.exchange",
     }
@@ -276,6 +278,19 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished):
         for name in ("loss", "bits_per_byte"):
             assert result["loss"][name] == pytest.approx(logged[name], rel=1e-6)
     assert counts[1:] == counts[:-1]
+
+
+def test_evaluation_with_a_capacity_counts_dropped_tokens(finished):
+    model = model_loading.load_model(finished.workdir, 0, 8)
+    config = change(model.config, "evaluation", capacity_factor=0.25)
+    validated = scoring.validate(model._replace(config=config), 8, 8)
+    dropped = [layer["dropped"] for layer in validated.routing]
+    assert min(dropped) > 0
+    assert validated.loss["dropped"] == sum(dropped)
+    text = scoring.format_results({"step": 6, "limit": 8, "loss": validated.loss})
+    assert f"tokens, {sum(dropped)} dropped" in text
+    line = metrics.validation_line(6, 6, validated.loss)
+    assert line.endswith(f"dropped {sum(dropped)}")
 
 
 def test_samples_report_and_summary(finished):

@@ -16,7 +16,13 @@ from modse_jax.config.options import Config, MeshConfig
 from modse_jax.errors import UserError
 from modse_jax.model import accounting
 from modse_jax.runtime import sharding
-from modse_jax.training import metrics, optimizer, train_step, train_step_cpu
+from modse_jax.training import (
+    auxiliary_losses,
+    metrics,
+    optimizer,
+    train_step,
+    train_step_cpu,
+)
 from tests.helpers.configs import tiny_config
 from tests.helpers.steps import assert_close, batch, initial_state
 
@@ -77,6 +83,8 @@ def test_realized_flops_count_only_routed_tokens(capacity):
     row = metrics.train_row(config, 1, results, 2.0, 1.0, 1e9)
     dropped = int(results.statistics.dropped_P.sum())
     assert (dropped > 0) == (capacity > 0)
+    assert row.get("dropped", 0) == dropped
+    assert ("dropped" in row) == (capacity > 0)
     assert row["mfu_realised"] < row["mfu_nominal"]
     layers_times_k = 4
     routed = 249 * layers_times_k - dropped
@@ -164,20 +172,32 @@ def test_gradients_are_clipped():
 
 
 def test_accumulation_equals_one_large_batch():
-    """Except for the load-balancing loss, which is nonlinear in the batch and so is off here."""
-    config = tiny_config(moe=dict(balance_loss_weight=0.0, z_loss_weight=0.0))
-    training = dataclasses.replace(config.training, gradient_accumulation=4)
-    state, results = run_one_step(config)
-    split_state, split_results = run_one_step(dataclasses.replace(config, training=training))
-    assert_close(
-        (split_results.loss, split_results.grad_norm), (results.loss, results.grad_norm), 1e-5
+    """Except for the load-balancing loss, which is nonlinear in the batch and so is off here.
+
+    Rows 3 and 7, which are the last of four micro-batches, are padding.
+    """
+    config = tiny_config(
+        moe=dict(balance_loss_weight=0.0, z_loss_weight=1.0),
+        training=dict(vocab_z_loss_weight=0.1),
     )
+    rows = batch(config)
+    rows["segments"] = rows["segments"].at[jnp.array([3, 7])].set(0).at[1, 9:].set(0)
+    training = dataclasses.replace(config.training, gradient_accumulation=4)
+    split_config = dataclasses.replace(config, training=training)
+    state, results = jax.device_get(jitted_step(config)(initial_state(config), rows))
+    split_state, split_results = jax.device_get(
+        jitted_step(split_config)(initial_state(config), rows)
+    )
+    for name in ("loss", "z_loss", "vocab_z_loss", "grad_norm"):
+        assert float(getattr(split_results, name)) == pytest.approx(
+            float(getattr(results, name)), rel=1e-5
+        )
     np.testing.assert_array_equal(split_results.statistics.counts_KE, results.statistics.counts_KE)
     assert_close(split_state.params, state.params, 1e-5)
 
 
 def test_nonfinite_step_changes_only_counters():
-    config = tiny_config()
+    config = tiny_config(moe=dict(bias_rule="sign"))
     state = initial_state(config)
     step = jitted_step(config)
     bad_head = state.params["head"].at[0, 0].set(jnp.inf)
@@ -185,8 +205,8 @@ def test_nonfinite_step_changes_only_counters():
     after, results = jax.device_get(step(bad, batch(config)))
     assert int(results.skipped) == int(results.nonfinite_in_a_row) == 1
     assert int(after.step) == 1
-    expected = jax.tree.leaves((bad.params, bad.opt_state))
-    actual = jax.tree.leaves((after.params, after.opt_state))
+    expected = jax.tree.leaves((bad.params, bad.opt_state, bad.router_bias))
+    actual = jax.tree.leaves((after.params, after.opt_state, after.router_bias))
     for one, other in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -195,9 +215,51 @@ def test_nonfinite_step_changes_only_counters():
     assert int(results.skipped) == 1
     assert int(results.nonfinite_in_a_row) == 0
     assert not np.array_equal(good.params["head"], state.params["head"])
+    assert results.bias_range.tolist() == [[-np.float32(1e-3), np.float32(1e-3)]] * 2
 
 
-def test_scores_equal_the_training_loss_and_ignore_capacity():
+def test_auxiliary_losses_are_summed_or_averaged_over_layers():
+    """The printed values hold for a router and a head of zeros, which give equal probabilities."""
+    moe = dict(z_loss_weight=0.1, balance_loss_weight=0.2)
+    training = dict(vocab_z_loss_weight=0.3)
+    expected = {
+        "sum": [
+            "load-balancing loss: weight 0.2, all choices, summed over 2 layers; 4 at perfect "
+            "balance, which adds 0.8 to the loss",
+            "router z-loss: weight 0.1, mean over tokens, summed over 2 layers; 3.84362 if all "
+            "router logits are 0, which adds 0.384 to the loss",
+        ],
+        "mean": [
+            "load-balancing loss: weight 0.2, all choices, averaged over 2 layers; 2 at perfect "
+            "balance, which adds 0.4 to the loss",
+            "router z-loss: weight 0.1, mean over tokens, averaged over 2 layers; 1.92181 if all "
+            "router logits are 0, which adds 0.192 to the loss",
+        ],
+    }
+    vocabulary = (
+        "vocabulary z-loss: weight 0.3, mean over targets; 32.5331 if all logits are 0, which "
+        "adds 9.76 to the loss"
+    )
+    for mode, lines in expected.items():
+        config = tiny_config(moe=dict(auxiliary_over_layers=mode, **moe), training=training)
+        assert auxiliary_losses.description_lines(config) == [*lines, vocabulary]
+        state = initial_state(config)
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf * (path[-1].key not in ("head", "router_gate")), state.params
+        )
+        rows = batch(config)
+        targets = train_step.inputs_and_targets(**{f"{k}_BL1": v for k, v in rows.items()})
+        totals = train_step.BatchTotals(jnp.sum(targets.weights_BL), jnp.float32(1))
+        total, terms = jax.jit(train_step.make_loss(config))(params, {}, rows, totals)
+        layers = 2 if mode == "sum" else 1
+        assert float(terms.balance_loss) == pytest.approx(2 * layers)
+        assert float(terms.z_loss) == pytest.approx(np.log(4) ** 2 * layers)
+        assert float(terms.vocab_z_loss) == pytest.approx(np.log(300) ** 2)
+        added = 0.2 * terms.balance_loss + 0.1 * terms.z_loss + 0.3 * terms.vocab_z_loss
+        assert float(total) == pytest.approx(float(terms.cross_entropy + added))
+
+
+def test_scores_equal_the_training_loss_and_ignore_the_capacity_of_training():
     config = tiny_config()
     limited = tiny_config(moe=dict(capacity_factor=0.25))
     score = jax.jit(train_step.make_score_step(limited))
@@ -206,7 +268,14 @@ def test_scores_equal_the_training_loss_and_ignore_capacity():
     _, results = run_one_step(config)
     assert mean == pytest.approx(float(results.loss), rel=1e-5)
     # Training with a capacity does drop tokens.
-    _, limited_results = run_one_step(tiny_config(moe=dict(capacity_factor=0.5)))
+    limited = tiny_config(moe=dict(capacity_factor=0.5))
+    _, limited_results = run_one_step(limited)
+    # So does evaluation, with the capacity of evaluation.
+    config = tiny_config(evaluation=dict(capacity_factor=0.5))
+    *_, statistics = jax.jit(train_step.make_score_step(config))(
+        initial_state(config).variables, batch(config)
+    )
+    np.testing.assert_array_equal(statistics.dropped_P, limited_results.statistics.dropped_P)
     assert int(results.statistics.dropped_P.sum()) == 0
     assert int(limited_results.statistics.dropped_P.sum()) > 0
 
@@ -238,7 +307,7 @@ def test_learning_rate_schedule_is_that_of_the_paper():
     assert float(rate(100)) == pytest.approx(3e-5)
 
 
-def test_only_weight_matrices_decay():
+def test_weight_decay_is_on_matrices_or_on_all_parameters():
     config = tiny_config(moe=dict(router_noise="learned"))
     params = jax.eval_shape(lambda: train_step.init_state(config)).params
     decays = optimizer.weight_decay_mask(params, "matrices")
@@ -249,6 +318,17 @@ def test_only_weight_matrices_decay():
     assert decays["embedding"]
     assert blocks["moe"]["w_down"]
     assert blocks["moe"]["router_gate"]
+    assert all(jax.tree.leaves(optimizer.weight_decay_mask(params, "all")))
+
+    # Without gradients, a parameter shrinks by the learning rate times the weight decay.
+    config = tiny_config(
+        optimizer=dict(weight_decay_on="all", weight_decay=0.5, initial_learning_rate=0.01)
+    )
+    state = initial_state(config)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    rule = optimizer.build_optimizer(config)
+    updates, _ = rule.update(zeros, state.opt_state, state.params)
+    assert_close(updates, jax.tree.map(lambda p: -0.005 * p, state.params), 1e-7)
 
 
 def test_meshes_that_do_not_fit_are_refused():

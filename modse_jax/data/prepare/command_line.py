@@ -29,10 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; prints a summary, or one line and a nonzero exit code."""
     parser = _build_parser()
     options = parser.parse_args(argv)
-    is_fraction = 0 < options.validation_fraction < 1
+    is_fraction = 0 < options.validation_fraction <= 1
     if options.sequence_length < 2 or not is_fraction or options.workers < 1:
         parser.error(
-            "--sequence_length must be >= 2, --validation_fraction between 0 and 1, --workers >= 1"
+            "--sequence_length must be >= 2, --validation_fraction above 0 and at most 1, "
+            "--workers >= 1"
         )
     # SIGTERM raises KeyboardInterrupt too, so that the worker processes are ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -98,7 +99,8 @@ def _add_document_options(parser: argparse.ArgumentParser, default: DataConfig) 
         "--validation_fraction",
         type=float,
         default=default.validation_fraction,
-        help="share of validation documents if there is no --validation_source",
+        help="share of validation documents if there is no --validation_source; 1 prepares a "
+        "validation set, without training documents",
     )
     parser.add_argument(
         "--field",

@@ -113,8 +113,8 @@ def encode_documents(
         workers: number of processes.
 
     Raises:
-        UserError: the training split has fewer tokens than a record, or there is no validation
-            document.
+        UserError: the training split has fewer tokens than a record (unless all documents are for
+            validation), or there is no validation document.
     """
     num_sampled = max(MIN_SAMPLED_DOCUMENTS, SAMPLED_DOCUMENTS // len(parts))
     work = functools.partial(
@@ -159,7 +159,8 @@ def _sum_counts(parts: list[SplitCounts]) -> dict[str, Any]:
 
 def _check_splits(data: DataConfig, splits: dict[str, dict[str, Any]]) -> None:
     num_training_tokens = splits["train"]["tokens"]
-    if num_training_tokens < data.sequence_length:
+    is_too_short = num_training_tokens < data.sequence_length
+    if is_too_short and not data_card.has_only_validation(data):
         raise UserError(
             f"source {data.source!r} has {num_training_tokens} training tokens, fewer than one "
             f"record of {data.sequence_length}; give more text or a shorter sequence_length"

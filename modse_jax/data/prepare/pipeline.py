@@ -17,16 +17,23 @@ import shutil
 from typing import Any
 
 from modse_jax.config.options import DataConfig
-from modse_jax.data import sources, tokenizers
+from modse_jax.data import data_card, sources, tokenizers
 from modse_jax.data.prepare import encoding, publishing, scanning
 from modse_jax.data.prepare.working_directory import WorkingDirectory, plan_fingerprint
 from modse_jax.data.sources import Part
 from modse_jax.errors import UserError
 from modse_jax.runtime.lock import Lock
 
+# A larger source must be prepared with its own command, before the run.
+MAX_ON_THE_FLY_BYTES = 256 * 2**20
+
 
 def prepare_data(
-    data: DataConfig, out: str | pathlib.Path, vocab_size: int, workers: int = 1
+    data: DataConfig,
+    out: str | pathlib.Path,
+    vocab_size: int,
+    workers: int = 1,
+    encoder: tokenizers.Tokenizer | None = None,
 ) -> dict[str, Any]:
     """Prepares the source of a config: tokenizes its documents into records of equal length.
 
@@ -34,10 +41,12 @@ def prepare_data(
     options resumes from there.
 
     Args:
-        data: the data section of a config.
+        data: the data section of a config. With `validation_fraction=1` and no validation source,
+            all documents are validation documents.
         out: the directory to make.
         vocab_size: number of pieces of a tokenizer that is trained on the source.
         workers: number of processes.
+        encoder: the tokenizer; None takes the one that `data.tokenizer` names.
 
     Returns:
         The card: a description of the data, which is also written to card.json.
@@ -49,9 +58,8 @@ def prepare_data(
     out = pathlib.Path(out).expanduser().absolute()
     _check_output(out)
     parts = _find_parts(data)
-    encoder = None
-    if data.tokenizer != tokenizers.TRAINED_ON_SOURCE:
-        encoder = tokenizers.load(data.tokenizer)
+    if encoder is None:
+        encoder = _load_tokenizer(data)
     new_folders = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     directory = WorkingDirectory(out.with_name(out.name + ".partial"))
@@ -83,10 +91,27 @@ def _check_output(out: pathlib.Path) -> None:
         raise UserError(f"{out} is not empty; name a new directory or remove it")
 
 
+def _load_tokenizer(data: DataConfig) -> tokenizers.Tokenizer | None:
+    """Returns the tokenizer that the options name; None if it is to be trained on the source.
+
+    Raises:
+        UserError: the tokenizer is invalid, or is to be trained without training documents.
+    """
+    if data.tokenizer != tokenizers.TRAINED_ON_SOURCE:
+        return tokenizers.load(data.tokenizer)
+    if data_card.has_only_validation(data):
+        raise UserError(
+            f"tokenizer={data.tokenizer} is trained on training documents, and with "
+            "validation_fraction=1 there are none; name a tokenizer, such as sentencepiece:FILE"
+        )
+    return None
+
+
 def _find_parts(data: DataConfig) -> list[Part]:
     """Returns the parts of the source, and then those of the validation source if there is one."""
     if not data.validation_source:
-        return sources.find_parts(data.source, data.field)
+        is_validation = True if data_card.has_only_validation(data) else None
+        return sources.find_parts(data.source, data.field, is_validation)
     training_parts = sources.find_parts(data.source, data.field, is_validation=False)
     validation_parts = sources.find_parts(data.validation_source, data.field, is_validation=True)
     return [*training_parts, *validation_parts]

@@ -66,7 +66,9 @@ def _write_dataset(
     folder.mkdir(parents=True)
     split_infos = []
     for split in data_card.SPLITS:
-        split_infos.append(_link_shards(directory, folder, split, shard_lengths[split]))
+        # TFDS does not accept a split without records, as the training split of a validation set.
+        if any(shard_lengths[split]):
+            split_infos.append(_link_shards(directory, folder, split, shard_lengths[split]))
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         split_infos=split_infos,

@@ -200,9 +200,7 @@ class Programs:
     def _make_prefill(self, max_new_tokens: int) -> Callable:
         graph = self._graph
 
-        def prefill(
-            variables: Variables, inputs: dict[str, jax.Array]
-        ) -> sampling.DecodingState:
+        def prefill(variables: Variables, inputs: dict[str, jax.Array]) -> sampling.DecodingState:
             tokens_BP = inputs["tokens"]
             return sampling.prefill(graph, variables, tokens_BP, inputs["lengths"], max_new_tokens)
 

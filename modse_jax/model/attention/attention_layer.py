@@ -16,12 +16,14 @@ from jax.sharding import Mesh
 
 from modse_jax.config.options import ModelConfig
 from modse_jax.model.attention.blocked import attend_packed
-from modse_jax.model.attention.cpu_matmul import matmul
 from modse_jax.model.attention.cudnn_attention import attend_cudnn
 from modse_jax.model.attention.reference import attend
 from modse_jax.model.attention.rotary import rotary_tables, rotate
 from modse_jax.model.attention.selection import select_attention
 from modse_jax.model.attention.splash_attention import attend_splash
+from modse_jax.model.cpu_matmul import matmul
+from modse_jax.model.initialization import draw_normal
+from modse_jax.model.normalization import RMSNorm
 from modse_jax.runtime import sharding
 
 # On CPU, the softmax weights of sequences up to this length are saved for the backward pass, where
@@ -100,12 +102,17 @@ class Attention(nnx.Module):
         D, A = config.dim, config.num_heads
         G = config.num_kv_heads or A
         C = D // A
-        self.w_query = nnx.Param(_draw_normal(rngs, (D, A, C), D**-0.5))
-        self.w_key = nnx.Param(_draw_normal(rngs, (D, G, C), D**-0.5))
-        self.w_value = nnx.Param(_draw_normal(rngs, (D, G, C), D**-0.5))
+        in_std = config.init_std or D**-0.5
+        self.w_query = nnx.Param(draw_normal(rngs, (D, A, C), in_std))
+        self.w_key = nnx.Param(draw_normal(rngs, (D, G, C), in_std))
+        self.w_value = nnx.Param(draw_normal(rngs, (D, G, C), in_std))
         # The output of a residual branch is initialized 1 / sqrt(2 * num_layers) as large.
-        out_std = D**-0.5 / (2 * config.num_layers) ** 0.5
-        self.w_out = nnx.Param(_draw_normal(rngs, (A, C, D), out_std))
+        out_std = config.init_std or D**-0.5 / (2 * config.num_layers) ** 0.5
+        self.w_out = nnx.Param(draw_normal(rngs, (A, C, D), out_std))
+        self.normalizes_queries_and_keys = config.qk_norm == "full"
+        if self.normalizes_queries_and_keys:
+            self.query_norm = RMSNorm(A * C, config.norm_eps)
+            self.key_norm = RMSNorm(G * C, config.norm_eps)
 
     def __call__(
         self, x_BLD: jax.Array, attention_inputs: AttentionInputs, cache: Cache | None = None
@@ -121,6 +128,9 @@ class Attention(nnx.Module):
             y_BLD, and the cache with the keys and values of these tokens added, or None.
         """
         query_BLAC, key_BLGC, value_BLGC = self._project(x_BLD)
+        if self.normalizes_queries_and_keys:
+            query_BLAC = _normalize_all_heads(self.query_norm, query_BLAC)
+            key_BLGC = _normalize_all_heads(self.key_norm, key_BLGC)
         query_BLAC = rotate(query_BLAC, *attention_inputs.rotary_BL1H)
         key_BLGC = rotate(key_BLGC, *attention_inputs.rotary_BL1H)
         if cache is None:
@@ -181,6 +191,12 @@ class Attention(nnx.Module):
         return sharding.chip_name(self.mesh)
 
 
+def _normalize_all_heads(norm: RMSNorm, x_BLAC: jax.Array) -> jax.Array:
+    """Normalizes the heads of every token together, not each on its own (OLMo 2, OLMoE)."""
+    x_BLD = x_BLAC.reshape(*x_BLAC.shape[:2], -1)
+    return norm(x_BLD).reshape(x_BLAC.shape)
+
+
 def _write_cache(
     cache: Cache, key_BLGC: jax.Array, value_BLGC: jax.Array, positions_BL: jax.Array
 ) -> Cache:
@@ -194,8 +210,3 @@ def _write_cache(
         cached_key_BSGC.at[row_B1, positions_BL].set(key_BLGC, mode="drop"),
         cached_value_BSGC.at[row_B1, positions_BL].set(value_BLGC, mode="drop"),
     )
-
-
-def _draw_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
-    """Returns normal numbers truncated at 3 standard deviations, float32."""
-    return std * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)
