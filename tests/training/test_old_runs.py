@@ -32,7 +32,7 @@ def test_an_old_run_resumes_with_the_same_losses(old_run):
     expected = json.loads((RUNS / "run_2026_11.json").read_text())
     saved = json.loads((old_run / "config.json").read_text())
     saved["training"]["steps"] = 8
-    config = loading.from_dict(saved)
+    config = loading.from_saved(saved)
     assert loop.train(config, str(old_run)) == ExitCode.FINISHED
     rows = run_logs.read_log(old_run / "metrics.jsonl")
     training = [row for row in rows if row["split"] == "train"]
