@@ -62,7 +62,7 @@ def _git_output(*arguments: str) -> str:
 def parameter_table(config: Config) -> str:
     """Returns the number of parameters by kind, in total, and active per token, as a table."""
     counts = accounting.count_parameters(config)
-    active = accounting.active_parameters(config)
+    active = accounting.count_active_parameters(config).total
     widths = ", ".join(map(str, config.widths[:WIDTHS_SHOWN]))
     ellipsis = " ..." if len(config.widths) > WIDTHS_SHOWN else ""
     lines = ["parameters"]
