@@ -45,7 +45,7 @@ def random_text(seed: int = 0, num_paragraphs: int = 120) -> str:
     rng = random.Random(seed)
     paragraphs = []
     for _ in range(num_paragraphs):
-        lines = ["".join(rng.choice(ALPHABET) for _ in range(60)) for _ in range(20)]
+        lines = ["".join(rng.choices(ALPHABET, k=60)) for _ in range(20)]
         paragraphs.append("\n".join(lines) + "\n\n")
     return "".join(paragraphs)
 
