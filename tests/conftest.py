@@ -1,6 +1,7 @@
 """Every test runs on CPU with 8 virtual devices, and silent rank promotion is an error."""
 
 import atexit
+import dataclasses
 import gc
 import os
 import shutil
@@ -10,6 +11,7 @@ import tempfile
 import jax
 import pytest
 
+from modse_jax.config.options import CheckpointConfig, DataConfig, EvaluationConfig
 from modse_jax.runtime import sharding
 from modse_jax.training import train_step
 
@@ -86,7 +88,14 @@ def equal_training_steps_are_compiled_once():
             return original(config, mesh, options)
         is_optimized = not jax.config.read("jax_disable_most_optimizations")
         replaceable = train_step.make_train_step, train_step.lower_train_step, sharding.chip_name
-        key = config, mesh, is_optimized, replaceable
+        # The step is the same for all data of one length, and does not depend on what is saved.
+        relevant = dataclasses.replace(
+            config,
+            data=DataConfig(sequence_length=config.data.sequence_length),
+            evaluation=EvaluationConfig(),
+            checkpoint=CheckpointConfig(),
+        )
+        key = relevant, mesh, is_optimized, replaceable
         if key not in programs:
             programs[key] = original(config, mesh)
         return programs[key]

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from modse_jax.config import device_mesh
-from modse_jax.config.loading import from_dict
 from modse_jax.config.options import DataConfig, MeshConfig
 from modse_jax.data import batching, prepared_data, training_data
 from modse_jax.data.prepare import pipeline
@@ -37,7 +36,7 @@ from modse_jax.training import (
 from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
 from tests.helpers import faults
 from tests.helpers.configs import tiny_config
-from tests.helpers.runs import ROOT, config_for, environment, state_of, train_args
+from tests.helpers.runs import ROOT, config_for, environment, state_of
 from tests.helpers.steps import batch, initial_state
 
 NOTHING = {"validation_loss": None}
@@ -501,10 +500,15 @@ def test_bit_flips_in_prepared_data_are_never_silent(corpus, tmp_path):
 
 def test_run_killed_during_a_save_ends_like_an_uninterrupted_run(corpus, tmp_path):
     """The process is killed before its second checkpoint is complete."""
+    config = config_for(corpus)
+    straight = tmp_path / "straight"
+    killed = tmp_path / "killed"
+    assert loop.train(config, str(straight)) == ExitCode.FINISHED
     code = (
-        "import os, sys\n"
-        "from modse_jax.cli import train_command\n"
+        "import json, os, sys\n"
+        "from modse_jax.config.loading import from_dict\n"
         "from modse_jax.runtime import integrity\n"
+        "from modse_jax.training import loop\n"
         "seal = integrity.seal\n"
         "folders = []\n"
         "def seal_first_checkpoint(folder, *rest):\n"
@@ -512,12 +516,10 @@ def test_run_killed_during_a_save_ends_like_an_uninterrupted_run(corpus, tmp_pat
         "    if len(folders) == 2: os.kill(os.getpid(), 9)\n"
         "    return seal(folder, *rest)\n"
         "integrity.seal = seal_first_checkpoint\n"
-        "sys.argv[0] = 'train.py'\n"
-        "train_command.run()"
+        "loop.train(from_dict(json.loads(sys.argv[1])), sys.argv[2])\n"
     )
-    killed = tmp_path / "killed"
     done = subprocess.run(
-        [sys.executable, "-c", code, *train_args(corpus, killed)],
+        [sys.executable, "-c", code, json.dumps(dataclasses.asdict(config)), str(killed)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -525,14 +527,10 @@ def test_run_killed_during_a_save_ends_like_an_uninterrupted_run(corpus, tmp_pat
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in (killed / "checkpoints").glob("0*[0-9]")] == ["00000003"]
-    config = from_dict(json.loads((killed / "config.json").read_text()))
-    straight = tmp_path / "straight"
-    logs = []
-    for workdir in (killed, straight):
-        assert loop.train(config, str(workdir)) == ExitCode.FINISHED
-        rows = run_logs.read_log(workdir / "metrics.jsonl")
-        logs.append([(row["step"], row["split"], row["loss"]) for row in rows])
-    assert logs[0] == logs[1]
+    assert loop.train(config, str(killed)) == ExitCode.FINISHED
+    logs = [run_logs.read_log(workdir / "metrics.jsonl") for workdir in (straight, killed)]
+    losses = [[(row["step"], row["split"], row["loss"]) for row in rows] for rows in logs]
+    assert losses[0] == losses[1]
     expected = jax.tree.leaves(state_of(straight, config))
     for one, other in zip(expected, jax.tree.leaves(state_of(killed, config)), strict=True):
         np.testing.assert_array_equal(one, other)
