@@ -15,6 +15,10 @@ from modse_jax.training import train_step
 
 # The variable is for the processes that tests start.
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+# lm-evaluation-harness reads these when it is imported. Without them it waits for the network.
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
 jax.config.update("jax_platforms", "cpu")
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -19,6 +19,7 @@ import pytest
 from benchmarks.accelerator import __main__, phases, reference, results, schedule, table
 from modse_jax import errors
 from modse_jax.moe.experts import expert_weights, reference_ffn, select
+from tests.conftest import FASTER_TO_COMPILE
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -110,6 +111,7 @@ def rehearsal(request, tmp_path_factory):
         f"--out={folder}",
         PYTHONPATH=f"{folder}:{ROOT}",
         BLOCKED_IMPORTS=json.dumps(sorted(blocked)),
+        XLA_FLAGS=FASTER_TO_COMPILE,
         JAX_NUM_CPU_DEVICES="2",
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     )

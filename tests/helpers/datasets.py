@@ -40,7 +40,7 @@ def single_dataset(dataset: Dataset) -> TrainingData:
     return TrainingData((dataset,), (1.0,))
 
 
-def random_text(seed: int = 0, num_paragraphs: int = 40) -> str:
+def random_text(seed: int = 0, num_paragraphs: int = 90) -> str:
     """Returns paragraphs of 20 lines of random characters, each followed by a blank line."""
     rng = random.Random(seed)
     paragraphs = []

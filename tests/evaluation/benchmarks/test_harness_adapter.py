@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import math
-import os
 import queue
 import threading
 import types
@@ -22,9 +21,6 @@ from modse_jax.model.variables import Variables
 from modse_jax.runtime import processes, sharding
 from modse_jax.training import train_step
 from tests.helpers.configs import tiny_config
-
-os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the harness is imported
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 CONTEXT = 64  # context_length of the model
 BOS = 1

@@ -1,7 +1,6 @@
 """Complete benchmarks on small files: prompts, results, comparison and invalid input."""
 
 import json
-import os
 import pathlib
 import tempfile
 
@@ -22,9 +21,6 @@ from modse_jax.evaluation.benchmarks import (
 from tests.helpers import benchmark_files
 from tests.helpers.configs import tiny_config
 from tests.helpers.runs import save_untrained_run
-
-os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the harness is imported
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 FAMILIES = ("agieval", "mmlu", "gsm8k", "lambada", "math", "triviaqa", "piqa", "siqa")
 OTHERS = ("piqa_generated", "siqa_generated", "intent")
