@@ -102,7 +102,8 @@ def local_rows(mesh: Mesh, count: int) -> list[int]:
       mesh: the mesh.
       count: number of rows of the batch.
     """
-    indices = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    slices = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    indices = [index for index in slices if index is not None]  # a device of the mesh has one
     return sorted({row for (rows,) in indices for row in range(*rows.indices(count))})
 
 

@@ -38,6 +38,9 @@ class AuxiliaryLoss(NamedTuple):
 
 def description_lines(config: Config) -> list[str]:
     """Returns a line for each auxiliary loss that is used, and one for the bias rule, if any."""
+    if config.is_dense:
+        vocabulary = _vocabulary_z_loss(config)
+        return [vocabulary.line()] if vocabulary.weight else []
     losses = [
         _balance_loss(config),
         _router_z_loss(config),
