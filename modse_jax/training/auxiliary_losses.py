@@ -38,6 +38,9 @@ class AuxiliaryLoss(NamedTuple):
 
 def description_lines(config: Config) -> list[str]:
     """Returns a line for each auxiliary loss that is used, and one for the bias rule, if any."""
+    if config.is_dense:
+        vocabulary = _vocabulary_z_loss(config)
+        return [vocabulary.line()] if vocabulary.weight else []
     losses = [
         _balance_loss(config),
         _router_z_loss(config),
@@ -52,7 +55,9 @@ def description_lines(config: Config) -> list[str]:
 def _balance_loss(config: Config) -> AuxiliaryLoss:
     moe = config.moe
     choices = "first choices" if moe.balance_loss_count == "argmax" else "all choices"
-    per_layer = sum(_chosen(config))
+    if moe.balance_loss_over_choices == "mean":
+        choices = f"mean over {choices}"
+    per_layer = sum(_value_at_balance(config))
     return AuxiliaryLoss(
         name="load-balancing loss",
         weight=moe.balance_loss_weight,
@@ -62,9 +67,13 @@ def _balance_loss(config: Config) -> AuxiliaryLoss:
     )
 
 
-def _chosen(config: Config) -> list[int]:
-    """Returns the choices of a token that the load-balancing loss counts, for each pool."""
-    if config.moe.balance_loss_count == "argmax":
+def _value_at_balance(config: Config) -> list[int]:
+    """Returns the load-balancing loss of each pool if its experts are equally loaded.
+
+    It is the number of choices of a token that are counted, or 1 for their mean.
+    """
+    moe = config.moe
+    if moe.balance_loss_count == "argmax" or moe.balance_loss_over_choices == "mean":
         return [1 for _ in config.pools]
     return [pool.top_k for pool in config.pools]
 

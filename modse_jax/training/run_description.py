@@ -1,7 +1,4 @@
-"""Descriptions that a run writes or prints when it starts.
-
-These are environment.json, the table of parameters, and a line on memory.
-"""
+"""Descriptions that a run writes or prints when it starts: environment.json, a line on memory."""
 
 import importlib.metadata
 import math
@@ -12,8 +9,6 @@ import sys
 
 import jax
 
-from modse_jax.config.options import Config
-from modse_jax.model import accounting
 from modse_jax.runtime import memory_usage
 from modse_jax.training.train_step import State
 
@@ -30,8 +25,6 @@ PACKAGES = (
     "tensorflow-datasets",
     "numpy",
 )
-
-WIDTHS_SHOWN = 16  # most expert widths that the parameter table lists
 
 
 def describe_environment() -> dict:
@@ -57,21 +50,6 @@ def _git_output(*arguments: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()
-
-
-def parameter_table(config: Config) -> str:
-    """Returns the number of parameters by kind, in total, and active per token, as a table."""
-    counts = accounting.count_parameters(config)
-    active = accounting.active_parameters(config)
-    widths = ", ".join(map(str, config.widths[:WIDTHS_SHOWN]))
-    ellipsis = " ..." if len(config.widths) > WIDTHS_SHOWN else ""
-    lines = ["parameters"]
-    lines += [f"  {name:12} {count:>15,}" for name, count in counts._asdict().items()]
-    lines += [
-        f"  {'total':12} {counts.total:>15,}",
-        f"  {'active':12} {active:>15,}  at equal load; widths {widths}{ellipsis}",
-    ]
-    return "\n".join(lines)
 
 
 def memory_line(
