@@ -6,7 +6,6 @@ can be killed at any moment and started again.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import select
@@ -17,13 +16,13 @@ import time
 import types
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from modse_jax.errors import DiskFullError, ExitCode, UserError
 from modse_jax.runtime import processes, signals
 from modse_jax.runtime.lock import LockHeldError, hold_lock, wait_for_lock
-from modse_jax.sweeps import planning, results, worker
+from modse_jax.sweeps import orders, planning, results
 from modse_jax.sweeps.definition import ResolvedArm
+from modse_jax.sweeps.orders import Order, Reply
 from modse_jax.sweeps.planning import PlannedRun
 from modse_jax.sweeps.progress import Progress
 from modse_jax.sweeps.results import SweepDirectory
@@ -34,13 +33,6 @@ MAX_DEATHS = 2
 POLL_SECONDS = 0.5
 WAIT_SECONDS = 1.0  # between two looks at the runs of other processes
 PACKAGE_PARENT = pathlib.Path(__file__).parents[2]
-
-
-class Reply(NamedTuple):
-    """A reply of a worker; see `worker`."""
-
-    kind: str
-    text: str
 
 
 class WorkerProcess:
@@ -82,7 +74,7 @@ class WorkerProcess:
         if not newline:
             return None
         self._received = rest
-        return Reply(*json.loads(line))
+        return orders.decode_reply(line)
 
     def wait(self) -> int:
         """Waits until the process ends, and returns its exit code."""
@@ -173,13 +165,13 @@ class Runner:
                     self._record_death(run)
                     return False
                 continue
-            if reply.kind == worker.BUSY:
+            if reply.kind == orders.BUSY:
                 return True
-            if reply.kind == worker.DISK_FULL:
+            if reply.kind == orders.DISK_FULL:
                 raise DiskFullError(f"{reply.text}; make room and run the same command again")
-            if reply.kind == worker.STOPPED:
+            if reply.kind == orders.STOPPED:
                 self._stop_requested_at = self._stop_requested_at or time.monotonic()
-            if reply.kind == worker.ENDED:
+            if reply.kind == orders.ENDED:
                 self._finish(run)
             return False
         return False
@@ -189,9 +181,9 @@ class Runner:
         if self._worker is None:
             self._worker = WorkerProcess()
         if self._stop_requested_at is not None:  # the signal may have come before the worker
-            return Reply(worker.STOPPED, "")
+            return Reply(orders.STOPPED, "")
         self._progress.start(run)
-        self._worker.send(worker.encode_order(self._directory, run.identity, run.config))
+        self._worker.send(orders.encode_order(Order(self._directory, run.identity, run.config)))
         try:
             while (reply := self._worker.poll()) is None:
                 self._progress.update()
@@ -199,7 +191,7 @@ class Runner:
             self._last_exit_code = self._worker.wait()
             self._worker = None
             is_stopped = self._last_exit_code == ExitCode.STOPPED
-            return Reply(worker.STOPPED, "") if is_stopped else None
+            return Reply(orders.STOPPED, "") if is_stopped else None
         return reply
 
     def _finish(self, run: PlannedRun) -> None:

@@ -6,53 +6,25 @@ from its standard output. If the worker dies, only the run that it was training 
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Any
 
 from modse_jax.config import device_mesh
-from modse_jax.config.loading import from_saved, to_saved
 from modse_jax.config.options import Config
 from modse_jax.errors import DiskFullError, ExitCode, NoRoomError, RunError, UserError
 from modse_jax.runtime import files, signals
 from modse_jax.runtime.lock import Lock, LockHeldError
-from modse_jax.sweeps import results
+from modse_jax.sweeps import orders, results
 from modse_jax.sweeps.identity import RunIdentity
+from modse_jax.sweeps.orders import Reply
 from modse_jax.sweeps.results import SweepDirectory
 from modse_jax.training import loop
 
-# Replies to an order.
-ENDED = "ended"  # the run has a result
-BUSY = "busy"  # another process trains it
-STOPPED = "stopped"  # by a signal; the run can resume
-DISK_FULL = "disk full"
-
 MAX_REASON_LENGTH = 500
-
-
-def encode_order(directory: SweepDirectory, identity: RunIdentity, config: Config) -> str:
-    """Returns an order as a line.
-
-    Args:
-        directory: the sweep.
-        identity: the run.
-        config: the config to train with, which names the prepared data.
-    """
-    order = {
-        "workdir": str(directory.root),
-        "identity": {
-            "config": to_saved(identity.config),
-            "data": identity.data,
-            "code": identity.code,
-        },
-        "config": to_saved(config),
-    }
-    return json.dumps(order) + "\n"
 
 
 def main() -> None:
@@ -60,24 +32,16 @@ def main() -> None:
     signals.exit_on_stop_signals()
     with os.fdopen(os.dup(1), "w", buffering=1) as replies:
         for line in sys.stdin:
-            reply, text = _execute(json.loads(line))
-            replies.write(json.dumps([reply, text]) + "\n")
-            if reply in (STOPPED, DISK_FULL):
-                sys.exit(ExitCode.STOPPED if reply == STOPPED else ExitCode.FAILED)
+            reply = train_run(*orders.decode_order(line))
+            replies.write(orders.encode_reply(reply))
+            if reply.kind == orders.STOPPED:
+                sys.exit(ExitCode.STOPPED)
             # A signal must end this process while it waits for the next order.
             signals.exit_on_stop_signals()
 
 
-def _execute(order: dict[str, Any]) -> tuple[str, str]:
-    """Trains a run, unless it has a result or another process trains it. Returns the reply."""
-    saved = order["identity"]
-    identity = RunIdentity(from_saved(saved["config"]), saved["data"], saved["code"])
-    directory = SweepDirectory(order["workdir"])
-    return train_run(directory, identity, from_saved(order["config"]))
-
-
-def train_run(directory: SweepDirectory, identity: RunIdentity, config: Config) -> tuple[str, str]:
-    """Trains a run to its end and writes its result. Returns a reply and its reason.
+def train_run(directory: SweepDirectory, identity: RunIdentity, config: Config) -> Reply:
+    """Trains a run to its end and writes its result. Does nothing if it has a result.
 
     Args:
         directory: the sweep.
@@ -87,31 +51,31 @@ def train_run(directory: SweepDirectory, identity: RunIdentity, config: Config) 
     try:
         lock = Lock(directory.run(identity.id) / ".lock", "the run is in use")
     except LockHeldError as error:
-        return BUSY, str(error)
+        return Reply(orders.BUSY, str(error))
     except OSError as error:
         return _reply_to_os_error(error)
     try:
         if results.read_result(directory, identity.id) is not None:
-            return ENDED, ""
+            return Reply(orders.ENDED, "")
         with _output_in(directory.run(identity.id) / "output.txt"):
             state, reason = _train(config, directory.training(identity.id))
-        if state == STOPPED:
-            return STOPPED, ""
+        if state == orders.STOPPED:
+            return Reply(orders.STOPPED, "")
         results.write_result(directory, identity, state, reason)
-        return ENDED, ""
+        return Reply(orders.ENDED, "")
     except (DiskFullError, NoRoomError) as error:
-        return DISK_FULL, str(error)
+        return Reply(orders.DISK_FULL, str(error))
     except OSError as error:
         return _reply_to_os_error(error)
     finally:
         lock.release()
 
 
-def _reply_to_os_error(error: OSError) -> tuple[str, str]:
+def _reply_to_os_error(error: OSError) -> Reply:
     """Returns the reply to a full disk; raises every other error again."""
     if error.errno not in files.DISK_FULL:
         raise error
-    return DISK_FULL, f"cannot write {error.filename or 'a file'}: {error.strerror}"
+    return Reply(orders.DISK_FULL, f"cannot write {error.filename or 'a file'}: {error.strerror}")
 
 
 def _train(config: Config, workdir: pathlib.Path) -> tuple[str, str]:
@@ -133,7 +97,7 @@ def _train(config: Config, workdir: pathlib.Path) -> tuple[str, str]:
         traceback.print_exc()
         return results.FAILED, _one_line(f"{type(error).__name__}: {error}")
     if code == ExitCode.STOPPED:
-        return STOPPED, ""
+        return orders.STOPPED, ""
     return (results.DIVERGED if code == ExitCode.DIVERGED else results.FINISHED), ""
 
 
