@@ -2,14 +2,12 @@
 
 import importlib.metadata
 import math
-import pathlib
 import platform
-import subprocess
 import sys
 
 import jax
 
-from modse_jax.runtime import memory_usage
+from modse_jax.runtime import code_revision, memory_usage
 from modse_jax.training.train_step import State
 
 MIB = 2**20
@@ -34,22 +32,10 @@ def describe_environment() -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [f"{device.platform} {device.device_kind}" for device in jax.devices()],
-        "git_commit": _git_output("rev-parse", "HEAD"),
-        "git_changes": _git_output("status", "--porcelain").splitlines(),
+        "git_commit": code_revision.git_output("rev-parse", "HEAD"),
+        "git_changes": code_revision.git_output("status", "--porcelain").splitlines(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-
-def _git_output(*arguments: str) -> str:
-    """Returns the output of a git command on this code, or "" without git or a repository."""
-    folder = pathlib.Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=True, cwd=folder
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
 
 
 def memory_line(
