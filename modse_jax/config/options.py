@@ -9,7 +9,14 @@ mean "off", because a command-line flag cannot be set to None.
 import dataclasses
 from fractions import Fraction
 
-from modse_jax.config.checks import check_data, check_fields, check_model, check_moe, check_training
+from modse_jax.config.checks import (
+    check_data,
+    check_fields,
+    check_flop_match,
+    check_model,
+    check_moe,
+    check_training,
+)
 from modse_jax.config.option_fields import fields_of, option
 from modse_jax.moe import expert_widths, layer_options
 from modse_jax.moe.experts.block_sizes import Blocks
@@ -87,15 +94,32 @@ class ModelConfig:
 class MoEConfig:
     """Options of the mixture-of-experts layers."""
 
-    num_experts: int = option(8, "experts per layer, E", minimum=1)
-    top_k: int = option(2, "experts per token, K", minimum=1)
+    num_experts: int = option(8, "experts per layer, E; not used with `pools`", minimum=1)
+    top_k: int = option(2, "experts per token, K; not used with `pools`", minimum=1)
     width: int = option(
         640,
-        "hidden width h of each expert if `widths` is empty; half of the sum of a pair",
+        "hidden width h of each expert if `widths` is empty; half of the sum of a pair; not used "
+        "with `pools`",
         minimum=1,
     )
     widths: tuple[int, ...] = option(
-        (), "hidden width of each expert, in pairs; () = num_experts experts of `width`"
+        (),
+        "hidden width of each expert, over all pools; 0 = an expert whose output is 0. () = "
+        "num_experts experts of `width`, or the widths of the pools",
+    )
+    pools: tuple[tuple[int, int, int], ...] = option(
+        (),
+        "groups of experts with a router of their own: ((experts, width, top_k), ...). The output "
+        "is sum k_i y_i / sum k_i. Every width is 0 if `widths` are given. () = one pool",
+    )
+    copy_experts: tuple[int, ...] = option(
+        (), "numbers of the experts, of width 0, whose output is the input of the layer (MoE++)"
+    )
+    flop_matched_width: int = option(
+        0,
+        "width of the dense FFN whose FLOPs the layer is claimed to match: `shared_width` plus the "
+        "sum over pools of top_k times the mean width must equal it exactly. 0 = no claim",
+        minimum=0,
     )
     pairs: bool = option(
         False, "require that widths[2j] + widths[2j+1] = 2 * width (paper, Eq. 7-8)"
@@ -112,10 +136,11 @@ class MoEConfig:
     )
     gate: str = option(
         "top_k_softmax",
-        "gates are a softmax over the logits of the chosen experts (paper), or the chosen "
-        "entries of a softmax over all experts, optionally renormalized",
+        "weights of the chosen experts: a softmax over their logits (paper); their entries of a "
+        "softmax over all experts, or their sigmoids, optionally divided by the sum; or 1/K each",
         choices=layer_options.GATES,
     )
+    gate_scale: float = option(1.0, "factor of all gates", above=0)
     router_noise: str = option(
         "none",
         "learned: add RMSNorm(Softplus(x W_n)) to the logits (paper, Eq. 3)",
@@ -133,9 +158,16 @@ class MoEConfig:
     )
     balance_loss_scope: str = option(
         "batch",
-        "tokens over which the load-balancing loss is computed: the whole micro-batch, or "
-        "each device's share (then averaged over devices, weighted by tokens)",
+        "tokens over which the load-balancing loss and the width penalty are computed: the whole "
+        "micro-batch, or each device's share, or each row of the batch (then averaged, weighted by "
+        "tokens)",
         choices=layer_options.BALANCE_LOSS_SCOPES,
+    )
+    balance_loss_over_choices: str = option(
+        "sum",
+        "mean: divide the load-balancing loss by the number of counted choices, so that a pool's "
+        "is 1 at balance. sum: it is that number (K, or 1 for argmax)",
+        choices=layer_options.BALANCE_LOSS_OVER_CHOICES,
     )
     z_loss_weight: float = option(
         0.0,
@@ -150,6 +182,11 @@ class MoEConfig:
     )
     width_penalty_weight: float = option(
         0.0, "weight of the width penalty, which favors narrow experts (HMoE)", minimum=0
+    )
+    width_penalty_scale: str = option(
+        "mean",
+        "widths in the width penalty are relative to the mean or to the largest of the pool",
+        choices=layer_options.WIDTH_PENALTY_SCALES,
     )
     bias_rule: str = option(
         "none",
@@ -169,9 +206,16 @@ class MoEConfig:
     )
     capacity_factor: float = option(
         0.0,
-        "maximum tokens routed to an expert, as a multiple of an even share, per group of "
-        "devices that share experts; tokens beyond it are dropped. 0 = dropless",
+        "maximum tokens routed to an expert, as a multiple of an even share of its pool's tokens, "
+        "per group of devices that share experts; tokens beyond it are dropped, and padding takes "
+        "no room. 0 = dropless",
         minimum=0,
+    )
+    capacity_order: str = option(
+        "choice",
+        "which tokens an expert keeps. choice: the first choices of all tokens, then the second "
+        "choices, and so on (GShard). token: all choices of the first token, then of the second",
+        choices=layer_options.CAPACITY_ORDERS,
     )
     backend: str = option(
         "auto",
@@ -427,6 +471,7 @@ class Config:
     def __post_init__(self) -> None:
         for check in (check_fields, check_model, check_moe, check_data, check_training):
             check(self)
+        check_flop_match(self)
 
     @property
     def is_dense(self) -> bool:
@@ -435,17 +480,23 @@ class Config:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The hidden width of every expert of a layer; () for a dense model."""
+        """The hidden width of every expert of a layer, over all pools; () for a dense model."""
         if self.is_dense:
             return ()
-        return self.moe.widths or expert_widths.equal_widths(self.moe.num_experts, self.moe.width)
+        if self.moe.widths:
+            return self.moe.widths
+        if not self.moe.pools:
+            return expert_widths.equal_widths(self.moe.num_experts, self.moe.width)
+        return tuple(width for experts, width, _ in self.moe.pools for _ in range(experts))
 
     @property
     def pools(self) -> tuple[layer_options.Pool, ...]:
         """The pools of experts of a layer, in the order of the experts; () for a dense model."""
         if self.is_dense:
             return ()
-        return (layer_options.Pool(self.moe.num_experts, self.moe.top_k),)
+        if not self.moe.pools:
+            return (layer_options.Pool(self.moe.num_experts, self.moe.top_k),)
+        return tuple(layer_options.Pool(experts, top_k) for experts, _, top_k in self.moe.pools)
 
     @property
     def active_width(self) -> Fraction:
@@ -471,11 +522,15 @@ class Config:
     def router_options(self) -> layer_options.RouterOptions:
         """The options of the router of every layer."""
         return layer_options.RouterOptions(
-            top_k=self.moe.top_k,
+            top_k=self.top_k,
+            pools=self.pools,
             gate=self.moe.gate,
+            gate_scale=self.moe.gate_scale,
             router_noise=self.moe.router_noise,
             balance_loss_count=self.moe.balance_loss_count,
             balance_loss_scope=self.moe.balance_loss_scope,
+            balance_loss_over_choices=self.moe.balance_loss_over_choices,
+            width_penalty_scale=self.moe.width_penalty_scale,
             norm_eps=self.model.norm_eps,
         )
 
@@ -487,6 +542,8 @@ class Config:
             placement=self.moe.placement,
             exchange=self.moe.exchange,
             capacity_factor=self.moe.capacity_factor,
+            capacity_order=self.moe.capacity_order,
+            copy_experts=self.moe.copy_experts,
             blocks=Blocks(
                 self.advanced.block_rows,
                 self.advanced.tail_rows,

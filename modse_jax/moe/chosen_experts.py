@@ -1,4 +1,4 @@
-"""Reads, places and counts values at the chosen experts, [T, K], of tables over all experts, [T, E].
+"""Reads, places and counts the chosen experts [T, K] in tables over all experts [T, E].
 
 Every function has three forms with equal results, bit for bit:
 
@@ -96,8 +96,10 @@ def count(ids_TK: jax.Array, num_experts: int, form: str, num_groups: int = 1) -
         return jnp.stack(choices, axis=1)
     group_T = jnp.arange(T) // (T // num_groups)
     row_TK = group_T[:, None] * K + jnp.arange(K)[None, :]
-    counts = jnp.zeros((num_groups * K, num_experts), jnp.int32)
-    return counts.at[row_TK, ids_TK].add(1, mode="drop").reshape(num_groups, K, num_experts)
+    # One index per element, with a place for ids that are not counted at the end of every row.
+    place_N = (row_TK * (num_experts + 1) + ids_TK).reshape(T * K)
+    counts = jnp.zeros((num_groups * K * (num_experts + 1),), jnp.int32).at[place_N].add(1)
+    return counts.reshape(num_groups, K, num_experts + 1)[:, :, :num_experts]
 
 
 def _compare(ids_TK: jax.Array, num_experts: int) -> jax.Array:

@@ -88,7 +88,7 @@ def place_experts(widths: Sequence[int], shards: int, kind: str) -> Placement:
     """Places experts on the shards of an expert axis.
 
     Args:
-        widths: number of hidden units of every expert.
+        widths: number of hidden units of every expert. Those with 0 are on no shard.
         shards: size of the expert axis.
         kind: "whole" gives whole experts to every shard, with equal total widths: consecutive
             experts if their widths allow it (the paper's pairs do, MoDSE section 3.3), otherwise
@@ -98,8 +98,16 @@ def place_experts(widths: Sequence[int], shards: int, kind: str) -> Placement:
         ValueError: the widths do not allow it. The message lists the numbers of shards that work.
     """
     widths = expert_widths.check_widths(widths)
-    if kind == "split":
-        return _place_slices(widths, shards)
+    # Zero and copy experts have no hidden units, so they need no device.
+    placed = [expert for expert, width in enumerate(widths) if width]
+    widths = tuple(widths[expert] for expert in placed)
+    placement = _place_slices(widths, shards) if kind == "split" else _place_whole(widths, shards)
+    experts = tuple(tuple(placed[i] for i in shard) for shard in placement.experts)
+    return placement._replace(experts=experts)
+
+
+def _place_whole(widths: tuple[int, ...], shards: int) -> Placement:
+    """Gives every shard whole experts of equal total width."""
     groups = partition_experts(widths, shards)
     if groups is None:
         candidates = range(1, min(len(widths), 64) + 1)
@@ -182,16 +190,17 @@ def reference_placements(widths: Sequence[int]) -> dict[str, Placement]:
     *   "one_per_device": one expert on each of E devices.
     *   "columns": a slice of every expert on every device.
 
-    The first two are left out if the number of experts is odd.
+    The first two are left out if the number of experts is odd. Experts without hidden units are on
+    no device.
     """
-    experts = list(range(len(widths)))
+    experts = [expert for expert, width in enumerate(widths) if width]
     by_size = sorted(experts, key=lambda expert: -widths[expert])
     placements = {}
-    if len(widths) % 2 == 0:
+    if len(experts) % 2 == 0:
         placements["pairs"] = _place_groups(widths, _chunk(experts, 2))
         placements["sorted"] = _place_groups(widths, _chunk(by_size, 2))
     placements["one_per_device"] = _place_groups(widths, _chunk(experts, 1))
-    placements["columns"] = Placement((tuple(experts),) * 2, (tuple(widths),) * 2)
+    placements["columns"] = _place_groups(widths, [experts] * 2)
     return placements
 
 

@@ -35,17 +35,42 @@ def widths_from_ratio_pairs(pairs: Sequence[tuple[float, float]], dim: int) -> t
 
 
 def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    """Checks that all widths are positive integers, and returns them as a tuple of int.
+    """Checks that all widths are whole numbers, and returns them as a tuple of int.
+
+    Width 0 is that of a zero expert or a copy expert.
 
     Raises:
-        ValueError: a width is not a positive integer. The message names the expert.
+        ValueError: a width is no whole number or negative, or all are 0. The message names the
+            expert.
     """
     for expert, width in enumerate(widths):
-        if width != int(width) or width <= 0:
+        if width != int(width) or width < 0:
             raise ValueError(
-                f"expert {expert} has width {width}; widths must be whole numbers above 0"
+                f"expert {expert} has width {width}; widths must be whole numbers, at least 0"
             )
+    if not any(widths):
+        raise ValueError("all experts have width 0; at least one needs hidden units")
     return tuple(int(width) for width in widths)
+
+
+def check_copy_experts(copy_experts: Sequence[int], widths: Sequence[int]) -> None:
+    """Checks the ids of the experts that copy the layer's input.
+
+    Raises:
+        ValueError: an id is not that of an expert, occurs twice, or its expert has hidden units.
+    """
+    for expert in copy_experts:
+        if not 0 <= expert < len(widths):
+            raise ValueError(
+                f"copy expert {expert} does not exist; ids go from 0 to {len(widths) - 1}"
+            )
+        if widths[expert]:
+            raise ValueError(
+                f"copy expert {expert} has width {widths[expert]}; an expert that copies its input "
+                "has no hidden units: set its width to 0"
+            )
+    if len(set(copy_experts)) < len(copy_experts):
+        raise ValueError(f"the copy experts {tuple(copy_experts)} name an expert twice")
 
 
 def check_pairs(widths: Sequence[int], width: int) -> tuple[int, ...]:
@@ -69,9 +94,7 @@ def check_pairs(widths: Sequence[int], width: int) -> tuple[int, ...]:
     return widths
 
 
-def mean_active_width(
-    widths: Sequence[int], pools: Sequence[tuple[int, int]]
-) -> Fraction:
+def mean_active_width(widths: Sequence[int], pools: Sequence[tuple[int, int]]) -> Fraction:
     """Returns the sum of the widths of a token's experts, exactly.
 
     The experts of a pool are taken to receive equally many tokens, so that a token uses k times

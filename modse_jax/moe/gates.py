@@ -25,7 +25,7 @@ def softmax_top_k(logits_TE: jax.Array, select: Select) -> jax.Array:
     return select(jax.nn.softmax(logits_TE, axis=-1))
 
 
-def softmax_top_k_renormalised(logits_TE: jax.Array, select: Select) -> jax.Array:
+def softmax_top_k_renormalized(logits_TE: jax.Array, select: Select) -> jax.Array:
     """`softmax_top_k`, divided by the sum over the chosen experts.
 
     In exact arithmetic this equals `top_k_softmax`. It exists because other stacks compute it this
@@ -40,7 +40,7 @@ def sigmoid(logits_TE: jax.Array, select: Select) -> jax.Array:
     return jax.nn.sigmoid(select(logits_TE))
 
 
-def sigmoid_renormalised(logits_TE: jax.Array, select: Select) -> jax.Array:
+def sigmoid_renormalized(logits_TE: jax.Array, select: Select) -> jax.Array:
     """`sigmoid`, divided by the sum over the chosen experts (DeepSeek-V3).
 
     It is computed as the softmax of log sigmoid, which stays finite if all sigmoids underflow.
@@ -57,14 +57,14 @@ def uniform(logits_TE: jax.Array, select: Select) -> jax.Array:
 GATES: dict[str, Callable[[jax.Array, Select], jax.Array]] = {
     "top_k_softmax": top_k_softmax,
     "softmax_top_k": softmax_top_k,
-    "softmax_top_k_renormalised": softmax_top_k_renormalised,
+    "softmax_top_k_renormalized": softmax_top_k_renormalized,
     "sigmoid": sigmoid,
-    "sigmoid_renormalised": sigmoid_renormalised,
+    "sigmoid_renormalized": sigmoid_renormalized,
     "uniform": uniform,
 }
 
 # The score of an expert is the sigmoid of its logit for these gates, and the softmax for others.
-SIGMOID_GATES = ("sigmoid", "sigmoid_renormalised")
+SIGMOID_GATES = ("sigmoid", "sigmoid_renormalized")
 
 
 def compute_scores(logits_TE: jax.Array, gate: str) -> jax.Array:

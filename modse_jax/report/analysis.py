@@ -340,12 +340,15 @@ def _write_specialists(path: pathlib.Path, late: Trace, model: LoadedModel) -> N
     They are those with the largest share of occurrences whose first choice is the same expert.
     """
     widths = model.config.widths
-    rows = [["layer", "width", "token", "share_of_first_choices", "count"]]
+    header = "layer", "width", "token", "share_of_first_choices", "count"
+    rows: list[Sequence] = [header]
     for layer in range(len(late.ids_YTK)):
         specialists = routing_statistics.find_specialists(late, len(widths), layer)
         for found in specialists[:MAX_SPECIALISTS]:
             text = repr(_decode(model, found.token))
-            rows.append([layer, widths[found.expert], text, f"{found.share:.3f}", found.count])
+            rows.append(
+                [layer, widths[found.expert], text, f"{found.share:.3f}", found.occurrences]
+            )
     _write_csv(path, rows)
 
 

@@ -55,7 +55,9 @@ def description_lines(config: Config) -> list[str]:
 def _balance_loss(config: Config) -> AuxiliaryLoss:
     moe = config.moe
     choices = "first choices" if moe.balance_loss_count == "argmax" else "all choices"
-    per_layer = sum(_chosen(config))
+    if moe.balance_loss_over_choices == "mean":
+        choices = f"mean over {choices}"
+    per_layer = sum(_value_at_balance(config))
     return AuxiliaryLoss(
         name="load-balancing loss",
         weight=moe.balance_loss_weight,
@@ -65,9 +67,13 @@ def _balance_loss(config: Config) -> AuxiliaryLoss:
     )
 
 
-def _chosen(config: Config) -> list[int]:
-    """Returns the choices of a token that the load-balancing loss counts, for each pool."""
-    if config.moe.balance_loss_count == "argmax":
+def _value_at_balance(config: Config) -> list[int]:
+    """Returns the load-balancing loss of each pool if its experts are equally loaded.
+
+    It is the number of choices of a token that are counted, or 1 for their mean.
+    """
+    moe = config.moe
+    if moe.balance_loss_count == "argmax" or moe.balance_loss_over_choices == "mean":
         return [1 for _ in config.pools]
     return [pool.top_k for pool in config.pools]
 

@@ -14,6 +14,7 @@ from modse_jax.config.options import Config
 from modse_jax.data import data_card, training_data
 from modse_jax.moe import expert_placement
 from modse_jax.runtime import files, peak_rate, processes
+from modse_jax.study import model_table
 from modse_jax.training import (
     auxiliary_losses,
     console,
@@ -235,7 +236,7 @@ def log_description(context: RunContext) -> None:
     if context.compiled_step is None:
         return
     program, seconds = context.compiled_step
-    console.log(run_description.parameter_table(context.config))
+    console.log(model_table.format_model_table(context.config))
     for line in auxiliary_losses.description_lines(context.config):
         console.log(line)
     console.log(context.setup.kernels.line())

@@ -80,7 +80,7 @@ def test_layer_equals_the_numpy_loop(gate, term, top_k, count, backend):
         assert abs(got - expected) <= 2e-5 * max(norm, 1), name
 
 
-def test_renormalised_softmax_is_the_papers_gate():
+def test_renormalized_softmax_is_the_papers_gate():
     logits = jax.random.normal(jax.random.key(0), (50, 8))
     a, b = (
         router.compute_gates(logits, 3, g, "cpu")[0]

@@ -88,8 +88,9 @@ def test_realized_flops_count_only_routed_tokens(capacity):
     assert row["mfu_realised"] < row["mfu_nominal"]
     layers_times_k = 4
     routed = 249 * layers_times_k - dropped
-    mean_width = 12 * routed / (256 * layers_times_k)
-    flops = 256 * accounting.train_flops_per_token(config, 32, mean_width)
+    saved_rows = 256 * layers_times_k - routed
+    flops = 256 * accounting.nominal_flops_per_token(config, 32)
+    flops -= 6 * 3 * config.model.dim * 12 * saved_rows
     assert row["mfu_realised"] == pytest.approx(flops / 2e9, rel=1e-6)
 
 

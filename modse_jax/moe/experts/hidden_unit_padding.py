@@ -44,11 +44,12 @@ def pad_placement(placement: expert_placement.Placement, unit: int) -> expert_pl
         return placement
     padded = [tuple(pad_width(w, unit) for w in widths) for widths in placement.widths]
     largest = max(map(sum, padded))
+    added_expert = 1 + max(expert for shard in placement.experts for expert in shard)
     experts = []
     widths = []
     for shard_experts, shard_widths in zip(placement.experts, padded):
         missing = largest - sum(shard_widths)
-        experts.append((*shard_experts, placement.num_experts) if missing else shard_experts)
+        experts.append((*shard_experts, added_expert) if missing else shard_experts)
         widths.append((*shard_widths, missing) if missing else shard_widths)
     return expert_placement.Placement(tuple(experts), tuple(widths))
 
