@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
@@ -21,6 +22,7 @@ from flax import nnx
 from benchmarks import timing
 from modse_jax.config import loading, options
 from modse_jax.model import kernel_selection, sampling, transformer
+from modse_jax.model.variables import Variables
 from modse_jax.moe import expert_widths
 from modse_jax.training import train_step
 
@@ -63,7 +65,7 @@ def jobs(
 ) -> dict[str, Job]:
     """Returns the jobs of one model by name, for example "score" or "decode 64"."""
     graph, _ = transformer.build_abstract_model(kernel_selection.for_evaluation(config))
-    params = jax.jit(lambda: train_step.init_state(config))().params
+    variables = jax.jit(lambda: train_step.init_state(config))().variables
     rng = np.random.default_rng(0)
     rows = config.training.batch_size
     record_length = config.data.sequence_length + 1
@@ -72,12 +74,13 @@ def jobs(
         "segments": np.ones((rows, record_length), np.int32),
     }
     loss = train_step.make_loss(config)
-    num_tokens = ROWS * CONTEXT_LENGTH
+    num_tokens = jnp.float32(ROWS * CONTEXT_LENGTH)
+    totals = train_step.BatchTotals(targets=num_tokens, routed=num_tokens)
     named = {
-        "score": (train_step.make_score_step(config), (params, batch)),
+        "score": (train_step.make_score_step(config), (variables, batch)),
         "training forward": (
-            lambda params, batch: loss(params, batch, num_tokens)[0],
-            (params, batch),
+            lambda variables, batch: loss(*variables, batch, totals)[0],
+            (variables, batch),
         ),
     }
     for size in batches:
@@ -85,7 +88,7 @@ def jobs(
         for name, count in (("prefill", 1), ("decode", new + 1)):
             prompts = _random_tokens(rng, config, size, prompt)
             lengths = np.full(size, prompt, np.int32)
-            arguments = (params, prompts, lengths, jax.random.key(0))
+            arguments = (variables, prompts, lengths, jax.random.key(0))
             named[f"{name} {size}"] = (_make_generate(graph, count), arguments)
     return named
 
@@ -99,10 +102,12 @@ def _random_tokens(
 def _make_generate(graph: nnx.GraphDef, count: int) -> Callable:
     """Returns a function that generates `count` tokens after each prompt."""
 
-    def generate(params: dict, prompts: jax.Array, lengths: jax.Array, key: jax.Array) -> Any:
-        state = sampling.prefill(graph, params, prompts, lengths, count)
+    def generate(
+        variables: Variables, prompts: jax.Array, lengths: jax.Array, key: jax.Array
+    ) -> Any:
+        state = sampling.prefill(graph, variables, prompts, lengths, count)
         keys = jax.random.split(key, count)
-        return sampling.decode(graph, params, state, keys, sampling.Settings(0.0), 0, -1)
+        return sampling.decode(graph, variables, state, keys, sampling.Settings(0.0), 0, -1)
 
     return generate
 

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import timing
-from modse_jax.config.options import MoEConfig
+from modse_jax.config.options import AdvancedConfig
 from modse_jax.moe import expert_placement, expert_widths
 from modse_jax.moe.experts import block_sizes, select
 from modse_jax.moe.experts.block_sizes import Blocks
@@ -124,7 +124,7 @@ def make_passes(widths: Sequence[int], backend: str, chip: str, blocks: Blocks) 
             return hidden @ weights.w_down
         if backend == "ragged_dot":
             return padded_ragged_dot(x_ND, rows_E, weights, widths)
-        placement = expert_placement.place_experts(widths, 1, "pairs")
+        placement = expert_placement.place_experts(widths, 1, "whole")
         return select.expert_ffn(x_ND, rows_E, weights, placement, backend, blocks, chip)
 
     def forward_backward(
@@ -246,7 +246,7 @@ def main(_: Sequence[str]) -> None:
     """Prints a line for each case and backend, and writes --json."""
     names = CASES.value or list(list_cases(DIM.value, TOKENS.value))
     blocks = block_sizes.Blocks(
-        MoEConfig.block_rows, MoEConfig.tail_rows, MoEConfig.saved_activations
+        AdvancedConfig.block_rows, AdvancedConfig.tail_rows, AdvancedConfig.saved_activations
     )
     if BLOCKS.value:
         body, tail, saved = BLOCKS.value

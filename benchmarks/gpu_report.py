@@ -301,7 +301,7 @@ def _lower_kernels(case: Case, devices: Sequence[jax.Device]) -> jax.stages.Lowe
     mesh = Mesh(np.array(devices[:1]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
     widths = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, dim)
-    placement = expert_placement.place_experts(widths, 1, "pairs")
+    placement = expert_placement.place_experts(widths, 1, "whole")
     module = importlib.import_module(select.KERNELS[case.backend].__name__)
     job = (
         module.tiles_for(widths, dim, case.gpu, "bfloat16"),

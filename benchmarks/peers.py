@@ -81,8 +81,8 @@ def start_mixtrals(config: Config) -> dict[str, Peer]:
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_heads,
         num_key_value_heads=model.num_kv_heads or model.num_heads,
-        num_local_experts=config.moe.num_experts,
-        num_experts_per_tok=config.moe.top_k,
+        num_local_experts=config.num_experts,
+        num_experts_per_tok=config.top_k,
         router_aux_loss_coef=config.moe.balance_loss_weight,
     )
     task = dict(

@@ -31,7 +31,7 @@ from modse_jax.config.options import Config
 from modse_jax.model import accounting
 from modse_jax.model.attention import attention_layer
 from modse_jax.moe import dispatch, expert_widths, router
-from modse_jax.moe.experts import block_sizes, expert_weights, select
+from modse_jax.moe.experts import expert_weights, select
 from modse_jax.runtime import peak_rate, sharding
 from modse_jax.training import losses, optimizer, train_step
 
@@ -60,7 +60,7 @@ class OwnStep:
     def __init__(self, config: Config):
         self.config = config
         self.state = train_step.init_state(config)
-        self.counts: list[jax.Array] = []  # tokens per expert, [K, E], of every call
+        self.counts: list[jax.Array] = []  # tokens per expert, [layers, K, E], of every call
         rng = np.random.default_rng(0)
         shape = (config.training.batch_size, config.data.sequence_length + 1)
         tokens = rng.integers(4, config.model.vocab_size, shape, dtype=np.int32)
@@ -127,7 +127,7 @@ def list_parts(step: OwnStep) -> dict[str, tuple[Callable, tuple]]:
     rule = optimizer.build_optimizer(config)
 
     def loss(x_BLD: jax.Array, head: jax.Array) -> jax.Array:
-        chunk = config.training.loss_chunk
+        chunk = config.advanced.loss_chunk
         return losses.cross_entropy(x_BLD, head, targets_BL, weights_BL, chunk)
 
     apply_update = train_step.select_update(None)
@@ -186,7 +186,7 @@ class _RoutingPart:
         chip = sharding.chip_name(None)
         options = self.config.router_options
         routing = router.route(x_TD, self.valid_T, gate, options, chip)
-        num_experts = self.config.moe.num_experts
+        num_experts = self.config.num_experts
         return routing, dispatch.plan_dispatch(routing.ids_TK, self.valid_T, num_experts)
 
     def dispatch_part(self, dy_TD: jax.Array) -> tuple[Callable, tuple]:
@@ -198,14 +198,13 @@ class _RoutingPart:
         return _with_gradients(dispatch_and_combine), (self.x_TD, self.gate)
 
     def experts_part(self) -> tuple[Callable, tuple]:
-        moe = self.config.moe
-        blocks = block_sizes.Blocks(moe.block_rows, moe.tail_rows, moe.saved_activations)
+        backend, blocks = self.config.moe.backend, self.config.expert_options.blocks
         placement = device_mesh.place_experts_on_mesh(self.config, None)
         chip = sharding.chip_name(None)
 
         def run_experts(x_ND: jax.Array, experts: expert_weights.ExpertWeights) -> jax.Array:
             rows_E = self.plan.rows_E
-            y_ND = select.expert_ffn(x_ND, rows_E, experts, placement, moe.backend, blocks, chip)
+            y_ND = select.expert_ffn(x_ND, rows_E, experts, placement, backend, blocks, chip)
             return y_ND * self.x_ND
 
         return _with_gradients(run_experts), (self.x_ND, self.experts)
@@ -299,13 +298,10 @@ def _count_flops(step: OwnStep) -> StepFlops:
     config = step.config
     tokens = _tokens_per_step(config)
     length = config.data.sequence_length
-    tokens_KE = np.sum(step.counts, axis=0)
-    nominal_width = accounting.nominal_width(config)
-    realised_width = accounting.realized_width(config, tokens_KE.sum(axis=1))
-    return StepFlops(
-        tokens * accounting.train_flops_per_token(config, length, nominal_width),
-        tokens * accounting.train_flops_per_token(config, length, realised_width),
-    )
+    rows_LKE = np.sum(step.counts, axis=0)
+    steps = len(step.counts)
+    realised = accounting.realized_flops_per_token(config, length, rows_LKE, steps * tokens)
+    return StepFlops(tokens * accounting.nominal_flops_per_token(config, length), tokens * realised)
 
 
 def _list_groups() -> list[dict[str, Config]]:

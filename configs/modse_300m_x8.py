@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
         expert_widths.PAPER_PAIRS, config.model.dim
     )
     config.moe.pairs = True
-    config.moe.gate_term = "learned"
+    config.moe.router_noise = "learned"
     config.data.source = "prepared:data/corpus"
     config.data.tokenizer = "sentencepiece:data/tokenizer.model"
     config.data.sequence_length = 4096
@@ -49,9 +49,9 @@ def get_config() -> ConfigDict:
     config.training.steps = 47684  # 100 B tokens
     config.training.eval_every = 1000
     config.training.checkpoint_every = 1000
-    config.training.loss_chunk = 4096
-    config.moe.block_rows = 2048
-    config.moe.tail_rows = 256
+    config.advanced.loss_chunk = 4096
+    config.advanced.block_rows = 2048
+    config.advanced.tail_rows = 256
     config.evaluation.batch_size = 32
     config.evaluation.prompts = ("The", "In 1905", "To make bread,")
     config.optimizer.learning_rate = 3e-4

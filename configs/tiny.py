@@ -32,8 +32,8 @@ def get_config() -> ConfigDict:
     config.training.batch_size = 4
     config.training.steps = 2400
     config.training.checkpoint_every = 200
-    config.training.loss_chunk = 512
-    config.moe.block_rows = 256
+    config.advanced.loss_chunk = 512
+    config.advanced.block_rows = 256
     config.optimizer.learning_rate = 5e-3
     config.optimizer.final_learning_rate = 2e-5
     config.optimizer.warmup_steps = 50

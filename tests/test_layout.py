@@ -13,10 +13,12 @@ LAYERS = (
     "moe",
     "config",
     "model",
+    "study",
     "data",
     "training",
     "planning",
     "evaluation",
+    "sweeps",
     "report",
     "cli",
 )

@@ -164,7 +164,7 @@ def check_kernels(write: Callable, tiny: bool, devices: int, backend: str) -> No
         )
     if not tiny:
         # The check that a training run makes before its first step.
-        placement = expert_placement.place_experts(cases["300Mx8 widths"].widths, 1, "pairs")
+        placement = expert_placement.place_experts(cases["300Mx8 widths"].widths, 1, "whole")
         try:
             select.self_test_kernels(backend, placement, 1536, sharding.chip_name(None), DTYPE)
             write(backend=backend, case="check of a training run", correct=True)
@@ -180,7 +180,7 @@ def compare_with_reference(backend: str, layer: Layer) -> tuple[list[dict], dict
         array, and whether both runs gave the same bits.
     """
     inputs = reference.random_inputs(layer.dim, layer.widths, layer.rows, DTYPE)
-    placement = expert_placement.place_experts(layer.widths, 1, "pairs")
+    placement = expert_placement.place_experts(layer.widths, 1, "whole")
     interpret = jax.devices()[0].platform == "cpu"
     chip = INTERPRETED[backend] if interpret else sharding.chip_name(None)
     module = select.KERNELS[backend]
@@ -221,7 +221,7 @@ def time_layer(write: Callable, tiny: bool, devices: int, backend: str) -> None:
     rows = np.random.default_rng(0).multinomial(routed, np.full(experts, 1 / experts))
     modse = Layer(dim, widths, tuple(rows))
     equal = modse._replace(widths=expert_widths.equal_widths(experts, sum(widths) // experts))
-    values = importlib.import_module("configs.modse_300m_x8").get_config().moe
+    values = importlib.import_module("configs.modse_300m_x8").get_config().advanced
     blocks = block_sizes.Blocks(values.block_rows, values.tail_rows, values.saved_activations)
     if tiny:
         blocks = blocks._replace(body=64, tail=64)
@@ -348,9 +348,9 @@ def step_config(
         values.model.update(dim=32, num_layers=1, num_heads=2, context_length=64, vocab_size=300)
         values.model.update(dtype="float32", remat="none")
         values.moe.update(num_experts=4, width=64, widths=() if equal_widths else widths)
-        values.moe.update(block_rows=64, tail_rows=64)
         values.data.sequence_length = 64
-        values.training.update(batch_size=2 * devices, loss_chunk=64)
+        values.training.update(batch_size=2 * devices)
+        values.advanced.update(block_rows=64, tail_rows=64, loss_chunk=64)
     values.training.deterministic = deterministic
     values.model.attention = attention
     values.moe.backend = backend
@@ -399,17 +399,34 @@ def time_step(
         counts.append(np.asarray(metrics.statistics.counts_KE).sum(axis=0))
         if index == 2 and seconds[-1] > 8:
             break
-    write(**what, **_step_row(c, mesh, seconds[2:], losses, np.sum(counts, axis=0)))
+    write(**what, **_step_row(c, mesh, seconds[2:], losses, counts))
     _profile(write, lambda: compiled(state, batch), backend=backend, attention=attention)
 
 
-def _step_row(c: options.Config, mesh, seconds: list[float], losses: list[float], counts) -> dict:
-    """Returns the numbers of a step: rates, model FLOPs utilization, memory and losses."""
+def _step_row(
+    c: options.Config,
+    mesh,
+    seconds: list[float],
+    losses: list[float],
+    counts: list[np.ndarray],
+) -> dict:
+    """Returns the numbers of a step: rates, model FLOPs utilization, memory and losses.
+
+    Args:
+        c: the config.
+        mesh: the mesh of the step.
+        seconds: duration of every timed step.
+        losses: loss of every step.
+        counts: tokens per expert of every step, [K, E], summed over layers.
+    """
     tokens = c.training.batch_size * c.data.sequence_length
     length = c.data.sequence_length
-    nominal = tokens * accounting.train_flops_per_token(c, length, accounting.nominal_width(c))
-    width = accounting.realized_width(c, counts)
-    realised = tokens * accounting.train_flops_per_token(c, length, width)
+    nominal = tokens * accounting.nominal_flops_per_token(c, length)
+    rows_KE = np.sum(counts, axis=0)
+    width = accounting.realized_width(c, rows_KE)
+    realised = tokens * accounting.realized_flops_per_token(
+        c, length, rows_KE, len(counts) * tokens
+    )
     median = float(np.median(seconds))
     chip = chips.CHIPS.get(sharding.chip_name(mesh))
     peak = chip and chip.teraflops * 1e12 * mesh.size

@@ -1,6 +1,5 @@
 """Runs a command: parses its flags, and reports errors as one line and an exit code."""
 
-import errno
 import os
 import sys
 import traceback
@@ -10,11 +9,11 @@ from typing import Any
 from absl import app, flags, logging
 
 from modse_jax.errors import ExitCode, RunError, UserError
-from modse_jax.runtime import malloc
+from modse_jax.runtime import files, malloc
 
 FLAGS = flags.FLAGS
 
-# Errors of absl and ml_collections for flags that cannot be parsed.
+# Errors that absl and ml_collections raise for flags that cannot be parsed.
 FLAG_ERRORS = (
     flags.Error,
     AttributeError,
@@ -24,8 +23,6 @@ FLAG_ERRORS = (
     OSError,
     UserError,
 )
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run(main: Callable[[], int], define_flags: Callable[[], None], usage: str) -> None:
@@ -49,7 +46,10 @@ def run(main: Callable[[], int], define_flags: Callable[[], None], usage: str) -
 
 
 def config_values(name: str) -> dict:
-    """Returns the plain values of a config flag.
+    """Returns the nested dictionary of option values that a config flag and its overrides give.
+
+    Args:
+      name: the name of the flag, such as "config".
 
     Raises:
       UserError: the config file cannot be loaded.
@@ -68,14 +68,17 @@ def config_values(name: str) -> dict:
 def _define_all_flags(define_flags: Callable[[], None]) -> None:
     before = set(FLAGS)
     define_flags()
-    # --help lists the flags that absl assigns to the main module, whose name is sys.argv[0].
+    # --help lists only the flags of the main module, which absl identifies by sys.argv[0].
     for name in set(FLAGS) - before:
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])
     _define_process_flags()
 
 
 def _define_process_flags() -> None:
-    """Defines the flags of a run with several processes; --helpfull lists them."""
+    """Defines the flags for runs with several processes.
+
+    Only --helpfull lists them, because most users do not need them.
+    """
     flags.DEFINE_string(
         "coordinator",
         "",
@@ -92,7 +95,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = FLAGS(argv)
     except FLAG_ERRORS as error:
-        # The text of a KeyError is the quoted form of its argument.
+        # str() of a KeyError puts its argument in quotes, so the argument is printed instead.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         sys.exit(_print_error(message))
     if len(rest) > 1:
@@ -117,7 +120,7 @@ def _run_main(main: Callable[[], int]) -> int:
         # Not sys.exit: a thread that waits for a full disk would keep the process alive.
         os._exit(ExitCode.FAILED)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in files.DISK_FULL:
             raise
         _print_error(
             f"cannot write {error.filename or 'a file'}: {error.strerror}; make room and run the "
@@ -136,7 +139,10 @@ def _run_main(main: Callable[[], int]) -> int:
 
 
 def _report_failed_process(error: Exception) -> None:
-    """Prints an error that may be the consequence of another process's failure."""
+    """Prints an error of one of several processes.
+
+    It may be only the consequence of the failure of another process, so the message says so.
+    """
     from modse_jax.runtime import processes
 
     traceback.print_exc()

@@ -31,7 +31,7 @@ EXCLUSIVE_SUITES = {"tasks", "compare", "analysis", "verify"}
 
 
 def run() -> None:
-    """Runs the command line `eval`."""
+    """Runs the command `eval` with the flags of the command line, and exits."""
     command_line.run(evaluate, define_flags, __doc__)
 
 
@@ -56,7 +56,9 @@ def define_flags() -> None:
         "prompt_file", "", "A text file that is one more prompt of the sample suite."
     )
     flags.DEFINE_list(
-        "baselines", [], "Workdirs of equal-width runs on the same data, for suite analysis."
+        "baselines",
+        [],
+        "Workdirs of dense or equal-width runs on the same data, for suite analysis.",
     )
     flags.DEFINE_integer(
         "earlier",
@@ -78,7 +80,7 @@ def define_flags() -> None:
 
 
 def evaluate() -> int:
-    """Runs the suites of --suite. Returns the exit code."""
+    """Runs the evaluations that --suite names. Returns the exit code."""
     suites = list(FLAGS.suite)
     exclusive = EXCLUSIVE_SUITES & set(suites)
     if exclusive and len(suites) > 1:

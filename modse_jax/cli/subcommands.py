@@ -14,6 +14,7 @@ usage: {PROGRAM} COMMAND [--help] [--option=value ...]
 commands:
   train            train a model, or resume its training (the same as train.py)
   plan             compile the training step for other hardware; needs --plan=TOPOLOGY
+  sweep            train many configs of one sweep file, or resume them
   eval             evaluate a checkpoint (the same as eval.py)
   prepare          turn text into a dataset of token records
   inspect          look at prepared data
@@ -35,7 +36,7 @@ def main() -> None:
     COMMANDS[name]()
 
 
-# The commands are imported only when they run: each imports what the others do not need.
+# The module of a command is imported only when the command runs, because some are slow to import.
 
 
 def _train() -> None:
@@ -48,6 +49,12 @@ def _plan() -> None:
     from modse_jax.cli import train_command
 
     train_command.run_plan()
+
+
+def _sweep() -> None:
+    from modse_jax.cli import sweep_command
+
+    sweep_command.run()
 
 
 def _eval() -> None:
@@ -71,6 +78,7 @@ def _train_tokenizer() -> None:
 COMMANDS: dict[str, Callable[[], None]] = {
     "train": _train,
     "plan": _plan,
+    "sweep": _sweep,
     "eval": _eval,
     "prepare": _prepare,
     "inspect": _inspect,

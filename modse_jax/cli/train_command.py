@@ -19,12 +19,12 @@ FLAGS = flags.FLAGS
 
 
 def run() -> None:
-    """Runs the command line `train`."""
+    """Runs the command `train` with the flags of the command line, and exits."""
     command_line.run(train, define_flags, __doc__)
 
 
 def run_plan() -> None:
-    """Runs the command line `plan`: `train` with a required --plan."""
+    """Runs the command `plan`, which is `train` with --plan as a required flag, and exits."""
     command_line.run(plan, define_flags, __doc__)
 
 
@@ -45,7 +45,7 @@ def define_flags() -> None:
 
 
 def train() -> int:
-    """Trains, or plans if --plan is given. Returns the exit code."""
+    """Trains a model, or plans a training step if --plan is given. Returns the exit code."""
     config = from_dict(command_line.config_values("config"))
     if FLAGS.plan:
         return _plan(config)
@@ -69,7 +69,7 @@ def train() -> int:
 
 
 def plan() -> int:
-    """Plans for the topologies of --plan. Returns the exit code."""
+    """Plans a training step for the topologies of --plan. Returns the exit code."""
     if not FLAGS.plan:
         raise UserError("--plan is missing; name topologies, such as --plan=v5e:4x4,v5p:2x2x4")
     return _plan(from_dict(command_line.config_values("config")))

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from fractions import Fraction
 from typing import Any
 
 from modse_jax.config.option_fields import fields_of, get_option
@@ -56,26 +57,121 @@ def check_model(config: Any) -> None:
 def check_moe(config: Any) -> None:
     """Checks the options of the mixture-of-experts layers against each other."""
     moe = config.moe
-    if moe.top_k > moe.num_experts:
+    if not config.is_dense:
+        _check_pools(config)
+        _check_experts(config)
+    check_shared_expert(config)
+    if moe.exchange == "all_to_all" and (moe.placement != "whole" or moe.capacity_factor):
+        raise UserError(
+            "moe.exchange=all_to_all needs whole experts and no capacity: set "
+            "moe.placement=whole and moe.capacity_factor=0, or choose moe.exchange=gather"
+        )
+    if moe.bias_rule != "none" and moe.gate == "uniform":
+        raise UserError(
+            f"moe.bias_rule={moe.bias_rule} does not fit moe.gate=uniform: its gates are all 1/k, "
+            "so the cross-entropy does not train the router, and the bias alone would choose the "
+            "experts; set moe.bias_rule=none or choose another gate"
+        )
+    advanced = config.advanced
+    if advanced.tail_rows > advanced.block_rows:
+        raise UserError(
+            f"advanced.tail_rows={advanced.tail_rows} is larger than "
+            f"advanced.block_rows={advanced.block_rows}"
+        )
+
+
+def _check_pools(config: Any) -> None:
+    """Checks the numbers of experts, choices and hidden units of every pool."""
+    moe = config.moe
+    if not moe.pools and moe.top_k > moe.num_experts:
         raise UserError(f"moe.top_k={moe.top_k} is larger than moe.num_experts={moe.num_experts}")
+    if moe.pools and moe.pairs:
+        raise UserError(
+            "moe.pairs=True compares widths with moe.width, which moe.pools replaces; set "
+            "moe.pairs=False"
+        )
+    for number, (experts, width, top_k) in enumerate(moe.pools):
+        pool = f"moe.pools: pool {number}, ({experts}, {width}, {top_k}),"
+        if experts < 1 or top_k < 1 or width < 0:
+            raise UserError(
+                f"{pool} must be (experts, width, top_k) with at least 1 expert and a top_k of at "
+                "least 1"
+            )
+        if top_k > experts:
+            raise UserError(f"{pool} has top_k={top_k}, more than its {experts} experts")
+        if moe.widths and width:
+            raise UserError(
+                f"{pool} has width {width}, but moe.widths gives the width of every expert; set "
+                "the width of every pool to 0, or moe.widths=()"
+            )
+        if not moe.widths and not width:
+            raise UserError(f"{pool} has width 0; give it a width, or set moe.widths")
+
+
+def _check_experts(config: Any) -> None:
+    """Checks the widths of the experts, and which experts copy their input."""
+    moe = config.moe
     try:
         if moe.widths:
             expert_widths.check_widths(moe.widths)
-            if len(moe.widths) != moe.num_experts:
-                raise ValueError(f"{len(moe.widths)} widths for {moe.num_experts} experts")
+            if len(moe.widths) != config.num_experts:
+                raise ValueError(f"{len(moe.widths)} widths for {config.num_experts} experts")
         if moe.pairs:
             expert_widths.check_pairs(config.widths, moe.width)
     except ValueError as error:
         raise UserError(f"moe.widths: {error}") from None
-    if moe.exchange == "all_to_all" and (moe.placement != "pairs" or moe.capacity_factor):
+    try:
+        expert_widths.check_copy_experts(moe.copy_experts, config.widths)
+    except ValueError as error:
+        raise UserError(f"moe.copy_experts: {error}") from None
+
+
+def check_shared_expert(config: Any) -> None:
+    """Checks the shared expert: it needs a width, a placement, and MoE layers beside it."""
+    moe = config.moe
+    if moe.shared_width and moe.shared_placement == "none":
         raise UserError(
-            "moe.exchange=all_to_all needs whole experts and no capacity: set "
-            "moe.placement=pairs and moe.capacity_factor=0, or choose moe.exchange=gather"
+            f"moe.shared_width={moe.shared_width} needs a placement: set moe.shared_placement="
+            "in_layer (added to the output of the MoE layer) or moe.shared_placement=parallel (the "
+            "MoE layer reads the input of the block), or set moe.shared_width=0"
         )
-    if moe.tail_rows > moe.block_rows:
+    if moe.shared_placement != "none" and not moe.shared_width:
         raise UserError(
-            f"moe.tail_rows={moe.tail_rows} is larger than moe.block_rows={moe.block_rows}"
+            f"moe.shared_placement={moe.shared_placement} needs a shared expert: set "
+            "moe.shared_width above 0, or moe.shared_placement=none"
         )
+    if moe.shared_width and config.model.dense_width:
+        raise UserError(
+            f"moe.shared_width={moe.shared_width} needs MoE layers, but model.dense_width="
+            f"{config.model.dense_width} replaces them by a dense FFN: set one of the two to 0"
+        )
+
+
+def check_flop_match(config: Any) -> None:
+    """Checks that a token uses as many hidden units as the dense FFN of moe.flop_matched_width."""
+    claimed = config.moe.flop_matched_width
+    if not claimed or config.active_width == claimed:
+        return
+    raise UserError(
+        f"moe.flop_matched_width={claimed}, but a token uses {config.active_width} hidden units "
+        f"per layer, which is {config.active_width / claimed} of it instead of 1: "
+        f"{_list_active_widths(config)}; change the widths or the experts per token, or set "
+        "moe.flop_matched_width=0"
+    )
+
+
+def _list_active_widths(config: Any) -> str:
+    """Returns where the hidden units of a token come from, as a sum."""
+    if config.is_dense:
+        return f"model.dense_width={config.model.dense_width}"
+    terms = [f"shared {config.moe.shared_width}"] if config.moe.shared_width else []
+    first = 0
+    for number, (experts, top_k) in enumerate(config.pools):
+        widths = config.widths[first : first + experts]
+        first += experts
+        name = f"pool {number}: " if len(config.pools) > 1 else ""
+        terms.append(f"{name}{top_k} of mean width {Fraction(sum(widths), experts)}")
+    return " + ".join(terms)
 
 
 def check_data(config: Any) -> None:

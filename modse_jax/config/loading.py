@@ -2,15 +2,14 @@
 
 import dataclasses
 import difflib
-import sys
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
-
+from modse_jax.config.migration import FORMAT, migrate, report_once
+from modse_jax.config.option_dict import OptionDict, build_option_dict
 from modse_jax.config.option_fields import get_option
-from modse_jax.config.options import Config, fields, renamed
+from modse_jax.config.options import Config, fields
 from modse_jax.errors import UserError
 
 # Options that a resumed run may change. Only training.steps affects the training itself: it sets
@@ -20,13 +19,14 @@ RESUMABLE = (
     "training.log_every",
     "training.eval_every",
     "training.checkpoint_every",
-    "training.max_nonfinite_steps",
+    "advanced.max_nonfinite_steps",
     "training.rewind",
-    "training.replay_check",
-    "training.hang_minutes",
+    "advanced.replay_check",
+    "advanced.hang_minutes",
     "checkpoint.keep",
     "checkpoint.keep_every",
     "evaluation.batch_size",
+    "evaluation.capacity_factor",
     "evaluation.sample_tokens",
     "evaluation.prompts",
     "evaluation.temperature",
@@ -39,33 +39,44 @@ RESUMABLE = (
 RESUMABLE_ANY_MESH = ("mesh.data", "mesh.fsdp", "mesh.expert", "moe.placement", "moe.exchange")
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> OptionDict:
     """Returns the defaults as a ConfigDict, from which every file in configs/ starts."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+    return build_option_dict(dataclasses.asdict(Config()))
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """Builds a checked config from nested plain values, such as a ConfigDict's `to_dict()`.
 
-    A value in `options.RENAMED_VALUES` is replaced by its successor, with one line on stderr per
-    process.
+    Names and values of older versions are replaced as in `migration.MIGRATIONS`, each with one line
+    on stderr per process.
 
     Raises:
         UserError: an option is unknown, missing, of the wrong type or out of range.
     """
-    return _build(Config, values, "")
+    migrated, changes = migrate(values)
+    for line in changes:
+        report_once(line)
+    return _build(Config, migrated, "")
+
+
+def to_saved(config: Config) -> dict[str, Any]:
+    """Returns a config as nested plain values with its format number, as config.json holds it."""
+    return {"format": FORMAT, **dataclasses.asdict(config)}
 
 
 def from_saved(values: Mapping[str, Any]) -> Config:
     """Builds a config from the saved values of a run: config.json, or the meta of a checkpoint.
 
-    A run of an older version lacks the options that were added later. They take their defaults,
-    and one line on stderr names them.
+    A run of an older version has old names, and lacks the options that were added later. The names
+    are replaced as in `migration.MIGRATIONS`, and missing options take their defaults. One line on
+    stderr per process lists the names, and one the missing options.
 
     Raises:
-        UserError: as `from_dict`, but not for missing options.
+        UserError: as `from_dict`, but not for missing options; or the format is a newer one.
     """
-    complete = dict(values)
+    complete, changes = migrate(values)
+    if changes:
+        report_once(f"the saved config is of an older version: {'; '.join(changes)}")
     added = []
     for path, field in fields():
         *sections, name = path.split(".")
@@ -74,18 +85,41 @@ def from_saved(values: Mapping[str, Any]) -> Config:
             saved_section = target.get(section, {})
             if not isinstance(saved_section, Mapping):
                 raise UserError(f"{section}={saved_section!r} must be a section of options")
-            target[section] = dict(saved_section)  # a copy: the caller's values stay as they are
-            target = target[section]
+            target = target.setdefault(section, {})
         if name not in target:
             target[name] = field.default
             added.append(f"{path}={field.default!r}")
-    config = from_dict(complete)
+    config = _build(Config, complete, "")
     if added:
-        print(
-            f"the saved config is of an older version; defaults are used for {', '.join(added)}",
-            file=sys.stderr,
+        report_once(
+            f"the saved config is of an older version; defaults are used for {', '.join(added)}"
         )
     return config
+
+
+def override_options(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns a checked copy of a config with other values of some options.
+
+    Args:
+        config: the config, which stays as it is.
+        values: {"section.option": value}.
+
+    Raises:
+        UserError: as `from_dict`.
+    """
+    nested = dataclasses.asdict(config)
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        section = nested
+        for section_name in sections:
+            section = section.setdefault(section_name, {})
+        section[name] = value
+    return from_dict(nested)
+
+
+def to_option_dict(config: Config) -> OptionDict:
+    """Returns a config as the ConfigDict that a file in configs/ returns."""
+    return build_option_dict(dataclasses.asdict(config))
 
 
 def to_flat_dict(config: Config) -> dict[str, Any]:
@@ -134,7 +168,7 @@ def _cast(field: dataclasses.Field, value: Any, path: str) -> Any:
         return float(value)
     if not _is(value, kind):
         raise UserError(f"{path}={value!r} must be of type {kind.__name__}")
-    return renamed(value, path)
+    return value
 
 
 def _cast_tuple(value: Any, item: type, path: str) -> tuple:

@@ -1,6 +1,7 @@
-"""Training and validation batches.
+"""Reads training and validation batches from prepared records.
 
-A training batch is a function of (training.seed, its number) alone, for any number of processes.
+A row of a batch is one record: L + 1 tokens, of which L are predicted. Which records form training
+batch n depends only on data.shuffle_seed and n (mixture_order.py), not on the number of processes.
 
 Legend: B batch size, L predicted tokens per record.
 """
@@ -26,16 +27,18 @@ READ_AHEAD_BATCHES = 16
 def train_batches(
     data: TrainingData, config: Config, first_batch: int, rows: Sequence[int] = ()
 ) -> Iterator[Batch]:
-    """Yields the training batches from number `first_batch` on, read ahead by threads.
+    """Yields the training batches from number `first_batch` on, without end.
+
+    Threads read them ahead.
 
     Args:
         data: the datasets to read from.
         config: config of the run.
         first_batch: number of the first batch.
-        rows: rows of each batch that this process reads; () reads all rows.
+        rows: which rows of each batch this process reads; () reads all rows.
 
     Yields:
-        int32 arrays {"tokens", "segments"} [B, L + 1].
+        int32 arrays {"tokens", "segments"} [number of rows read, L + 1].
 
     Raises:
         UserError: a record is damaged.
@@ -53,7 +56,10 @@ def train_batches(
 
 
 class BatchSource:
-    """Random access to training batches, restricted to the given rows of each batch."""
+    """Random access to training batches by their number, for Grain.
+
+    Only the given rows of each batch are read.
+    """
 
     def __init__(self, data: TrainingData, config: Config, rows: Sequence[int]):
         self._data = data
@@ -81,7 +87,7 @@ class BatchSource:
 
 
 def record_ids(data: TrainingData, config: Config, batch: int) -> list[RecordId]:
-    """Returns the records of all rows of a batch."""
+    """Returns which record each row of training batch number `batch` is."""
     rows = range(config.training.batch_size)
     return MixtureOrder(data, config).batch(batch, rows)
 
@@ -111,19 +117,19 @@ def _records_per_dataset(data: TrainingData, config: Config, num_batches: int) -
 def validation_batches(
     dataset: Dataset, batch_size: int, vocab_size: int, limit: int = 0, rows: Sequence[int] = ()
 ) -> Iterator[Batch]:
-    """Yields the validation records in order, each exactly once.
+    """Yields batches of the validation records of a dataset, in order, each record exactly once.
 
-    The last batch is filled up with padding records, whose tokens and segments are 0.
+    The last batch is filled with rows whose tokens and segments are 0 (padding).
 
     Args:
         dataset: the dataset to read from.
         batch_size: rows of the global batch.
         vocab_size: size of the model's vocabulary.
         limit: number of records to read; 0 reads all.
-        rows: rows of each batch that this process reads; () reads all rows.
+        rows: which rows of each batch this process reads; () reads all rows.
 
     Yields:
-        int32 arrays {"tokens", "segments"} [len(rows), L + 1].
+        int32 arrays {"tokens", "segments"} [number of rows read, L + 1].
     """
     num_records = len(dataset.splits["validation"])
     count = min(limit or num_records, num_records)
@@ -131,7 +137,7 @@ def validation_batches(
     for start in range(0, count, batch_size):
         real_rows = [index for index, row in enumerate(rows) if start + row < count]
         numbers = [start + rows[index] for index in real_rows]
-        # A process whose rows are all padding reads one record, for the shapes of the arrays.
+        # If all rows of this process are padding, a record is read only for the shapes of arrays.
         records = read_records(dataset, "validation", numbers or [0], vocab_size)
         batch = {}
         for name, array in records.items():

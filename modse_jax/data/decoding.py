@@ -1,4 +1,4 @@
-"""Decodes prepared records back to the documents that they were made from."""
+"""Decodes prepared records (fixed numbers of tokens) back to the documents they were made from."""
 
 from collections.abc import Iterator
 

@@ -19,7 +19,7 @@ from modse_jax.runtime.one_line_parser import EXIT_BAD_INPUT, OneLineParser
 
 matplotlib.use("Agg")
 
-HISTOGRAM_RECORDS = 20_000  # records that are read for the histograms
+HISTOGRAM_RECORDS = 20_000  # most records that are read for the histograms
 
 LENGTH_BINS = 40
 
@@ -31,7 +31,7 @@ PICTURE_NAME = "lengths.png"
 
 
 def format_record(dataset: Dataset, split: str, number: int) -> str:
-    """Returns the decoded text of a record, with a header for each of its documents."""
+    """Returns the decoded text of record `number`, with a header line before each document."""
     vocab_size = dataset.card["vocab_size"]
     record = prepared_data.read_records(dataset, split, [number], vocab_size)
     tokens = record["tokens"][0]
@@ -83,7 +83,7 @@ def plot_lengths(dataset: Dataset, split: str, path: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; bad input gives one line and exit code 2."""
+    """Runs the command; for bad input, prints one line and exits with code 2."""
     parser = _build_parser()
     options = parser.parse_args(argv)
     try:
@@ -107,7 +107,10 @@ def _build_parser() -> OneLineParser:
 
 
 def _inspect(options: argparse.Namespace) -> pathlib.Path:
-    """Prints the card and a record, and returns the path of the picture."""
+    """Prints the card (description) of the data and one record, and draws the histograms.
+
+    Returns the path of the picture with the histograms.
+    """
     out = pathlib.Path(options.out)
     if not out.is_dir():
         raise UserError(f"--out={options.out} is not a directory")

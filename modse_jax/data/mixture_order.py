@@ -1,4 +1,8 @@
-"""The order of training records: which record stands at every position of an endless sequence."""
+"""The order in which training reads records, from one dataset or from a mixture of several.
+
+Training reads an endless sequence of records; batch n of B rows is positions n * B to n * B + B - 1
+of it. This module computes which record is at a position, without reading any data.
+"""
 
 import functools
 from typing import NamedTuple
@@ -9,7 +13,7 @@ import numpy as np
 from modse_jax.config.options import Config
 from modse_jax.data.training_data import TrainingData
 
-BLOCK = 4096  # positions in which every dataset of a mixture gets its share
+BLOCK = 4096  # positions; in each block of them, every dataset of a mixture has its exact share
 
 
 class RecordId(NamedTuple):
@@ -20,11 +24,11 @@ class RecordId(NamedTuple):
 
 
 class _BlockOrder(NamedTuple):
-    """The datasets of the positions of a block.
+    """The order in which the datasets are read within one block of BLOCK positions.
 
     Attributes:
-        datasets: the dataset of each position [BLOCK].
-        ranks: how often that dataset occurs in the block before the position [BLOCK].
+        datasets: [BLOCK], the index of the dataset at each position.
+        ranks: [BLOCK], how often the same dataset occurs at earlier positions of the block.
     """
 
     datasets: np.ndarray
@@ -32,15 +36,16 @@ class _BlockOrder(NamedTuple):
 
 
 class MixtureOrder:
-    """Maps positions of the endless sequence of training records to records.
+    """Computes which record is at a position of the endless sequence of training records.
 
     In every block of BLOCK positions each dataset gets its share, rounded to a record, in an order
-    that is drawn for the block. Within a dataset, every epoch visits all records in a new order.
-    The mapping is a pure function of (training.seed, position), so training can start anywhere.
+    that is drawn for the block. Within a dataset, every epoch reads all records once, in a new
+    order. The result depends only on data.shuffle_seed and the position, so training can resume at
+    any position.
     """
 
     def __init__(self, data: TrainingData, config: Config):
-        self._seed = config.training.seed
+        self._seed = config.data.shuffle_seed
         self._batch_size = config.training.batch_size
         self._num_datasets = len(data.datasets)
         self._cumulative_weights = np.cumsum(data.weights)
@@ -53,7 +58,7 @@ class MixtureOrder:
         self._block_order = functools.lru_cache(maxsize=4)(self._draw_block)
 
     def counts(self, num_positions: int) -> list[int]:
-        """Returns how many of the first `num_positions` records are from each dataset."""
+        """Returns how many records of each dataset are at the first `num_positions` positions."""
         block, num_in_block = divmod(num_positions, BLOCK)
         counts = self._counts_before_block(block)
         if self._num_datasets == 1:
@@ -65,7 +70,7 @@ class MixtureOrder:
         return counts
 
     def batch(self, number: int, rows: range | tuple[int, ...] | list[int]) -> list[RecordId]:
-        """Returns the records of the given rows of a batch."""
+        """Returns which records are the given rows of training batch `number`."""
         first_position = number * self._batch_size
         return [self._record_at(first_position + row) for row in rows]
 
@@ -79,9 +84,10 @@ class MixtureOrder:
         return RecordId(dataset, int(self._shuffled_records[dataset][index]))
 
     def _counts_before_block(self, block: int) -> list[int]:
-        """Returns the number of records of each dataset in all earlier blocks.
+        """Returns the number of records of each dataset in all blocks before block `block`.
 
-        The cumulative shares are rounded, so the counts sum to block * BLOCK.
+        Cumulative sums of the shares are rounded, not the shares, so that the counts sum to exactly
+        block * BLOCK.
         """
         boundaries = [0]
         for weight in self._cumulative_weights:
@@ -89,7 +95,7 @@ class MixtureOrder:
         return [end - start for start, end in zip(boundaries, boundaries[1:])]
 
     def _draw_block(self, block: int) -> _BlockOrder:
-        """Draws the order of the datasets in a block."""
+        """Draws the order of the datasets in the block of number `block`."""
         before = self._counts_before_block(block)
         after = self._counts_before_block(block + 1)
         shares = [end - start for start, end in zip(before, after)]

@@ -4,11 +4,14 @@ A record holds one token more than it predicts. If a document continues in the n
 record begins with the last token of the previous one. So every token of a document except its first
 is predicted exactly once. Segment ids number the documents of a record from 1; 0 marks padding.
 
+There are two packings:
+
 concat: documents are concatenated and the sequence is cut into records. Only the last record has
 padding, but most records begin in the middle of a document.
 
-best_fit: a document that fits into a record is never cut, and records end in padding (Ding et al.
-2024, "Fewer Truncations Improve Language Modeling").
+best_fit: a document that fits into a record is never cut, and records end in padding. A document
+that does not fit is cut into pieces first (Ding et al. 2024, "Fewer Truncations Improve Language
+Modeling").
 """
 
 import bisect
@@ -17,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-WINDOW = 4096  # pieces of documents that best_fit packs together
+WINDOW = 4096  # documents, or pieces of long ones, that best_fit packs at a time
 
-SLICE_RECORDS = 512  # records' worth of tokens that concat holds before it cuts them
+SLICE_RECORDS = 512  # concat cuts its tokens into records when it holds enough for this many
 
 
 class PackedRecords(NamedTuple):
@@ -41,9 +44,9 @@ class ConcatPacker:
         self._num_documents = 0
 
     def add(self, ids: np.ndarray) -> Iterator[PackedRecords]:
-        """Adds a document and yields the records that are complete.
+        """Adds a document, and yields the records that it completes.
 
-        A long document is added in slices, so that memory does not grow with its length.
+        A long document is added slice by slice, so that memory does not grow with its length.
         """
         self._num_documents += 1
         slice_size = SLICE_RECORDS * self._length
@@ -56,11 +59,14 @@ class ConcatPacker:
                 yield self._cut(is_last=False)
 
     def finish(self) -> list[PackedRecords]:
-        """Returns the remaining records, of which the last one is padded."""
+        """Returns the records of the tokens that are left, of which the last one is padded."""
         return [self._cut(is_last=True)] if self._size > 1 else []
 
     def _cut(self, is_last: bool) -> PackedRecords:
-        """Cuts the tokens into records, and saves or pads the tokens of an incomplete record."""
+        """Cuts the added tokens into records and returns these.
+
+        The tokens of an incomplete last record are kept for the next call, or padded if `is_last`.
+        """
         tokens = np.concatenate(self._tokens)
         documents = np.concatenate(self._documents)
         if is_last:
@@ -88,14 +94,17 @@ class BestFitPacker:
         self._pieces: list[np.ndarray] = []
 
     def add(self, ids: np.ndarray) -> Iterator[PackedRecords]:
-        """Adds a document and yields the records of each window of pieces that is complete."""
+        """Adds a document; whenever WINDOW documents have been added, packs and yields them.
+
+        A document that does not fit into a record counts as several, its pieces.
+        """
         for start, size in _piece_ranges(len(ids), self._length):
             self._pieces.append(ids[start : start + size])
             if len(self._pieces) >= WINDOW:
                 yield self._pack_window()
 
     def finish(self) -> list[PackedRecords]:
-        """Returns the remaining records."""
+        """Returns the records of the documents that are left."""
         return [self._pack_window()] if self._pieces else []
 
     def _pack_window(self) -> PackedRecords:
@@ -115,7 +124,7 @@ class BestFitPacker:
 
 
 def make_packer(packing: str, length: int, pad_id: int) -> ConcatPacker | BestFitPacker:
-    """Returns a packer.
+    """Returns the packer for a value of the option `packing`.
 
     Args:
         packing: "concat" or "best_fit".
@@ -138,16 +147,18 @@ def _piece_ranges(num_tokens: int, length: int) -> list[tuple[int, int]]:
 
 
 def assign_best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
-    """Assigns items to bins by best-fit decreasing.
+    """Assigns items to bins of limited capacity by the heuristic "best-fit decreasing".
 
-    The largest items come first, and each goes into the bin that it leaves the least space in.
+    The largest items come first. Each goes into the bin with the least space that is enough for it,
+    or into a new bin.
 
     Args:
         sizes: sizes of the items, each at most `capacity`.
         capacity: maximum sum of the sizes of a bin.
 
     Returns:
-        The indices of the items of each bin, sorted by the first index.
+        For each bin, the indices of its items in ascending order. The bins are sorted by their
+        first index.
     """
     bins: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (remaining space, bin), sorted
@@ -168,7 +179,7 @@ def assign_best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
 
 
 def estimate_waste(sizes: list[int], length: int) -> dict[str, dict[str, float]]:
-    """Compares both packings on a sample of documents.
+    """Estimates the padding and the cut documents of both packings, from a sample of documents.
 
     Args:
         sizes: tokens of each document, with begin and end.

@@ -17,7 +17,8 @@ DATASET_NAME = "token_records"
 
 DATASET_VERSION = "1.0.0"
 
-# Values that mark the arrays in the template of a serialized record. They fit into uint16.
+# Values that fill the arrays in the template of a serialized record, to find the arrays in its
+# bytes. They fit into uint16.
 TOKEN_MARK = 0xABAB
 
 SEGMENT_MARK = 0xCDCD
@@ -62,7 +63,10 @@ class RecordSerializer:
         self._template = np.frombuffer(template, np.uint8)
 
     def serialize_with_tfds(self, record: dict[str, np.ndarray]) -> bytes:
-        """Returns the serialized bytes of one record, made by TFDS. This is the slow reference."""
+        """Returns the serialized bytes of one record as TFDS makes them: the slow reference.
+
+        `record` is {"tokens", "segments"}.
+        """
         # TFDS exposes its serializer only under `core`; it is used here and nowhere else.
         serializer = example_serializer.ExampleSerializer(self._features.get_serialized_info())
         example = serializer.get_tf_example(self._features.encode_example(record))
@@ -106,9 +110,16 @@ def stack_records(
 def check_records(
     batch: dict[str, np.ndarray], ids: Sequence[int], vocab_size: int, origin: str
 ) -> None:
-    """Checks token and segment ids of stacked records.
+    """Checks that the token and segment ids of records are valid.
 
-    Inside a jitted function an invalid token id would be clamped silently.
+    An invalid token id would cause no error later: inside a jitted function, an index that is out
+    of range is silently clamped.
+
+    Args:
+        batch: the records; see `stack_records`.
+        ids: the number of each record, for error messages.
+        vocab_size: size of the model's vocabulary.
+        origin: the split and directory of the records, for error messages.
 
     Raises:
         UserError: a token id is not in the vocabulary, or the segment ids do not count documents
@@ -132,7 +143,7 @@ def check_records(
 
 
 def _has_invalid_segments(segments: np.ndarray) -> np.ndarray:
-    """Returns a boolean for each record [num_records]."""
+    """Returns [num_records], True if the segment ids of a record do not count 1, 2, ..."""
     difference = np.diff(segments, axis=1)
     is_padding = segments == 0
     padding_begins = (difference < 0) & is_padding[:, 1:]

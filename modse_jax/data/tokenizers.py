@@ -2,7 +2,8 @@
 
 Every tokenizer has ids for padding, the begin of a document and the end of a document. A tokenizer
 is named by a string: "bytes", "sentencepiece:FILE", "hf:FILE" (a tokenizer.json of the Hugging Face
-tokenizers library), or "sentencepiece" (trained on the source).
+tokenizers library), or "sentencepiece" (trained on the source). A piece is the string or the bytes
+that a token of the vocabulary stands for.
 """
 
 import hashlib
@@ -21,16 +22,16 @@ KINDS = ("bytes", "sentencepiece", "hf")
 
 TRAINED_ON_SOURCE = "sentencepiece"
 
-TRAINING_LINES = 40000  # minimum number of lines to train on, if there are as many
+TRAINING_LINES = 40000  # train on this many lines, up to twice as many, or all if there are fewer
 
 SPACE_MARK = "\u2581"  # the character that sentencepiece writes for a space
 
-# Line ends with the indentation after them are single pieces. Otherwise half of the tokens of a
-# program would be white space.
+# Pieces that a trained model always has: line ends with the indentation after them. Without them,
+# half of the tokens of source code would be white space.
 LINE_END_PIECES = ["\n", "\n\n"] + ["\n" + SPACE_MARK * n for n in (2, 4, 8, 12, 16, 20, 24)]
 
-# A text that is changed by normalization, dropped spaces, a dummy prefix, or a missing byte
-# fallback.
+# A text to test that a tokenizer loses nothing. Encoding and decoding changes it if the tokenizer
+# normalizes text, drops spaces, adds a space in front, or has no byte fallback.
 PROBE = (
     "x  two  spaces \r\n\ttab caf\u00e9 e\u0301 \ufb01 \u00bd \u4e16\u754c \U0001f600 \u2581 end "
 ).encode()
@@ -71,7 +72,7 @@ class SentencePiece:
     """A sentencepiece model with byte fallback, for UTF-8 text.
 
     Raises:
-        UserError: the model lacks a special piece, or does not decode to the encoded text.
+        UserError: the model lacks a special piece, or decoding does not return the encoded text.
     """
 
     kind = "sentencepiece"
@@ -121,8 +122,8 @@ class SentencePiece:
     def decode(self, ids: Iterable[int]) -> bytes:
         """Returns the text of token ids, without special tokens.
 
-        The text is put together from pieces. sentencepiece's own decoding would replace the bytes
-        of a character that is cut.
+        The bytes of the pieces are concatenated. If the ids end within a character of several
+        bytes, sentencepiece's own decoding would replace its bytes.
         """
         pieces = []
         for token in ids:
@@ -142,12 +143,13 @@ class SentencePiece:
 
 
 class HuggingFace:
-    """A tokenizer.json with byte-level pieces.
+    """A tokenizer of the Hugging Face library (tokenizer.json) with byte-level pieces.
 
-    Special tokens that it lacks are added to its vocabulary.
+    Padding, begin and end tokens that it lacks are added to its vocabulary.
 
     Raises:
-        UserError: the tokenizer lacks a byte, or does not decode to the encoded text.
+        UserError: the tokenizer lacks a piece for some byte, or decoding does not return the
+            encoded text.
     """
 
     kind = "hf"
@@ -173,7 +175,10 @@ class HuggingFace:
         self._check_lossless()
 
     def _find_or_add_special(self, names: tuple[str, ...]) -> int:
-        """Returns the id of the first name in the vocabulary; adds the first name if none is."""
+        """Returns the id of a special token that may have any of these names.
+
+        If none of the names is in the vocabulary, the first one is added.
+        """
         for name in names:
             found = self._tokenizer.token_to_id(name)
             if found is not None:
@@ -215,8 +220,8 @@ class HuggingFace:
     def decode(self, ids: Iterable[int]) -> bytes:
         """Returns the text of token ids, without special tokens.
 
-        The text is put together from pieces. The library's own decoding would replace the bytes of
-        a character that is cut.
+        The bytes of the pieces are concatenated. If the ids end within a character of several
+        bytes, the library's own decoding would replace its bytes.
         """
         pieces = []
         for token in ids:
@@ -238,10 +243,10 @@ class HuggingFace:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Returns {character: byte} of the byte-level alphabet of GPT-2.
+    """Returns {character: byte}: how byte-level tokenizers write a byte as a character (GPT-2).
 
-    A printable byte is written as the character with the same number, the other bytes as the
-    characters from 256 on.
+    A printable byte is written as the character with the same code point. The other bytes are
+    written as the characters with code points from 256 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -298,7 +303,7 @@ def deserialize(kind: str, model: bytes, name: str) -> Tokenizer:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Returns the kind and a hash of the model: equal for equal tokenizers in different files."""
+    """Returns a text that identifies a tokenizer: its kind and a hash of its serialized model."""
     return f"{tokenizer.kind}:{hashlib.sha256(tokenizer.serialize()).hexdigest()[:16]}"
 
 
@@ -383,9 +388,10 @@ def train_hf(documents: Iterable[bytes], vocab_size: int) -> HuggingFace:
 
 
 def thin_out(items: Iterable[Item], limit: int) -> list[Item]:
-    """Returns evenly spaced items, in one pass: all of them, or between `limit` and 2 * `limit`.
+    """Returns a sample of evenly spaced items, in one pass over them.
 
-    Lines are sampled here because sentencepiece's own sample differs from process to process.
+    It has between `limit` and 2 * `limit` items, or all if there are fewer. sentencepiece could
+    draw a sample itself, but that differs from process to process.
     """
     sample = []
     stride = 1

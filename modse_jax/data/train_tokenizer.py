@@ -21,7 +21,7 @@ TRAINERS: dict[str, Callable[[Iterable[bytes], int], tokenizers.Tokenizer]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; bad input gives one line and exit code 2."""
+    """Runs the command; for bad input, prints one line and exits with code 2."""
     parser = _build_parser()
     options = parser.parse_args(argv)
     out = pathlib.Path(options.out).expanduser()
@@ -62,7 +62,7 @@ def _check_output(out: pathlib.Path) -> None:
 
 
 def _read_decodable(source: str, field: str) -> Iterator[bytes]:
-    """Yields the documents of a source that are UTF-8, and reports how many are not."""
+    """Yields the documents of a source that are UTF-8; prints at the end how many are not."""
     num_skipped = 0
     for document in sources.read_documents(source, field):
         try:

@@ -10,9 +10,9 @@ HASH_DIGITS = 13  # 52 bits: the most hexadecimal digits that a float holds exac
 
 
 def holdout_score(name: str) -> float:
-    """Returns the score of a document in [0, 1), uniformly distributed over names.
+    """Returns a hash of a document's name, as a number that is uniformly distributed in [0, 1).
 
-    A document belongs to the validation split if its score is below the threshold of its source.
+    A document belongs to the validation split if its score is below `holdout_threshold`.
     """
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
     return int(digest[:HASH_DIGITS], 16) / 16**HASH_DIGITS
@@ -23,7 +23,8 @@ def holdout_threshold(
 ) -> float:
     """Returns the score below which documents belong to the validation split.
 
-    For two or more documents, both splits get at least one document.
+    It is `fraction`, or a little lower or higher if one of the splits would be empty otherwise. A
+    source of a single document cannot be split.
 
     Args:
         num_below: number of documents whose score is below `fraction`.

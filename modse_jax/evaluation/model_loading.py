@@ -1,4 +1,4 @@
-"""Opens a trained model for evaluation: its config, its data and the parameters of a checkpoint."""
+"""Opens a trained model for evaluation: its config, its data and the arrays of a checkpoint."""
 
 import dataclasses
 import pathlib
@@ -12,6 +12,7 @@ from modse_jax.config.options import Config
 from modse_jax.data import tokenizers, training_data
 from modse_jax.errors import UserError
 from modse_jax.model import kernel_selection
+from modse_jax.model.variables import Variables
 from modse_jax.runtime import files, processes, sharding
 from modse_jax.training import run_metadata, train_step
 from modse_jax.training.checkpointing import Checkpoints
@@ -21,18 +22,19 @@ class LoadedModel(NamedTuple):
     """A trained model and the data it was trained on.
 
     Attributes:
-        config: The config of the run, with kernels that work on this device.
+        config: The config of the run, but with plain XLA backends if this device has no kernels
+            that pass their self-test.
         data: The prepared training and validation data.
-        mesh: The devices that evaluate, all of them on the batch axes.
+        mesh: The devices over which batches are sharded; parameters are replicated.
         step: The training step of the checkpoint.
-        params: The parameters, replicated on every device of the mesh.
+        variables: The arrays of the model, replicated on every device of the mesh.
     """
 
     config: Config
     data: training_data.TrainingData
     mesh: jax.sharding.Mesh
     step: int
-    params: dict
+    variables: Variables
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -48,17 +50,17 @@ def read_config(workdir: pathlib.Path) -> Config:
         )
     try:
         return from_saved(files.read_json(path))
-    except ValueError as error:
-        raise UserError(f"{path.parent}: {error}") from None
+    except (ValueError, UserError) as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def load_model(workdir: pathlib.Path, step: int, batch_size: int) -> LoadedModel:
-    """Loads the parameters of a checkpoint and the data of its run.
+    """Loads the model of a checkpoint and the data of its run.
 
     Args:
         workdir: The directory of the run.
         step: A saved step; 0 for the newest.
-        batch_size: Sequences per batch. It decides over how many devices a batch is sharded.
+        batch_size: Sequences per batch, sharded over the largest number of devices that divides it.
 
     Raises:
         UserError: The step is not saved or is damaged, or the data is not that of the run.
@@ -76,7 +78,7 @@ def load_model(workdir: pathlib.Path, step: int, batch_size: int) -> LoadedModel
     checkpoints.close()
     if damage:
         raise UserError(_describe_damage(step, damage))
-    return LoadedModel(config, data, mesh, step, state.params)
+    return LoadedModel(config, data, mesh, step, state.variables)
 
 
 def _state_shapes(config: Config, mesh: jax.sharding.Mesh) -> train_step.State:
@@ -93,10 +95,10 @@ def _describe_damage(step: int, reason: str) -> str:
 
 
 def replace_wrong_kernels(config: Config, mesh: jax.sharding.Mesh) -> Config:
-    """Returns the config, with plain XLA backends if a kernel fails its self-test on this device.
+    """Tests the kernels of a config on this device; returns a config that works on it.
 
-    An evaluation is still useful with slower backends, so a failed self-test is reported as a
-    warning. Training raises an error instead.
+    If a kernel fails its self-test, it is replaced by plain XLA backends and a warning is printed,
+    because an evaluation is still useful if it is slower. Training raises an error instead.
     """
     try:
         processes.on_all_processes(
@@ -141,9 +143,10 @@ def find_valid_step(
     Args:
         checkpoints: The checkpoints of the run.
         workdir: The directory of the run, for error messages.
-        step: The requested step.
-        fingerprints: The fingerprints of the data, by name; a checkpoint must carry the same.
-        set_fingerprints: The same of the validation sets.
+        step: The requested step; 0 for the newest.
+        fingerprints: {"data": ..., "tokenizer": ...}, the fingerprints of what has been loaded.
+            Those in the metadata of the checkpoint must be equal.
+        set_fingerprints: The same of the validation sets, by name.
 
     Raises:
         UserError: The step is not saved, is damaged, or was trained on other data.
@@ -181,7 +184,7 @@ def verify_checkpoints(workdir: str) -> tuple[str, bool]:
     """Compares every file of every checkpoint with its recorded hash.
 
     Returns:
-        One line of text per checkpoint, and True if all checkpoints are intact.
+        The text to print, one line per checkpoint; and True if all checkpoints are intact.
     """
     directory = pathlib.Path(workdir).expanduser().absolute()
     checkpoints = open_checkpoints(directory)

@@ -17,19 +17,21 @@ from modse_jax.runtime import processes, sharding
 from modse_jax.training import metrics, train_step, validation
 
 SUITES = ("loss", "routing", "sample")
-TOKENS_PER_CHUNK = 8  # tokens between two updates of a sample on the console
-SHOWN_EXPERTS = 16  # experts in the table of routing
+TOKENS_PER_CHUNK = 8  # new tokens between two updates of a sample on the console
+SHOWN_EXPERTS = 16  # most columns of experts in the printed table of routing
 
 Show = Callable[[str], None]
 
 
 class ValidationResult(NamedTuple):
-    """Validation loss and routing.
+    """Loss and routing on validation records.
 
     Attributes:
-        loss: Loss, bits per byte and number of tokens of the validation split. With validation
-            sets also "macro_loss", and the same of every set under "sets".
-        routing: One dictionary of routing statistics per layer, of the validation split.
+        loss: {"loss", "bits_per_byte", "tokens", ...} of the validation split, as
+            `validation.together` returns it. With validation sets also "macro_loss", and the same
+            of every set under "sets".
+        routing: One dictionary of routing statistics per layer, of the validation split; see
+            `metrics.routing_by_layer`.
     """
 
     loss: dict
@@ -37,7 +39,7 @@ class ValidationResult(NamedTuple):
 
 
 def show_nothing(text: str) -> None:
-    """Discards a piece of console output."""
+    """Discards console output; the default for `show` arguments."""
 
 
 def evaluate(
@@ -49,16 +51,22 @@ def evaluate(
     prompts: tuple[str, ...],
     show: Show = show_nothing,
 ) -> dict:
-    """Runs suites and writes eval/STEP.json, or eval/STEP.firstN.json if there is a limit.
+    """Evaluates a checkpoint, and writes the results to a file.
+
+    The file is eval/STEP.json in the workdir, or eval/STEP.firstN.json with a limit of N.
 
     Args:
         workdir: The directory of the run.
         step: A saved step; 0 for the newest.
-        suites: Any of SUITES.
-        limit: Number of validation records; 0 for all.
+        suites: What to evaluate, some of SUITES.
+        limit: Number of validation records of each dataset; 0 for all.
         batch_size: Sequences per batch; 0 for `evaluation.batch_size` of the config.
         prompts: Prompts of the samples; empty for those of the config.
-        show: Receives the console output. Samples arrive in small pieces, as they are generated.
+        show: Called with each piece of console output; samples come a few characters at a time, as
+            they are generated.
+
+    Returns:
+        The content of the file; on processes other than the main one, only the new results.
 
     Raises:
         UserError: A suite is unknown, or a prompt does not fit into the context.
@@ -86,7 +94,13 @@ def evaluate(
 
 
 def validate(model: LoadedModel, limit: int, batch_size: int) -> ValidationResult:
-    """Computes loss and routing on validation records: the first `limit` of a dataset, or all."""
+    """Computes loss and routing on the validation records of the run's datasets.
+
+    Args:
+        model: The model.
+        limit: Number of records of each dataset, from its first one on; 0 for all.
+        batch_size: Sequences per batch.
+    """
     score = train_step.jitted_score_step(model.config, model.mesh)
 
     def score_all(datasets: tuple[prepared_data.Dataset, ...]) -> dict[str, validation.Scored]:
@@ -97,6 +111,8 @@ def validate(model: LoadedModel, limit: int, batch_size: int) -> ValidationResul
 
     loss, statistics = validation.together(score_all(model.data.datasets))
     loss |= validation.summarize_sets(score_all(model.data.validation_sets))
+    if model.config.evaluation.capacity_factor:
+        loss["dropped"] = metrics.count_dropped(statistics)
     return ValidationResult(loss, metrics.routing_by_layer(statistics, model.config.widths))
 
 
@@ -110,13 +126,16 @@ def _score_dataset(
     """Scores the first `limit` validation records of a dataset, or all."""
     batches = read_validation_batches(model, dataset, limit, batch_size)
     is_complete = not limit or limit >= len(dataset.splits["validation"])
-    return validation.run(score, model.params, batches, dataset, is_complete)
+    return validation.run(score, model.variables, batches, dataset, is_complete)
 
 
 def read_validation_batches(
     model: LoadedModel, dataset: prepared_data.Dataset, limit: int, batch_size: int
 ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the validation records of a dataset as batches on the devices of a model."""
+    """Yields the validation records of a dataset in batches, sharded over the model's devices.
+
+    See `validate` for `limit` and `batch_size`.
+    """
     batches = batching.validation_batches(
         dataset,
         batch_size,
@@ -132,7 +151,7 @@ def sample(model: LoadedModel, prompts: tuple[str, ...], show: Show = show_nothi
     """Generates a continuation of each prompt, with the sampling options of the config.
 
     Returns:
-        A dictionary with "prompt" and "text" per prompt.
+        {"prompt": prompt, "text": continuation} for each prompt.
 
     Raises:
         UserError: A prompt and its continuation do not fit into the context.
@@ -168,15 +187,18 @@ def _indent(text: str) -> str:
 
 
 def _generate(model: LoadedModel, prompt: list[int], number: int) -> Iterator[str]:
-    """Yields the text after a prompt in pieces of complete characters."""
+    """Yields the generated text after a prompt, a few complete characters at a time.
+
+    `number` is the index of the prompt, from which its random key is derived.
+    """
     options = model.config.evaluation
     tokenizer = model.data.tokenizer
-    graph, _ = transformer.build_abstract_model(kernel_selection.for_evaluation(model.config))
-    # The parameters are replicated, so one device holds all of them. Samples are generated there.
-    params = jax.tree.map(lambda array: array.addressable_data(0), model.params)
+    graph, _ = transformer.build_abstract_model(kernel_selection.for_generation(model.config))
+    # Samples are generated on one device. It holds all arrays, because they are replicated.
+    variables = jax.tree.map(lambda array: array.addressable_data(0), model.variables)
     pieces = sampling.stream(
         graph,
-        params,
+        variables,
         [prompt],
         options.sample_tokens,
         sampling.Settings(options.temperature, options.top_k, options.top_p),
@@ -193,7 +215,7 @@ def _generate(model: LoadedModel, prompt: list[int], number: int) -> Iterator[st
 
 
 def format_results(results: dict) -> str:
-    """Returns the loss and the routing of a result as text."""
+    """Returns the loss and the routing of a result file as text for the console and the report."""
     lines = [f"checkpoint of step {results['step']}"]
     if "loss" in results:
         loss = results["loss"]
@@ -201,11 +223,12 @@ def format_results(results: dict) -> str:
         lines.append(
             f"  validation{part}: loss {loss['loss']:.4f} nats/token, "
             f"{loss['bits_per_byte']:.4f} bits/byte, {loss['tokens']:,} tokens"
+            + (f", {loss['dropped']:,} dropped" if "dropped" in loss else "")
         )
         if "sets" in loss:
             lines += ["", f"validation sets{part}", _format_sets(loss)]
     if "routing" in results:
-        lines += ["", "share of tokens per expert, %", _format_routing(results["routing"])]
+        lines += ["", _format_routing(results["routing"])]
     return "\n".join(lines)
 
 
@@ -233,7 +256,13 @@ def _format_sets(loss: dict) -> str:
 
 
 def _format_routing(routing: dict) -> str:
-    """Returns a table with a row per layer and a column for each of the first experts."""
+    """Returns the table of the share of tokens per expert: a row per layer, a column per expert.
+
+    Only the first SHOWN_EXPERTS experts have a column. Further columns are statistics of the layer.
+    A dense model has no table.
+    """
+    if not routing["widths"]:
+        return "no routing: the model is dense"
     widths = routing["widths"][:SHOWN_EXPERTS]
     experts = [Column(7, gap=2)] + [Column(7, gap=0)] * (len(widths) - 1)
     columns = [Column(5, gap=2), *experts, Column(8, gap=3), Column(7, gap=2), Column(10, gap=2)]
@@ -250,4 +279,4 @@ def _format_routing(routing: dict) -> str:
                 f"{layer['count_weighted_width']:.1f}",
             ]
         )
-    return text_table.text_table(columns, rows)
+    return "share of tokens per expert, %\n" + text_table.text_table(columns, rows)

@@ -19,7 +19,10 @@ class Column(NamedTuple):
 
 
 def format_row(columns: Sequence[Column], cells: Sequence[str]) -> str:
-    """Returns one line of a table. A row may have fewer cells than there are columns."""
+    """Returns the cells of one row as one aligned line, without a newline.
+
+    Columns for which there is no cell are left out.
+    """
     parts = []
     for column, cell in zip(columns, cells):
         padded = cell.ljust(column.width) if column.align == "left" else cell.rjust(column.width)
@@ -28,5 +31,5 @@ def format_row(columns: Sequence[Column], cells: Sequence[str]) -> str:
 
 
 def text_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
-    """Returns the lines of a table, joined by newlines. The first row is usually the header."""
+    """Returns the rows as aligned lines, joined by newlines. A header is an ordinary first row."""
     return "\n".join(format_row(columns, row) for row in rows)

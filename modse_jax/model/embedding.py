@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from modse_jax.runtime import chips, sharding
 
-# Tokens of one matmul. The one-hot matrix takes 262 MB in bfloat16 at a vocabulary of 32,000;
-# smaller chunks read and write the accumulator more often.
+# Tokens of one matmul of the gradient on GPU. The one-hot matrix [V, CHUNK] takes 262 MB in
+# bfloat16 at a vocabulary of 32,000; with smaller chunks, the sum is read and written more often.
 CHUNK = 4096
 
 
@@ -32,10 +32,18 @@ def look_up(
     a sort of one (row, value, index) triple per element of [N, D] and by a scan of the same length:
     about 0.1 s for 65,536 tokens of width 1,536. Other platforms keep XLA's gradient.
 
-    Every device looks up its part of the model width, for the tokens of all devices that share the
-    embedding. The result is sharded in the same way; the batch is sharded over `data` alone.
+    The embedding table is sharded over the model dimension. Every device looks up its slice of the
+    model dimension, for the tokens of all devices that hold slices of the same table. The result is
+    sharded over the model dimension in the same way, and over `data` along the batch.
 
-    Args: with_matmul: selects the gradient; None selects it by the platform.
+    Args:
+        table_VD: the embedding table.
+        tokens_BL: token ids.
+        dtype: the compute dtype.
+        scale: the factor.
+        mesh: the devices; None for one device.
+        with_matmul: True for the gradient by matmuls, False for that of XLA; None selects it by the
+            platform.
     """
     if with_matmul is None:
         with_matmul = chips.is_gpu(sharding.chip_name(mesh))
@@ -46,7 +54,8 @@ def look_up(
     rows, width = PartitionSpec(sharding.DATA), sharding.AXIS_RULES["embed"]
     tokens_BL = jax.lax.with_sharding_constraint(tokens_BL, NamedSharding(mesh, rows))
     if with_matmul:
-        # A shard_map all-reduces the gradient over `data` once. XLA would all-reduce every chunk's.
+        # With a shard_map, the gradient is all-reduced over `data` once. Without it, XLA would
+        # all-reduce the gradient of every chunk.
         x_BLD = jax.shard_map(
             lambda table_VD, tokens_BL: look_up_with_matmul_gradient(
                 table_VD, tokens_BL, dtype, scale
@@ -65,9 +74,9 @@ def look_up(
 def look_up_with_gather(
     table_VD: jax.Array, tokens_BL: jax.Array, dtype: jnp.dtype, scale: float
 ) -> jax.Array:
-    """Returns the scaled embeddings by a gather that XLA differentiates.
+    """Returns the scaled embeddings [B, L, D] by a gather, with XLA's own gradient.
 
-    It is the reference of `look_up_with_matmul_gradient`.
+    It is the plain reference for `look_up_with_matmul_gradient`.
     """
     x_BLD = table_VD[tokens_BL]
     return (x_BLD * scale if scale != 1 else x_BLD).astype(dtype)
@@ -77,10 +86,10 @@ def look_up_with_gather(
 def look_up_with_matmul_gradient(
     table_VD: jax.Array, tokens_BL: jax.Array, dtype: jnp.dtype, scale: float, chunk: int = CHUNK
 ) -> jax.Array:
-    """Returns the scaled embeddings by a gather whose gradient is a sum of matmuls.
+    """Returns the scaled embeddings [B, L, D] by a gather whose gradient is a sum of matmuls.
 
-    Each matmul is over one chunk of tokens. The gradient is accumulated in float32, in the order
-    of the tokens.
+    The gradient of the table is onehot(tokens) @ dx, computed for `chunk` tokens at a time and
+    summed in float32 in the order of the tokens, so it is deterministic.
     """
     return look_up_with_gather(table_VD, tokens_BL, dtype, scale)
 
@@ -104,7 +113,7 @@ def _backward(
     tokens_N, gradient_ND = tokens_BL.reshape(-1), gradient_BLD.reshape(-1, D)
     chunk = min(chunk, tokens_N.size)
     padding = -tokens_N.size % chunk
-    # Padding counts as token 0, to whose row it adds a gradient of 0.
+    # Tokens are padded to full chunks with token 0 and a gradient of 0, which changes nothing.
     tokens_N = jnp.pad(tokens_N, (0, padding))
     gradient_ND = jnp.pad(gradient_ND, ((0, padding), (0, 0)))
 

@@ -16,38 +16,44 @@ from modse_jax.runtime import sharding
 class SelectedKernels(NamedTuple):
     """The implementations that a run uses, with "auto" resolved."""
 
-    experts: str
-    attention: str
-    # Why "auto" does not use the chip's kernels for experts, or how much they pad; else empty.
+    experts: str  # a value of moe.backend other than "auto"; "none" for a dense model
+    attention: str  # a value of model.attention other than "auto"
+    # Why "auto" does not use the chip's kernels for experts, or how many FLOPs they add by padding;
+    # else empty.
     note: str
 
     def line(self) -> str:
-        """Returns the line that a run prints."""
+        """Returns the line about the implementations that a run prints when it starts."""
         note = f" ({self.note})" if self.note else ""
         return f"experts: {self.experts}{note}; attention: {self.attention}"
 
 
 def select_kernels(config: Config, mesh: Mesh) -> SelectedKernels:
-    """Returns the implementations of experts and attention for training on a mesh.
+    """Resolves "auto": returns the implementations of experts and attention for training on a mesh.
 
     Raises:
         UserError: a requested implementation cannot run on the mesh.
     """
     model = config.model
     chip = sharding.chip_name(mesh)
-    placement = device_mesh.place_experts_on_mesh(config, mesh)
-    shape_ND = (max_rows_per_device(config, mesh), model.dim)
-    try:
-        select.check_backend(config.moe.backend, placement, shape_ND, chip, model.dtype)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    experts, note = select.select_backend(
-        config.moe.backend, placement, shape_ND, chip, model.dtype
-    )
+    experts, note = ("none", "") if config.is_dense else _select_experts(config, mesh, chip)
     head_size = model.dim // model.num_heads
     query_shape = (1, config.data.sequence_length, model.num_heads, head_size)
     attention = selection.select_attention(model.attention, query_shape, chip, model.dtype)
     return SelectedKernels(experts, attention, note)
+
+
+def _select_experts(config: Config, mesh: Mesh, chip: str) -> tuple[str, str]:
+    """Returns the implementation of the experts, and a note on the choice."""
+    dtype = config.model.dtype
+    backend = config.moe.backend
+    placement = device_mesh.place_experts_on_mesh(config, mesh)
+    shape_ND = (max_rows_per_device(config, mesh), config.model.dim)
+    try:
+        select.check_backend(backend, placement, shape_ND, chip, dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return select.select_backend(backend, placement, shape_ND, chip, dtype)
 
 
 def check_kernels(config: Config, mesh: Mesh) -> SelectedKernels:
@@ -76,24 +82,43 @@ def check_kernels(config: Config, mesh: Mesh) -> SelectedKernels:
 
 
 def for_evaluation(config: Config) -> Config:
-    """Returns the config of the same model for evaluation, dropless and on any device.
+    """Returns the config of the same model for validation and scoring, on any device.
 
-    With a capacity, the score of a token would depend on the other tokens of its batch.
+    Backends that need a certain chip become "auto". Experts have the capacity
+    `evaluation.capacity_factor`, by default an unlimited one. With a limit, the score of a token
+    depends on the other tokens of its batch.
     """
     attention = "blocks" if config.model.attention == "blocks" else "auto"
     backend = config.moe.backend if config.moe.backend in ANYWHERE else "auto"
+    capacity_factor = config.evaluation.capacity_factor
+    exchange = config.moe.exchange
+    if capacity_factor and exchange == "all_to_all":
+        exchange = "gather"  # an all-to-all has no capacity
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, attention=attention),
-        moe=dataclasses.replace(config.moe, capacity_factor=0.0, backend=backend),
+        moe=dataclasses.replace(
+            config.moe, capacity_factor=capacity_factor, backend=backend, exchange=exchange
+        ),
     )
 
 
-def max_rows_per_device(config: Config, mesh: Mesh) -> int:
-    """Returns the number of rows of the largest expert FFN call of a device, with padding rows.
+def for_generation(config: Config) -> Config:
+    """Returns the config of the same model for samples and benchmark tasks: always dropless.
 
-    All tokens of an expert group may be routed to one of its devices.
+    Their texts are batched by length, so with a capacity the result of a text would depend on
+    which other texts happen to share its batch.
+    """
+    evaluation = dataclasses.replace(config.evaluation, capacity_factor=0.0)
+    return for_evaluation(dataclasses.replace(config, evaluation=evaluation))
+
+
+def max_rows_per_device(config: Config, mesh: Mesh) -> int:
+    """Returns the largest number of routed tokens that one device may have to process at a time.
+
+    Routing may send all tokens of the devices along the expert axis to the experts of one device.
+    The arrays of the expert FFN have this many rows; those that are not needed are padding.
     """
     micro_batch = config.training.batch_size // config.training.gradient_accumulation
     tokens_per_device = micro_batch * config.data.sequence_length // mesh.size
-    return mesh.shape[sharding.EXPERT] * tokens_per_device * config.moe.top_k
+    return mesh.shape[sharding.EXPERT] * tokens_per_device * config.top_k

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a block saves for its backward pass."""
+"""Activation checkpointing: which activations a block of the transformer saves for backward."""
 
 from collections.abc import Callable
 
@@ -13,15 +13,18 @@ from modse_jax.runtime import sharding
 def checkpoint_policy(remat: str, mesh: Mesh | None) -> Callable | None:
     """Returns the policy for `jax.checkpoint`, or None to save all activations.
 
-    Rematerialization always saves the routing decisions: recomputed with another order of
-    additions, a near tie could send a token to another expert than in the forward pass.
+    Every policy saves the routing decisions. If they were recomputed, XLA might add in another
+    order, and a near tie could send a token to another expert than in the forward pass.
 
     Args:
         remat: the option model.remat:
-            "none": saves all activations. With fully sharded data parallelism, the weights that a
-                block all-gathers are recomputed; else the weights of all layers would be saved.
+            "none": saves all activations. With fully sharded data parallelism, a block all-gathers
+                its weights again in the backward pass; otherwise the gathered weights of all layers
+                would be in memory at once.
             "full": recomputes each block, saving only its routing decisions.
-            "save_routing_and_dots": also saves the results of matmuls without batch dimensions.
+            "save_routing_and_dots": like "full", but also saves the results of matmuls without
+                batch dimensions.
+        mesh: the devices; None for one device.
     """
     if remat == "none":
         gathers_weights = mesh is not None and mesh.shape[sharding.FSDP] > 1

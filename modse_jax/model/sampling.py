@@ -2,8 +2,8 @@
 
 The prompts of a batch may have different lengths.
 
-Legend: B batch, P padded prompt length, N new tokens, D model, V vocabulary,
-S cache length, G key/value heads, C head size.
+Legend: B batch, P padded prompt length, N new tokens, D model, V vocabulary, S cache length,
+G key/value heads, C head size, L layers, E experts.
 """
 
 import functools
@@ -16,29 +16,30 @@ import numpy as np
 from flax import nnx
 
 from modse_jax.model.attention.attention_layer import Cache
+from modse_jax.model.variables import Variables
 from modse_jax.runtime import gpu_options
 
 
 class Settings(NamedTuple):
-    """Settings of the draw of the next token."""
+    """Options for drawing the next token from the model's distribution."""
 
     temperature: float = 1.0  # 0 is greedy decoding
-    top_k: int = 0  # 0 allows all tokens
-    top_p: float = 1.0  # 1 allows all tokens
+    top_k: int = 0  # draws from the top_k most likely tokens; 0 from all
+    top_p: float = 1.0  # draws from the most likely tokens that have this probability; 1 from all
 
 
 class DecodingState(NamedTuple):
     """The state of the texts of a batch between two decoding steps."""
 
-    cache: Cache  # keys and values, [layers, B, S, G, C]
-    logits_BV: jax.Array  # of the next token
-    positions_B: jax.Array  # of the next token
+    cache: Cache  # keys and values of all tokens so far, [layers, B, S, G, C]
+    logits_BV: jax.Array  # logits of the next token
+    positions_B: jax.Array  # position of the next token
     done_B: jax.Array  # True after the end token: padding follows, which is routed to no expert
 
 
 def stream(
     graph: nnx.GraphDef,
-    params: dict,
+    variables: Variables,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     settings: Settings,
@@ -50,12 +51,18 @@ def stream(
     """Yields the new tokens of every prompt, `chunk` tokens at a time, without the end token.
 
     The tokens do not depend on `chunk`. Prompts are padded on the right to a power of two, so that
-    programs for few shapes are compiled.
+    few shapes have to be compiled.
 
     Args:
-        graph, params: see transformer.build_abstract_model.
+        graph: see transformer.build_abstract_model.
+        variables: the arrays of the model.
         prompts: token ids. Every prompt needs at least one token, and its length plus
             max_new_tokens must be within the context.
+        max_new_tokens: the number of tokens to generate, unless the end token comes first.
+        settings: how tokens are drawn.
+        key: the random key of the draws.
+        pad_id, eos_id: the token ids of padding and of the end of a document.
+        chunk: the number of tokens between two yields.
 
     Raises:
         ValueError: a prompt is empty.
@@ -64,15 +71,15 @@ def stream(
         raise ValueError("a prompt needs at least one token")
     longest = max(len(prompt) for prompt in prompts)
     tokens_BP, lengths_B = pad_rows(prompts, 1 << (longest - 1).bit_length(), pad_id)
-    device = jax.tree.leaves(params)[0].devices().pop()
+    device = jax.tree.leaves(variables)[0].devices().pop()
     prefill_on_device, decode_on_device = programs_for(device)
-    state = prefill_on_device(graph, params, tokens_BP, lengths_B, max_new_tokens)
+    state = prefill_on_device(graph, variables, tokens_BP, lengths_B, max_new_tokens)
     keys = jax.random.split(key, max_new_tokens)
     for first in range(0, max_new_tokens, chunk):
         was_done_B = np.asarray(state.done_B)
         chunk_keys = keys[first : first + chunk]
         state, tokens_BN = decode_on_device(
-            graph, params, state, chunk_keys, settings, pad_id, eos_id
+            graph, variables, state, chunk_keys, settings, pad_id, eos_id
         )
         rows = np.asarray(tokens_BN).tolist()
         yield [
@@ -84,10 +91,10 @@ def stream(
 
 @functools.cache
 def programs_for(device: jax.Device) -> tuple[Callable, Callable]:
-    """Returns `prefill` and `decode`, compiled with the options of the device if it has any.
+    """Returns `prefill` and `decode`, jitted with the compiler options for the device, if any.
 
-    Compiler options belong to the outermost jit, and other programs call `prefill` and `decode`
-    inside their own. So the options cannot be set on the functions themselves.
+    XLA takes compiler options only at the outermost jit. `prefill` and `decode` cannot carry them
+    themselves, because the benchmarks call them inside a jit of their own.
     """
     options = gpu_options.compiler_options(device)
     if not options:
@@ -111,21 +118,28 @@ def pad_rows(
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def prefill(
     graph: nnx.GraphDef,
-    params: dict,
+    variables: Variables,
     tokens_BP: jax.Array,
     lengths_B: jax.Array,
     max_new_tokens: int,
 ) -> DecodingState:
-    """Runs the prompts, and returns the state before the first new token.
+    """Runs the prompts through the model, and returns the state before the first new token.
 
-    The cache has room for max_new_tokens more. A row of length 0 is padding of the batch, and done.
+    Args:
+        graph, params: see transformer.build_abstract_model.
+        tokens_BP: the prompts, padded on the right.
+        lengths_B: the number of tokens of each prompt. 0 marks a row that only fills the batch;
+            nothing is generated for it.
+        max_new_tokens: the number of further tokens that the cache has room for.
     """
-    model = nnx.merge(graph, params)
+    model = nnx.merge(graph, variables.params)
     B, P = tokens_BP.shape
     positions_BP = jnp.broadcast_to(jnp.arange(P)[None, :], (B, P))
     cache = model.empty_cache(B, P + max_new_tokens)
     valid_BP = positions_BP < lengths_B[:, None]
-    x_BPD, output = model.hidden_with_cache(tokens_BP, positions_BP, valid_BP, cache)
+    x_BPD, output = model.hidden_with_cache(
+        tokens_BP, positions_BP, valid_BP, cache, variables.router_bias_LE
+    )
     last_B11 = jnp.maximum(lengths_B[:, None, None] - 1, 0)
     x_B1D = jnp.take_along_axis(x_BPD, last_B11, axis=1)
     return DecodingState(
@@ -139,7 +153,7 @@ def prefill(
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6))
 def decode(
     graph: nnx.GraphDef,
-    params: dict,
+    variables: Variables,
     state: DecodingState,
     keys: jax.Array,
     settings: Settings,
@@ -148,15 +162,20 @@ def decode(
 ) -> tuple[DecodingState, jax.Array]:
     """Draws N new tokens of every text, one for each of N keys.
 
-    Returns (state, tokens [B, N]). After the end token of a text, its tokens are padding.
+    Returns (the state after them, tokens [B, N]). After the end token of a text, its tokens are
+    padding.
     """
-    model = nnx.merge(graph, params)
+    model = nnx.merge(graph, variables.params)
 
     def decode_token(state: DecodingState, key: jax.Array) -> tuple[DecodingState, jax.Array]:
         tokens_B = jnp.where(state.done_B, pad_id, pick(state.logits_BV, settings, key))
         done_B = state.done_B | (tokens_B == eos_id)
         x_B1D, output = model.hidden_with_cache(
-            tokens_B[:, None], state.positions_B[:, None], ~done_B[:, None], state.cache
+            tokens_B[:, None],
+            state.positions_B[:, None],
+            ~done_B[:, None],
+            state.cache,
+            variables.router_bias_LE,
         )
         logits_BV = model.logits(x_B1D)[:, 0]
         state = DecodingState(output.cache, logits_BV, state.positions_B + 1, done_B)
@@ -193,7 +212,7 @@ def _mask_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
     """Sets to -inf all but the fewest largest logits whose probabilities sum to top_p."""
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    # A token is allowed if all tokens before it have less than top_p together.
+    # A token is allowed if the more likely tokens have less than top_p together.
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
     allowed_BV = jnp.where(before_BV < top_p, sorted_BV, jnp.inf)
     smallest_allowed_B1 = jnp.min(allowed_BV, axis=-1, keepdims=True)

@@ -1,11 +1,12 @@
 """A decoder-only Transformer in the form of Llama 2, with an MoE layer in every block.
 
-The experts of an MoE layer may have different widths (MoDSE, section 3). All blocks have the same
-structure, so their parameters are stacked along a leading axis of layers, and one `lax.scan` runs
-them: the size of the program does not grow with the number of layers.
+The experts of an MoE layer may have different widths (MoDSE, section 3). A dense model has one
+feed-forward network in place of the experts. All blocks have the same structure (block.py), so
+their parameters are stacked along a leading axis of layers, and one `lax.scan` runs them: the size
+of the program does not grow with the number of layers.
 
-Legend: B batch, L length, S cache length, D model, V vocabulary, K top-k, G key/value heads,
-C head size.
+Legend: B batch, L length (in router_bias_LE: layers), S cache length, D model, V vocabulary,
+E experts, K top-k, G key/value heads, C head size.
 """
 
 from typing import NamedTuple
@@ -15,34 +16,25 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modse_jax.config.options import Config
+from modse_jax.config.options import Config, ModelConfig
 from modse_jax.model import embedding
 from modse_jax.model.attention.attention_layer import (
     MAX_SAVED_LENGTH,
-    Attention,
     AttentionInputs,
     Cache,
     cached_inputs,
     packed_inputs,
 )
+from modse_jax.model.block import Block, BlockOutput
+from modse_jax.model.initialization import draw_normal
+from modse_jax.model.normalization import RMSNorm
 from modse_jax.model.rematerialization import checkpoint_policy
-from modse_jax.moe.layer import MoELayer
 from modse_jax.moe.router import RouterStatistics
 from modse_jax.runtime import sharding
 
-# The scan over at most this many blocks is unrolled on CPU if model.unroll is 0. A training step
+# The scan over at most this many blocks is unrolled on CPU if advanced.unroll is 0. A training step
 # with seven size classes of experts then compiles in 45 s on 2 cores.
 MAX_UNROLLED = 4
-
-
-class BlockOutput(NamedTuple):
-    """The results of one block besides its activations."""
-
-    cache: Cache | None  # [B, S, G, C]; None for packed rows
-    balance_loss: jax.Array  # load-balancing loss, unweighted
-    z_loss: jax.Array  # router z-loss, unweighted
-    statistics: RouterStatistics
-    choices: tuple[jax.Array, jax.Array] | None  # gates and expert ids [B, L, K], if requested
 
 
 class ModelOutput(NamedTuple):
@@ -50,59 +42,10 @@ class ModelOutput(NamedTuple):
 
     balance_loss: jax.Array  # load-balancing loss, unweighted, summed over layers
     z_loss: jax.Array  # router z-loss, unweighted, summed over layers
+    width_penalty: jax.Array  # width penalty, unweighted, summed over layers
     statistics: RouterStatistics  # every array has a leading axis of layers
     cache: Cache | None  # [layers, B, S, G, C]; None for packed rows
     choices: tuple[jax.Array, jax.Array] | None  # [layers, B, L, K], if requested
-
-
-class RMSNorm(nnx.Module):
-    """Root mean square layer normalization (Zhang & Sennrich 2019), computed in float32."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        self.scale = nnx.Param(jnp.ones((dim,)))
-        self.eps = eps
-
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        """Returns the normalized activations in the type of x_BLD."""
-        dtype = x_BLD.dtype
-        x_BLD = x_BLD.astype(jnp.float32)
-        mean_square_BL1 = jnp.mean(x_BLD * x_BLD, axis=-1, keepdims=True)
-        x_BLD = x_BLD * jax.lax.rsqrt(mean_square_BL1 + self.eps)
-        return (x_BLD * self.scale[...][None, None, :]).astype(dtype)
-
-
-class Block(nnx.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + moe(norm(x))."""
-
-    def __init__(self, config: Config, mesh: Mesh | None, rngs: nnx.Rngs) -> None:
-        model = config.model
-        self.attention_norm = RMSNorm(model.dim, model.norm_eps)
-        self.attention = Attention(model, mesh, rngs)
-        self.moe_norm = RMSNorm(model.dim, model.norm_eps)
-        self.moe = build_moe_layer(config, mesh, rngs)
-
-    def __call__(
-        self,
-        x_BLD: jax.Array,
-        attention_inputs: AttentionInputs,
-        valid_BL: jax.Array,
-        cache: Cache | None = None,
-        trace: bool = False,
-    ) -> tuple[jax.Array, BlockOutput]:
-        """Returns (x_BLD, BlockOutput).
-
-        Args:
-            valid_BL: False for padding, which is routed to no expert.
-            cache: keys and values of the tokens so far; None for packed rows.
-            trace: also returns the gates and expert ids of every token.
-        """
-        y_BLD, cache = self.attention(self.attention_norm(x_BLD), attention_inputs, cache)
-        x_BLD = x_BLD + y_BLD
-        normed_BLD = self.moe_norm(x_BLD)
-        y_BLD, balance_loss, z_loss, statistics = self.moe(normed_BLD, valid_BL)
-        x_BLD = x_BLD + y_BLD
-        choices = self.moe.choose_experts(normed_BLD) if trace else None
-        return x_BLD, BlockOutput(cache, balance_loss, z_loss, statistics, choices)
 
 
 class Transformer(nnx.Module):
@@ -110,14 +53,9 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs, mesh: Mesh | None = None) -> None:
         self.config = config.model
+        self.unroll = config.advanced.unroll
         self.mesh = mesh
-        vocab_size, dim = config.model.vocab_size, config.model.dim
-        head_std = 0.5 * dim**-0.5
-        # The usual standard deviation of 0.02 is not used: the output of a block is about 1, and
-        # would at first hide the token (LOG.md, 2026-11-22). A tied embedding is initialized as
-        # the head that it also is; `embed` scales it up.
-        std = head_std if config.model.tie_embeddings else 0.5
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, dim)))
+        self.embedding = nnx.Param(_draw_embedding(config.model, rngs))
 
         def build_block(key: jax.Array) -> Block:
             return Block(config, mesh, nnx.Rngs(params=key))
@@ -125,36 +63,52 @@ class Transformer(nnx.Module):
         self.blocks = nnx.vmap(build_block)(
             jax.random.split(rngs.params(), config.model.num_layers)
         )
-        self.final_norm = RMSNorm(dim, config.model.norm_eps)
+        self.final_norm = RMSNorm(config.model.dim, config.model.norm_eps)
         if not config.model.tie_embeddings:
-            self.head = nnx.Param(head_std * jax.random.normal(rngs.params(), (dim, vocab_size)))
+            self.head = nnx.Param(_draw_head(config.model, rngs))
 
     def __call__(
-        self, tokens_BL: jax.Array, segments_BL: jax.Array
+        self,
+        tokens_BL: jax.Array,
+        segments_BL: jax.Array,
+        router_bias_LE: jax.Array | None = None,
     ) -> tuple[jax.Array, ModelOutput]:
         """Returns (logits_BLV in float32, ModelOutput) of packed rows.
 
         Args:
             segments_BL: the document number of every token, 0 for padding.
+            router_bias_LE: see `run_blocks`.
         """
-        x_BLD, output = self.hidden(tokens_BL, segments_BL)
+        x_BLD, output = self.hidden(tokens_BL, segments_BL, router_bias_LE=router_bias_LE)
         return self.logits(x_BLD), output
 
     def hidden(
-        self, tokens_BL: jax.Array, segments_BL: jax.Array, trace: bool = False
+        self,
+        tokens_BL: jax.Array,
+        segments_BL: jax.Array,
+        trace: bool = False,
+        router_bias_LE: jax.Array | None = None,
     ) -> tuple[jax.Array, ModelOutput]:
         """Returns (x_BLD after the final norm, ModelOutput) of packed rows.
 
         Args:
             segments_BL: the document number of every token, 0 for padding.
             trace: also returns the gates and expert ids of every token.
+            router_bias_LE: see `run_blocks`.
         """
         attention_inputs = packed_inputs(segments_BL, self.config)
         x_BLD = self.embed(tokens_BL)
-        return self.run_blocks(x_BLD, attention_inputs, segments_BL > 0, trace=trace)
+        return self.run_blocks(
+            x_BLD, attention_inputs, segments_BL > 0, trace=trace, router_bias_LE=router_bias_LE
+        )
 
     def hidden_with_cache(
-        self, tokens_BL: jax.Array, positions_BL: jax.Array, valid_BL: jax.Array, cache: Cache
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array,
+        valid_BL: jax.Array,
+        cache: Cache,
+        router_bias_LE: jax.Array | None = None,
     ) -> tuple[jax.Array, ModelOutput]:
         """Returns (x_BLD after the final norm, ModelOutput) of tokens that extend a cache.
 
@@ -164,10 +118,13 @@ class Transformer(nnx.Module):
             positions_BL: positions of the tokens; keys at positions >= S are not stored.
             valid_BL: False for padding, which is routed to no expert.
             cache: keys and values of the tokens so far, [layers, B, S, G, C].
+            router_bias_LE: see `run_blocks`.
         """
         keys, _ = cache
         attention_inputs = cached_inputs(positions_BL, keys.shape[2], self.config)
-        return self.run_blocks(self.embed(tokens_BL), attention_inputs, valid_BL, cache)
+        return self.run_blocks(
+            self.embed(tokens_BL), attention_inputs, valid_BL, cache, router_bias_LE=router_bias_LE
+        )
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """Returns a cache of zeros for `length` positions, [layers, B, S, G, C]."""
@@ -201,17 +158,26 @@ class Transformer(nnx.Module):
         valid_BL: jax.Array,
         cache: Cache | None = None,
         trace: bool = False,
+        router_bias_LE: jax.Array | None = None,
     ) -> tuple[jax.Array, ModelOutput]:
-        """Scans the blocks; returns (x_BLD after the final norm, ModelOutput)."""
+        """Scans the blocks; returns (x_BLD after the final norm, ModelOutput).
+
+        Args:
+            valid_BL: False for padding, which is routed to no expert.
+            cache: keys and values of the tokens so far; None for packed rows.
+            trace: also returns the gates and expert ids of every token.
+            router_bias_LE: for every layer, is added to the scores that experts are chosen by
+                (loss-free balancing); None for no bias.
+        """
         block_graph, stacked_weights = nnx.split(self.blocks)
 
         def run_block(
-            x_BLD: jax.Array, of_layer: tuple[dict, Cache | None]
+            x_BLD: jax.Array, of_layer: tuple[dict, Cache | None, jax.Array | None]
         ) -> tuple[jax.Array, BlockOutput]:
-            weights, layer_cache = of_layer
+            weights, layer_cache, router_bias_E = of_layer
             block = nnx.merge(block_graph, weights)
             x_BLD = self._shard_batch(x_BLD)
-            return block(x_BLD, attention_inputs, valid_BL, layer_cache, trace)
+            return block(x_BLD, attention_inputs, valid_BL, layer_cache, trace, router_bias_E)
 
         unroll = self._blocks_per_iteration(length=x_BLD.shape[1])
         policy = checkpoint_policy(self.config.remat, self.mesh)
@@ -219,11 +185,13 @@ class Transformer(nnx.Module):
             # With several blocks per iteration, XLA could merge the recomputation with the forward
             # pass (common subexpression elimination), which would save the activations after all.
             run_block = jax.checkpoint(run_block, prevent_cse=unroll > 1, policy=policy)
-        x_BLD, outputs = jax.lax.scan(run_block, x_BLD, (stacked_weights, cache), unroll=unroll)
+        of_layers = (stacked_weights, cache, router_bias_LE)
+        x_BLD, outputs = jax.lax.scan(run_block, x_BLD, of_layers, unroll=unroll)
         x_BLD = self.final_norm(x_BLD)
         return x_BLD, ModelOutput(
             balance_loss=jnp.sum(outputs.balance_loss),
             z_loss=jnp.sum(outputs.z_loss),
+            width_penalty=jnp.sum(outputs.width_penalty),
             statistics=outputs.statistics,
             cache=outputs.cache,
             choices=outputs.choices,
@@ -256,13 +224,39 @@ class Transformer(nnx.Module):
         saved. Nor is it done for long sequences, whose scores are recomputed in the same way.
         """
         num_layers = self.config.num_layers
-        if self.config.unroll:
-            return min(self.config.unroll, num_layers)
+        if self.unroll:
+            return min(self.unroll, num_layers)
         is_shallow = num_layers <= MAX_UNROLLED
         is_cpu = sharding.chip_name(self.mesh) == "cpu"
         saves_all = checkpoint_policy(self.config.remat, self.mesh) is None
         saves_scores = length <= MAX_SAVED_LENGTH
         return num_layers if is_shallow and is_cpu and saves_all and saves_scores else 1
+
+
+def _draw_embedding(config: ModelConfig, rngs: nnx.Rngs) -> jax.Array:
+    """Returns the initial embedding [V, D].
+
+    Without `model.init_std`, the usual standard deviation of 0.02 is not used: the output of a
+    pre-norm block is about 1, and would at first hide the token (LOG.md, 2026-11-22). A tied
+    embedding is initialized as the head that it also is; `Transformer.embed` scales it up.
+    """
+    shape = (config.vocab_size, config.dim)
+    if config.init_std:
+        return draw_normal(rngs, shape, config.init_std)
+    std = _head_std(config) if config.tie_embeddings else 0.5
+    return std * jax.random.normal(rngs.params(), shape)
+
+
+def _draw_head(config: ModelConfig, rngs: nnx.Rngs) -> jax.Array:
+    """Returns the initial head [D, V]."""
+    shape = (config.dim, config.vocab_size)
+    if config.init_std:
+        return draw_normal(rngs, shape, config.init_std)
+    return _head_std(config) * jax.random.normal(rngs.params(), shape)
+
+
+def _head_std(config: ModelConfig) -> float:
+    return 0.5 * config.dim**-0.5
 
 
 def build_model(config: Config, mesh: Mesh | None = None) -> Transformer:
@@ -274,16 +268,3 @@ def build_abstract_model(config: Config, mesh: Mesh | None = None) -> tuple[nnx.
     """Returns (graph, shapes and types of the parameters as a dict) without allocating memory."""
     graph, state = nnx.split(nnx.eval_shape(lambda: build_model(config, mesh)))
     return graph, nnx.to_pure_dict(state)
-
-
-def build_moe_layer(config: Config, mesh: Mesh | None, rngs: nnx.Rngs) -> MoELayer:
-    """Returns a mixture-of-experts layer with the options of a config."""
-    return MoELayer(
-        config.model.dim,
-        config.widths,
-        config.router_options,
-        config.expert_options,
-        num_layers=config.model.num_layers,
-        mesh=mesh,
-        rngs=rngs,
-    )

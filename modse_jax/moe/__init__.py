@@ -1,1 +1,1 @@
-"""The layer this project exists for: experts of unequal width on one flat hidden axis."""
+"""The mixture-of-experts layer, whose experts may have different widths."""

@@ -6,11 +6,20 @@ and not deterministic on GPU.
 Legend: T tokens, K top-k, N = T * K routed tokens, D model, E experts.
 """
 
-import math
+import fractions
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from modse_jax.moe import chosen_experts
+from modse_jax.moe.layer_options import Pool
+
+# Capacity factors are rational numbers with denominators up to this one. A factor that is written
+# with up to five decimals is one exactly.
+MAX_DENOMINATOR = 100_000
 
 
 class DispatchPlan(NamedTuple):
@@ -19,41 +28,91 @@ class DispatchPlan(NamedTuple):
     order_N: jax.Array  # sorted position -> routed token
     inverse_N: jax.Array  # routed token -> sorted position
     rows_E: jax.Array  # routed tokens of every expert; rows past their sum are padding rows
-    dropped: jax.Array  # number of valid routed tokens over capacity
+    dropped_K: jax.Array  # number of valid k-th choices over capacity
 
 
-def expert_capacity(tokens: int, num_experts: int, top_k: int, factor: float) -> int:
-    """Returns the largest number of tokens of an expert: ceil(factor * T * K / E).
+class Capacity(NamedTuple):
+    """The limit on the number of tokens of an expert.
 
-    A factor of 0 gives 0, which means dropless. Source: Switch Transformer, Eq. 3.
+    Attributes:
+        limit_K: int32, the largest number of tokens of every expert that can be a k-th choice.
+        order: which routed tokens come first; see ExpertOptions.capacity_order.
     """
-    return math.ceil(factor * tokens * top_k / num_experts)
+
+    limit_K: jax.Array
+    order: str
+
+
+def expert_capacity(num_tokens: int, pool: Pool, factor: float) -> int:
+    """Returns the largest number of tokens of an expert of a pool: ceil(factor * T * k / E).
+
+    It is computed with whole numbers, so that no rounding can move it. Source: Switch Transformer,
+    Eq. 3.
+
+    Args:
+        num_tokens: number of valid tokens T.
+        pool: k and E.
+        factor: above 0.
+    """
+    ratio = _capacity_ratio(pool, factor)
+    return -(-num_tokens * ratio.numerator // ratio.denominator)
+
+
+def expert_capacities(valid_T: jax.Array, pools: Sequence[Pool], factor: float) -> jax.Array:
+    """Returns the capacity of the experts that can be a k-th choice, int32 [K], for each choice.
+
+    The number of valid tokens is only known at run time. `expert_capacity` of every number that it
+    can have is looked up in a table, because 32 bits are too few for the exact product.
+    """
+    num_valid = jnp.sum(valid_T, dtype=jnp.int32)
+    limits = [
+        jnp.full((pool.top_k,), _capacity_table(valid_T.shape[0], pool, factor)[num_valid])
+        for pool in pools
+    ]
+    return jnp.concatenate(limits)
+
+
+def _capacity_table(max_tokens: int, pool: Pool, factor: float) -> jax.Array:
+    ratio = _capacity_ratio(pool, factor)
+    num_tokens = np.arange(max_tokens + 1, dtype=np.int64)
+    capacities = -(-num_tokens * ratio.numerator // ratio.denominator)
+    return jnp.asarray(np.minimum(capacities, max_tokens), jnp.int32)
+
+
+def _capacity_ratio(pool: Pool, factor: float) -> fractions.Fraction:
+    exact_factor = fractions.Fraction(factor).limit_denominator(MAX_DENOMINATOR)
+    return exact_factor * pool.top_k / pool.num_experts
 
 
 def plan_dispatch(
-    ids_TK: jax.Array, valid_T: jax.Array, num_experts: int, capacity: int = 0
+    ids_TK: jax.Array,
+    valid_T: jax.Array,
+    num_experts: int,
+    chip: str,
+    capacity: Capacity | None = None,
 ) -> DispatchPlan:
     """Sorts the routed tokens by expert, stably.
 
     Padding tokens, tokens over capacity, and those whose id is num_experts (an expert of another
-    shard) come last, as padding rows.
+    shard, or one without hidden units) come last, as padding rows.
 
-    With a capacity, first choices are served before second choices, and early tokens before late
-    ones (GShard).
+    Args:
+        chip: the name of the chip; see chips.chip_name.
+        capacity: None if no token is dropped.
     """
     T, K = ids_TK.shape
     ids_TK = jnp.where(valid_T[:, None], ids_TK, num_experts)
-    dropped = jnp.zeros((), jnp.int32)
-    if capacity:
-        fits_TK = _rank_in_expert(ids_TK, num_experts) < capacity
-        dropped = jnp.sum(~fits_TK & (ids_TK < num_experts), dtype=jnp.int32)
+    dropped_K = jnp.zeros((K,), jnp.int32)
+    form = chosen_experts.choose_form(num_experts, K, chip)
+    if capacity is not None:
+        rank_TK = _rank_in_expert(ids_TK, num_experts, form, capacity.order)
+        fits_TK = rank_TK < capacity.limit_K[None, :]
+        dropped_K = jnp.sum(~fits_TK & (ids_TK < num_experts), axis=0, dtype=jnp.int32)
         ids_TK = jnp.where(fits_TK, ids_TK, num_experts)
-    ids_N = ids_TK.reshape(T * K)
-    order_N = stable_argsort(ids_N, num_experts + 1)
+    order_N = stable_argsort(ids_TK.reshape(T * K), num_experts + 1)
     inverse_N = _invert_permutation(order_N)
-    is_expert_NE = ids_N[:, None] == jnp.arange(num_experts)[None, :]
-    rows_E = jnp.sum(is_expert_NE, axis=0, dtype=jnp.int32)
-    return DispatchPlan(order_N, inverse_N, rows_E, dropped)
+    rows_E = _count_rows(ids_TK, num_experts, form)
+    return DispatchPlan(order_N, inverse_N, rows_E, dropped_K)
 
 
 def dispatch(x_TD: jax.Array, plan: DispatchPlan) -> jax.Array:
@@ -90,17 +149,26 @@ def _invert_permutation(order_N: jax.Array) -> jax.Array:
     return jnp.zeros_like(order_N).at[order_N].set(positions_N, unique_indices=True)
 
 
-def _rank_in_expert(ids_TK: jax.Array, num_experts: int) -> jax.Array:
-    """Returns how many routed tokens are served before each one by the same expert, [T, K]."""
+def _count_rows(ids_TK: jax.Array, num_experts: int, form: str) -> jax.Array:
+    """Returns the routed tokens of every expert, int32 [E]."""
+    return jnp.sum(chosen_experts.count(ids_TK, num_experts, form)[0], axis=0)
+
+
+def _rank_in_expert(ids_TK: jax.Array, num_experts: int, form: str, order: str) -> jax.Array:
+    """Returns how many routed tokens are served before each one by the same expert, [T, K].
+
+    Args:
+        order: see ExpertOptions.capacity_order.
+    """
     T, K = ids_TK.shape
-    ids_N = ids_TK.T.reshape(K * T)
+    ids_N = ids_TK.T.reshape(K * T) if order == "choice" else ids_TK.reshape(T * K)
     order_N = stable_argsort(ids_N, num_experts + 1)
-    sorted_ids_N = ids_N[order_N]
-    expert_range = jnp.arange(num_experts + 1, dtype=sorted_ids_N.dtype)
-    first_E = jnp.searchsorted(sorted_ids_N, expert_range)
-    sorted_rank_N = jnp.arange(K * T) - first_E[sorted_ids_N]
-    rank_N = jnp.zeros_like(sorted_rank_N).at[order_N].set(sorted_rank_N, unique_indices=True)
-    return rank_N.reshape(K, T).T
+    # The routed tokens of id num_experts, which no expert serves, come after those of all experts.
+    end_E = jnp.cumsum(_count_rows(ids_TK, num_experts, form))
+    first_E = jnp.concatenate([jnp.zeros((1,), end_E.dtype), end_E])
+    sorted_rank_N = jnp.arange(K * T) - first_E[ids_N[order_N]]
+    rank_N = sorted_rank_N[_invert_permutation(order_N)]
+    return rank_N.reshape(K, T).T if order == "choice" else rank_N.reshape(T, K)
 
 
 @jax.custom_vjp

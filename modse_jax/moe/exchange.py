@@ -1,11 +1,15 @@
 """Sends routed tokens to the shards that have their experts, and back, by an all-to-all.
 
-The parts of the all-to-all have unequal sizes. A routed token is sent once for every expert that
-it chose, so that n shards send 2 K (n - 1) / n token vectors per token and layer, both ways; an
-all-gather of all tokens and a reduce-scatter of the sums send 2 (n - 1). A part consists of the
-tokens of one device for one expert. It is written to the place where the tokens of that device
-for that expert belong, so tokens arrive sorted by expert. The receiving buffer has room for every
-routed token of every device, so nothing can overflow.
+A token is sent once for every expert that it chose, so n shards send 2 K (n - 1) / n token vectors
+per token and layer, there and back. The alternative, an all-gather of all tokens and a
+reduce-scatter of the sums, sends 2 (n - 1).
+
+A *part* of the all-to-all is the tokens of one device for one expert; parts have unequal sizes. A
+part is written to the rows of the receiving buffer where the tokens of that device for that expert
+belong, so tokens arrive sorted by expert. The receiving buffer has room for every routed token of
+every device, so nothing can overflow.
+
+A *slot* is the position of an expert among the experts of its shard.
 
 Legend: T tokens, N rows of the receiving buffer, R = T * K routed tokens of a device, n shards,
 S slots of a shard (expert_placement.Placement), D model.
@@ -19,25 +23,32 @@ import jax.numpy as jnp
 
 
 class SendPlan(NamedTuple):
-    """The parts of one all-to-all, by destination and slot: int32 [n * S].
+    """The rows that one device sends and receives in one all-to-all.
 
-    The fields are those that jax.lax.ragged_all_to_all takes.
+    The fields are arguments of jax.lax.ragged_all_to_all.
+
+    Each field is int32 [n * S], with one entry for each of n devices and each slot (position of an
+    expert among those of its shard). An entry is about one part: the rows of one device for one
+    expert.
     """
 
-    input_offsets: jax.Array  # first row of a part on this device
-    send_sizes: jax.Array
-    output_offsets: jax.Array  # first row of the part on its destination
-    recv_sizes: jax.Array  # rows of the parts that this device receives, by their source
+    input_offsets: jax.Array  # first row of the part in this device's array
+    send_sizes: jax.Array  # number of rows of the part that this device sends
+    output_offsets: jax.Array  # first row of the part in the receiving device's array
+    recv_sizes: jax.Array  # number of rows of the part that this device receives
 
 
 def plan_sends(rows_nS: jax.Array, axis: str) -> tuple[SendPlan, SendPlan, jax.Array]:
     """Plans the all-to-all in both directions.
 
     Args:
-        rows_nS: routed tokens of this device for every slot of every shard.
+        rows_nS: the number of routed tokens of this device for every slot (expert) of every shard.
         axis: the mesh axis of the shards.
 
-    Returns (outbound plan, inbound plan, rows that arrive for every slot of this shard [S]).
+    Returns:
+        The outbound plan, which sends routed tokens to the shards of their experts; the inbound
+        plan, which sends the results back; and the number of rows that arrive for every slot of
+        this shard, [S].
     """
     rows_nnS = jax.lax.all_gather(rows_nS, axis)  # source, destination, slot
     me = jax.lax.axis_index(axis)
@@ -67,14 +78,21 @@ def _exclusive_cumsum(counts: jax.Array, axis: int) -> jax.Array:
 def send(
     x_RD: jax.Array, plan: SendPlan, reverse_plan: SendPlan, rows: int, axis: str, is_native: bool
 ) -> jax.Array:
-    """Returns the rows that arrive, [rows, D]; rows that nothing arrives for are 0.
+    """Sends rows between devices by a plan, and returns the rows that arrive on this device.
 
     The gradient is sent by the reverse plan.
 
     Args:
-        plan, reverse_plan: the two plans of `plan_sends`, in either order.
+        x_RD: the rows of this device.
+        plan, reverse_plan: the outbound and the inbound plan of `plan_sends` to send tokens to
+            their experts, or the other way around to send them back.
+        rows: the number of rows of the result.
+        axis: the mesh axis of the shards.
         is_native: uses the collective of TPU and GPU; otherwise the slow reference, which runs on
             every platform.
+
+    Returns:
+        The received rows, [rows, D]. Rows to which no device sends anything are 0.
     """
     exchange = _send_natively if is_native else send_by_all_gather
     return exchange(x_RD, rows, plan, axis)
@@ -103,7 +121,10 @@ def _send_natively(x_RD: jax.Array, rows: int, plan: SendPlan, axis: str) -> jax
 
 
 def send_by_all_gather(x_RD: jax.Array, rows: int, plan: SendPlan, axis: str) -> jax.Array:
-    """Gathers the rows of all devices and looks up the source of every row that arrives here."""
+    """The reference of `send`: all-gathers all rows, and picks those that are sent to this device.
+
+    See `send` for the arguments and the result.
+    """
     n = jax.lax.axis_size(axis)
     me = jax.lax.axis_index(axis)
     x_gathered = jax.lax.all_gather(x_RD, axis, tiled=True)

@@ -1,4 +1,7 @@
-"""Searches for a partition of experts into groups of equal total width."""
+"""Searches for a partition of experts into groups of equal total width, one group per shard.
+
+`expert_placement` uses it to give every shard complete experts and equally many hidden units.
+"""
 
 import functools
 import random
@@ -11,12 +14,13 @@ Groups = tuple[tuple[int, ...], ...]
 
 @functools.cache
 def partition_experts(widths: tuple[int, ...], shards: int, tries: int = 32) -> Groups | None:
-    """Returns `shards` groups of experts of equal total width, or None if none was found.
+    """Returns `shards` groups of expert numbers, or None if no such partition was found.
 
-    Consecutive experts are grouped if that works (pairs do, MoDSE section 3.3). Otherwise the
-    groups are filled one by one: each takes the widest expert that is left, and others that make up
-    the difference (subset sum). This is repeated for `tries` different orders. The search is not
-    exhaustive, because that would take exponential time.
+    The widths of every group have the same sum. Consecutive experts are grouped if that works
+    (pairs do, MoDSE section 3.3). Otherwise the groups are filled one by one: each takes the widest
+    expert that is left, and other remaining experts whose widths sum to the rest (subset sum). This
+    is repeated with the experts in up to `tries` different orders. The search is not exhaustive,
+    because that would take exponential time, so it may miss a partition.
     """
     total = sum(widths)
     if total % shards or shards > len(widths) or max(widths) > total // shards:
@@ -36,7 +40,10 @@ def partition_experts(widths: tuple[int, ...], shards: int, tries: int = 32) -> 
 
 
 def _partition_in_order(widths: Sequence[int], shards: int, share: int) -> Groups | None:
-    """Returns groups of consecutive experts, or None if their sums cannot be equal."""
+    """Returns `shards` groups of consecutive experts of total width `share`, or None.
+
+    None means that some group border would have to lie inside an expert.
+    """
     firsts = expert_widths.offsets(widths)
     ends = [first + width for first, width in zip(firsts, widths)]
     bounds = [0]
@@ -50,7 +57,7 @@ def _partition_in_order(widths: Sequence[int], shards: int, share: int) -> Group
 def _fill_groups(
     order: Sequence[int], widths: Sequence[int], shards: int, share: int
 ) -> Groups | None:
-    """Fills the groups one by one, or returns None if a group cannot be filled."""
+    """Fills groups of total width `share` one by one, or returns None if one cannot be filled."""
     groups: list[tuple[int, ...]] = []
     remaining = list(order)
     while remaining and len(groups) <= shards:
@@ -67,9 +74,10 @@ def _fill_groups(
 
 
 def _find_subset(experts: Sequence[int], widths: Sequence[int], target: int) -> set[int] | None:
-    """Returns experts whose widths sum to target, or None. The first ones are preferred.
+    """Returns a subset of the experts whose widths sum to `target`, or None if there is none.
 
-    Bit s of reachable[i] is set if some of the first i experts have the sum s.
+    If there are several, experts that come earlier in the list are preferred. Bit s of reachable[i]
+    is set if some subset of the first i experts has the sum s.
     """
     mask = (1 << (target + 1)) - 1
     reachable = [1]

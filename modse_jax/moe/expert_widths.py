@@ -6,6 +6,7 @@ Source: MoDSE (Mixture of Diverse Size Experts), Table 1 and Eq. 7-8.
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 # Expert widths as multiples of the model dimension, pair by pair. Every pair sums to 5 (Table 1).
 PAPER_PAIRS = ((4.5, 0.5), (4.0, 1.0), (3.0, 2.0), (2.5, 2.5))
@@ -34,21 +35,48 @@ def widths_from_ratio_pairs(pairs: Sequence[tuple[float, float]], dim: int) -> t
 
 
 def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    """Returns the widths as a tuple of int.
+    """Checks that all widths are whole numbers, and returns them as a tuple of int.
+
+    Width 0 is that of a zero expert or a copy expert.
 
     Raises:
-        ValueError: a width is not a positive integer. The message names the expert.
+        ValueError: a width is no whole number or negative, or all are 0. The message names the
+            expert.
     """
     for expert, width in enumerate(widths):
-        if width != int(width) or width <= 0:
+        if width != int(width) or width < 0:
             raise ValueError(
-                f"expert {expert} has width {width}; widths must be whole numbers above 0"
+                f"expert {expert} has width {width}; widths must be whole numbers, at least 0"
             )
+    if not any(widths):
+        raise ValueError("all experts have width 0; at least one needs hidden units")
     return tuple(int(width) for width in widths)
 
 
+def check_copy_experts(copy_experts: Sequence[int], widths: Sequence[int]) -> None:
+    """Checks the ids of the experts that copy the layer's input.
+
+    Raises:
+        ValueError: an id is not that of an expert, occurs twice, or its expert has hidden units.
+    """
+    for expert in copy_experts:
+        if not 0 <= expert < len(widths):
+            raise ValueError(
+                f"copy expert {expert} does not exist; ids go from 0 to {len(widths) - 1}"
+            )
+        if widths[expert]:
+            raise ValueError(
+                f"copy expert {expert} has width {widths[expert]}; an expert that copies its input "
+                "has no hidden units: set its width to 0"
+            )
+    if len(set(copy_experts)) < len(copy_experts):
+        raise ValueError(f"the copy experts {tuple(copy_experts)} name an expert twice")
+
+
 def check_pairs(widths: Sequence[int], width: int) -> tuple[int, ...]:
-    """Returns the widths if experts 2j and 2j+1 sum to 2 * width for every j (MoDSE, Eq. 7-8).
+    """Checks that the widths of experts 2j and 2j+1 sum to 2 * width for every j; returns them.
+
+    A layer of such pairs has as many parameters as one of equal experts (MoDSE, Eq. 7-8).
 
     Raises:
         ValueError: a pair has another sum, or the number of experts is odd.
@@ -64,6 +92,24 @@ def check_pairs(widths: Sequence[int], width: int) -> tuple[int, ...]:
                 f"2 * width = {2 * width}"
             )
     return widths
+
+
+def mean_active_width(widths: Sequence[int], pools: Sequence[tuple[int, int]]) -> Fraction:
+    """Returns the sum of the widths of a token's experts, exactly.
+
+    The experts of a pool are taken to receive equally many tokens, so that a token uses k times
+    their mean width.
+
+    Args:
+        widths: hidden width of every expert, pool after pool.
+        pools: (number of experts, experts per token) of every pool.
+    """
+    total = Fraction(0)
+    first = 0
+    for num_experts, top_k in pools:
+        total += Fraction(top_k * sum(widths[first : first + num_experts]), num_experts)
+        first += num_experts
+    return total
 
 
 def offsets(widths: Sequence[int]) -> tuple[int, ...]:

@@ -1,19 +1,24 @@
 """The router: the experts of every token, their gates, and the auxiliary losses.
 
-All computations are in float32. The load-balancing loss and the router z-loss are returned
-unweighted; the training step multiplies them by their weights.
+A layer has one or more pools of experts, side by side on the axis of experts and on the axis of
+choices. Each has its own softmax, top-k and losses, as if it had a router of its own.
 
-Legend: T tokens, D model, E experts, K top-k.
+All computations are in float32. The losses are returned unweighted; the training step multiplies
+them by their weights.
+
+Legend: T tokens, D model, E experts, K top-k, P pools, G groups of tokens.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from modse_jax.moe.layer_options import RouterOptions
+from modse_jax.moe import balancing, chosen_experts, gates
+from modse_jax.moe.layer_options import PoolRange, RouterOptions, pool_ranges
 from modse_jax.runtime import chips
 
 # Rematerialization saves the chosen experts under this name. Recomputed logits could differ in
@@ -22,7 +27,7 @@ ROUTING = "routing"
 
 
 class RouterWeights(NamedTuple):
-    """The parameters of a router; the last two are None unless gate_term is "learned"."""
+    """The parameters of a router; the last two are None unless router_noise is "learned"."""
 
     w_gate: jax.Array  # [D, E]
     w_noise: jax.Array | None = None  # [D, E]
@@ -33,34 +38,43 @@ class RouterStatistics(NamedTuple):
     """Sums over the valid tokens of one layer, over all devices that share the batch."""
 
     counts_KE: jax.Array  # int32: tokens whose k-th choice is expert e
-    gates_KE: jax.Array  # float32: sum of the gates of those tokens
-    entropy: jax.Array  # float32: entropy of the softmax over all logits, in nats, summed
+    gates_E: jax.Array  # float32: sum of the gates of all tokens that chose expert e
+    entropy_P: jax.Array  # float32: entropies of the probabilities of a pool's experts, in nats
     tokens: jax.Array  # int32: valid tokens
-    dropped: jax.Array  # int32: routed tokens over capacity, filled in by the layer
+    dropped_P: jax.Array  # int32: routed tokens of a pool over capacity, filled in by the layer
 
 
 class Routing(NamedTuple):
     """The result of routing the tokens of one layer."""
 
     gates_TK: jax.Array  # float32, in the order of ids_TK
-    ids_TK: jax.Array  # int32, the expert with the largest logit first
-    balance_loss: jax.Array  # unweighted load-balancing loss
-    z_loss: jax.Array  # unweighted router z-loss
+    ids_TK: jax.Array  # int32, within a pool the expert with the largest logit first
+    balance_loss: jax.Array  # unweighted load-balancing loss, summed over pools
+    z_loss: jax.Array  # unweighted router z-loss, summed over pools
+    width_penalty: jax.Array  # unweighted width penalty, summed over pools
     statistics: RouterStatistics
 
 
-def compute_logits(x_TD: jax.Array, weights: RouterWeights, eps: float) -> jax.Array:
+def compute_logits(
+    x_TD: jax.Array, weights: RouterWeights, eps: float, pools: Sequence[PoolRange]
+) -> jax.Array:
     """Returns the router logits H = x W_g [+ RMSNorm(Softplus(x W_n))], [T, E], in float32.
 
-    Source: MoDSE, Eq. 1-4. The second term has no random part, as the paper prints it.
+    Source: MoDSE, Eq. 1-4. The second term has no random part, as the paper prints it. Its norm is
+    taken over the experts of each pool.
     """
     x_TD = x_TD.astype(jnp.float32)
     logits_TE = jnp.einsum("td,de->te", x_TD, weights.w_gate, precision="highest")
     if weights.w_noise is None:
         return logits_TE
     noise_TE = jax.nn.softplus(jnp.einsum("td,de->te", x_TD, weights.w_noise, precision="highest"))
+    normed = [_divide_by_rms(noise_TE[:, pool.experts], eps) for pool in pools]
+    return logits_TE + _concatenate(normed, axis=1) * weights.noise_scale[None, :]
+
+
+def _divide_by_rms(noise_TE: jax.Array, eps: float) -> jax.Array:
     rms_T1 = jnp.sqrt(jnp.mean(noise_TE * noise_TE, axis=-1, keepdims=True) + eps)
-    return logits_TE + noise_TE / rms_T1 * weights.noise_scale[None, :]
+    return noise_TE / rms_T1
 
 
 def top_k_ids(logits_TE: jax.Array, top_k: int, chip: str) -> jax.Array:
@@ -106,55 +120,70 @@ def top_k_ids_in_rounds(logits_TE: jax.Array, top_k: int) -> jax.Array:
 
 
 def compute_gates(
-    logits_TE: jax.Array, top_k: int, gate: str, chip: str
+    logits_TE: jax.Array,
+    top_k: int,
+    gate: str,
+    chip: str,
+    router_bias_E: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (gates_TK, ids_TK) of the k experts with the largest logits.
+    """Returns (gates_TK, ids_TK) of the k chosen experts of every token of a pool.
+
+    Without a bias these are the experts with the largest logits. With one, they are the experts
+    with the largest score plus bias; the gates do not depend on the bias otherwise (loss-free
+    balancing, Wang et al. 2024).
 
     Args:
-        gate: one of
-            "top_k_softmax": softmax over the k chosen logits (MoDSE, Eq. 5-6);
-            "softmax_top_k": softmax over all logits, of which k are kept, so that the gates of a
-                token sum to less than 1 (Switch Transformer, OLMoE);
-            "softmax_top_k_renormalised": the same, divided by their sum. In exact arithmetic this
-                equals the first; it exists because other stacks compute it this way.
+        logits_TE: the logits of the experts of the pool.
+        gate: one of gates.GATES.
         chip: see `top_k_ids`.
+        router_bias_E: the bias of every expert; None for none.
     """
-    ids_TK = checkpoint_name(top_k_ids(jax.lax.stop_gradient(logits_TE), top_k, chip), ROUTING)
-    is_chosen_TKE = ids_TK[:, :, None] == jnp.arange(logits_TE.shape[1])[None, None, :]
-
-    def choose(values_TE: jax.Array) -> jax.Array:
-        # A sum over a mask instead of a gather, whose gradient would be a scatter.
-        return jnp.sum(jnp.where(is_chosen_TKE, values_TE[:, None, :], 0), axis=-1)
-
-    if gate == "top_k_softmax":
-        return jax.nn.softmax(choose(logits_TE), axis=-1), ids_TK
-    gates_TK = choose(jax.nn.softmax(logits_TE, axis=-1))
-    if gate == "softmax_top_k_renormalised":
-        gates_TK = gates_TK / jnp.sum(gates_TK, axis=-1, keepdims=True)
-    elif gate != "softmax_top_k":
-        raise ValueError(f"gate={gate!r} is unknown")
-    return gates_TK, ids_TK
+    if gate not in gates.GATES:
+        raise ValueError(f"gate={gate!r} is unknown; choose one of {', '.join(gates.GATES)}")
+    ranked_TE = jax.lax.stop_gradient(logits_TE)
+    if router_bias_E is not None:
+        ranked_TE = gates.compute_scores(ranked_TE, gate) + router_bias_E[None, :]
+    ids_TK = checkpoint_name(top_k_ids(ranked_TE, top_k, chip), ROUTING)
+    form = chosen_experts.choose_form(logits_TE.shape[1], top_k, chip)
+    select = functools.partial(chosen_experts.select, ids_TK=ids_TK, form=form)
+    return gates.GATES[gate](logits_TE, select), ids_TK
 
 
-def balance_loss(
-    counts_KE: jax.Array, probability_sum_E: jax.Array, tokens: jax.Array, count: str
-) -> jax.Array:
-    """Returns the load-balancing loss E * sum_i f_i P_i (MoDSE, Eq. 9-12), unweighted.
+def choose_experts(
+    logits_TE: jax.Array,
+    options: RouterOptions,
+    chip: str,
+    router_bias_E: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (gates_TK, ids_TK) of the chosen experts of every token, pool after pool.
 
-    Its value at perfect balance is K with count="top_k" and 1 with count="argmax".
+    The gates of pool i are multiplied by k_i / sum(k), so that the layer's output is the mean of
+    the pools' outputs, weighted by k_i.
 
-    Args:
-        counts_KE: number of valid tokens whose k-th choice is expert e.
-        probability_sum_E: sum over the tokens of the softmax over all logits.
-        tokens: number of valid tokens that both are summed over.
-        count: "top_k" counts all K choices of a token in f_i, which the paper's tables show;
-            "argmax" counts the first choice alone, as its Eq. 10 prints.
+    Args: see `route` and `compute_gates`.
     """
-    chosen_E = counts_KE[0] if count == "argmax" else jnp.sum(counts_KE, axis=0)
-    tokens = jnp.maximum(tokens, 1).astype(jnp.float32)
-    fraction_E = jax.lax.stop_gradient(chosen_E.astype(jnp.float32)) / tokens
-    num_experts = counts_KE.shape[1]
-    return num_experts * jnp.sum(fraction_E * probability_sum_E / tokens)
+    pools = pool_ranges(options.pools_of(logits_TE.shape[1]))
+    total_k = pools[-1].choices.stop
+    all_gates = []
+    all_ids = []
+    for pool in pools:
+        bias_E = None if router_bias_E is None else router_bias_E[pool.experts]
+        gates_TK, ids_TK = compute_gates(
+            logits_TE[:, pool.experts], pool.top_k, options.gate, chip, bias_E
+        )
+        factor = options.gate_scale * pool.top_k / total_k
+        all_gates.append(gates_TK if factor == 1 else gates_TK * factor)
+        all_ids.append(ids_TK + pool.experts.start)
+    return _concatenate(all_gates, axis=1), _concatenate(all_ids, axis=1)
+
+
+class PoolSums(NamedTuple):
+    """Sums over the valid tokens of one device, for one pool."""
+
+    loads: balancing.Loads
+    gates_E: jax.Array  # float32: gates of the tokens that chose expert e
+    entropy: jax.Array  # float32: entropies of the probabilities of the experts
+    z: jax.Array  # float32: squares of the logsumexp of the logits
 
 
 def route(
@@ -162,53 +191,173 @@ def route(
     valid_T: jax.Array,
     weights: RouterWeights,
     options: RouterOptions,
+    widths: Sequence[int],
     chip: str,
     reduce: Callable = lambda sums: sums,
+    router_bias_E: jax.Array | None = None,
+    num_sequences: int = 1,
 ) -> Routing:
     """Routes every token.
 
     Args:
         valid_T: False for padding tokens. They get experts and gates too, but do not count in
             the losses and statistics.
+        widths: hidden units of every expert, for the width penalty.
         chip: see `top_k_ids`.
         reduce: sums a tree of arrays over the devices that share the batch (psum), so that the
-            losses are those of the global batch (the load-balancing loss only if
-            options.balance_loss_scope is "batch"). The default is for a single device.
+            losses are those of the global batch; see options.balance_loss_scope for exceptions.
+            The default is for a single device.
+        router_bias_E: is added to the scores that experts are chosen by; None for no bias.
+        num_sequences: the tokens are those of this many sequences of equal length, one after
+            another.
     """
     # Without this, NaN in padding would reach the gradient of the weights as 0 * NaN.
     x_TD = jnp.where(valid_T[:, None], x_TD, 0)
-    logits_TE = compute_logits(x_TD, weights, options.norm_eps)
-    gates_TK, ids_TK = compute_gates(logits_TE, options.top_k, options.gate, chip)
-    log_p_TE = jax.nn.log_softmax(logits_TE, axis=-1)
-    p_TE = jnp.exp(log_p_TE)
-    z_T = jax.nn.logsumexp(logits_TE, axis=-1)
-
-    is_chosen_TKE = ids_TK[:, :, None] == jnp.arange(logits_TE.shape[1])[None, None, :]
-    is_chosen_TKE &= valid_T[:, None, None]
-    chosen_gates_TKE = _mask(gates_TK[:, :, None], is_chosen_TKE)
-    entropy_TE = _mask(p_TE * log_p_TE, valid_T[:, None])
-    local = RouterStatistics(
-        counts_KE=jnp.sum(is_chosen_TKE, axis=0, dtype=jnp.int32),
-        gates_KE=jax.lax.stop_gradient(jnp.sum(chosen_gates_TKE, axis=0)),
-        entropy=jax.lax.stop_gradient(-jnp.sum(entropy_TE)),
-        tokens=jnp.sum(valid_T, dtype=jnp.int32),
-        dropped=jnp.zeros((), jnp.int32),
-    )
-    local_p_E = jnp.sum(_mask(p_TE, valid_T[:, None]), axis=0)
-    local_z = jnp.sum(_mask(z_T * z_T, valid_T))
-    batch, batch_p_E, batch_z = reduce((local, local_p_E, local_z))
+    pools = pool_ranges(options.pools_of(len(widths)))
+    logits_TE = compute_logits(x_TD, weights, options.norm_eps, pools)
+    gates_TK, ids_TK = choose_experts(logits_TE, options, chip, router_bias_E)
+    num_groups = num_sequences if options.balance_loss_scope == "sequence" else 1
+    sums = [
+        _sum_over_tokens(
+            logits_TE[:, pool.experts],
+            gates_TK[:, pool.choices],
+            ids_TK[:, pool.choices] - pool.experts.start,
+            valid_T,
+            options.gate,
+            chip,
+            num_groups,
+        )
+        for pool in pools
+    ]
+    local = _make_statistics(sums, pools, valid_T)
+    local_p = [jnp.sum(pool.loads.probabilities_GE, axis=0) for pool in sums]
+    local_z = _add([pool.z for pool in sums])
+    batch, batch_p, batch_z = reduce((local, local_p, local_z))
     batch_tokens = jnp.maximum(batch.tokens, 1).astype(jnp.float32)
 
-    count = options.balance_loss_count
     if options.balance_loss_scope == "batch":
-        balance = balance_loss(batch.counts_KE, batch_p_E, batch.tokens, count)
+        loads = _loads_of_batch(batch, batch_p, pools)
+        balance_G, penalty_G = _balancing_losses(loads, pools, widths, options)
+        balance, penalty = balance_G[0], penalty_G[0]
     else:
-        balance = balance_loss(local.counts_KE, local_p_E, local.tokens, count)
-        balance = reduce(balance * local.tokens) / batch_tokens
+        loads = [pool.loads for pool in sums]
+        tokens_G = loads[0].tokens_G
+        losses = _balancing_losses(loads, pools, widths, options)
+        balance, penalty = (
+            total / batch_tokens
+            for total in reduce([jnp.sum(loss_G * tokens_G) for loss_G in losses])
+        )
     return Routing(
-        gates_TK, ids_TK, balance_loss=balance, z_loss=batch_z / batch_tokens, statistics=batch
+        gates_TK,
+        ids_TK,
+        balance_loss=balance,
+        z_loss=batch_z / batch_tokens,
+        width_penalty=penalty,
+        statistics=batch,
     )
+
+
+def _sum_over_tokens(
+    logits_TE: jax.Array,
+    gates_TK: jax.Array,
+    ids_TK: jax.Array,
+    valid_T: jax.Array,
+    gate: str,
+    chip: str,
+    num_groups: int,
+) -> PoolSums:
+    """Returns the sums over the valid tokens, of the experts and choices of one pool."""
+    T, E = logits_TE.shape
+    form = chosen_experts.choose_form(E, ids_TK.shape[1], chip)
+    log_p_TE = gates.log_probabilities(logits_TE, gate)
+    p_TE = jnp.exp(log_p_TE)
+    z_T = jax.nn.logsumexp(logits_TE, axis=-1)
+    counted_ids_TK = jnp.where(valid_T[:, None], ids_TK, E)
+    counted_gates_TK = jax.lax.stop_gradient(_mask(gates_TK, valid_T[:, None]))
+    p_GTE = _mask(p_TE, valid_T[:, None]).reshape(num_groups, T // num_groups, E)
+    valid_GT = valid_T.reshape(num_groups, T // num_groups)
+    loads = balancing.Loads(
+        counts_GKE=chosen_experts.count(counted_ids_TK, E, form, num_groups),
+        probabilities_GE=jnp.sum(p_GTE, axis=1),
+        tokens_G=jnp.sum(valid_GT, axis=1, dtype=jnp.int32),
+    )
+    entropy_TE = _mask(p_TE * log_p_TE, valid_T[:, None])
+    return PoolSums(
+        loads,
+        gates_E=jnp.sum(chosen_experts.place(counted_gates_TK, ids_TK, E, form), axis=0),
+        entropy=jax.lax.stop_gradient(-jnp.sum(entropy_TE)),
+        z=jnp.sum(_mask(z_T * z_T, valid_T)),
+    )
+
+
+def _make_statistics(
+    sums: Sequence[PoolSums], pools: Sequence[PoolRange], valid_T: jax.Array
+) -> RouterStatistics:
+    """Joins the sums of all pools. A pool's experts are never the choice of another pool."""
+    shape = (pools[-1].choices.stop, pools[-1].experts.stop)
+    counts = [jnp.sum(pool.loads.counts_GKE, axis=0) for pool in sums]
+    counts_KE = counts[0]
+    if len(pools) > 1:
+        counts_KE = jnp.zeros(shape, jnp.int32)
+        for pool, pool_counts_KE in zip(pools, counts):
+            counts_KE = counts_KE.at[pool.choices, pool.experts].set(pool_counts_KE)
+    return RouterStatistics(
+        counts_KE,
+        gates_E=_concatenate([pool.gates_E for pool in sums], axis=0),
+        entropy_P=jnp.stack([pool.entropy for pool in sums]),
+        tokens=jnp.sum(valid_T, dtype=jnp.int32),
+        dropped_P=jnp.zeros((len(pools),), jnp.int32),
+    )
+
+
+def _loads_of_batch(
+    batch: RouterStatistics, probability_sums: Sequence[jax.Array], pools: Sequence[PoolRange]
+) -> list[balancing.Loads]:
+    """Returns the loads of every pool, with the whole batch as one group.
+
+    Args:
+        probability_sums: for every pool, the sums of its experts' probabilities, [E].
+    """
+    return [
+        balancing.Loads(
+            batch.counts_KE[None, pool.choices, pool.experts], p_E[None], batch.tokens[None]
+        )
+        for pool, p_E in zip(pools, probability_sums)
+    ]
+
+
+def _balancing_losses(
+    loads: Sequence[balancing.Loads],
+    pools: Sequence[PoolRange],
+    widths: Sequence[int],
+    options: RouterOptions,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (balance loss, width penalty) of every group of tokens, summed over pools, [G]."""
+    balances = []
+    penalties = []
+    for pool, pool_loads in zip(pools, loads):
+        balance = functools.partial(
+            balancing.balance_loss,
+            count=options.balance_loss_count,
+            over_choices=options.balance_loss_over_choices,
+        )
+        penalty = functools.partial(
+            balancing.width_penalty,
+            widths=widths[pool.experts],
+            scale=options.width_penalty_scale,
+        )
+        balances.append(jax.vmap(balance)(*pool_loads))
+        penalties.append(jax.vmap(penalty)(*pool_loads))
+    return _add(balances), _add(penalties)
 
 
 def _mask(values: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, values, jnp.zeros((), values.dtype))
+
+
+def _add(values: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, values)
+
+
+def _concatenate(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)

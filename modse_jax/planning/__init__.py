@@ -1,1 +1,1 @@
-"""Training steps compiled and counted for hardware that is not attached."""
+"""Planning: compiles a training step for hardware that is not attached, and counts its needs."""

@@ -31,7 +31,7 @@ import jax
 
 from modse_jax.errors import UserError
 
-PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt")  # of the same version as jax
+PACKAGES = ("jax-cuda13-plugin", "jax-cuda13-pjrt")  # they must have the version of jax
 
 # ptxas and libdevice, which the compiler calls and reads: NVIDIA's packages, or a CUDA toolkit.
 TOOL_PACKAGES = ("nvidia-cuda-nvcc==13.0.*", "nvidia-nvvm==13.0.*")
@@ -58,13 +58,13 @@ class GpuTarget(NamedTuple):
     memory_bandwidth: int  # bytes per second
     l2_cache_bytes: int
     clock_ghz: float
-    float32_lanes: int  # per multiprocessor
-    nvlinks: int
+    float32_lanes: int  # float32 operations per multiprocessor and clock cycle
+    nvlinks: int  # number of NVLink connections
 
 
-# From NVIDIA's data sheets and the table of compute capabilities in the CUDA programming
-# guide. XLA writes the target config of a real GPU with --xla_dump_to. The peak rates that
-# prices are computed with are in chips.CHIPS.
+# From NVIDIA's data sheets and the table of compute capabilities in the CUDA programming guide. On
+# a real GPU, XLA writes these values to a file if --xla_dump_to is set. The peak rates from which
+# lower bounds of step times are computed are in chips.CHIPS.
 GPU_TARGETS = {
     "a100": GpuTarget(
         device_kind="NVIDIA A100-SXM4-80GB",
@@ -125,9 +125,9 @@ GPU_TARGETS = {
 }
 
 
-# A GpuTargetConfigProto of XLA. It must not have a `cub_version`: XLA would then compile sorts
-# as calls of CUB and ask CUDA for a device. Without `feature_extension` Mosaic kernels do not
-# assemble, and without the driver and runtime versions there are no CUDA graphs.
+# The text of an XLA GpuTargetConfigProto. It must not have a `cub_version`: XLA would then compile
+# sorts as calls of CUB and ask CUDA for a device. Without `feature_extension`, Mosaic kernels
+# cannot be assembled. Without the driver and runtime versions, XLA makes no CUDA graphs.
 _TARGET_CONFIG = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -165,23 +165,30 @@ device_description_str: "{target.device_kind}"
 
 
 def compiler_folder() -> pathlib.Path:
-    """Returns the folder beside the environment that `install_command` installs into."""
+    """Returns the folder inside the Python environment where the compiler is installed.
+
+    Packages in it are not importable unless `load_compiler` is called.
+    """
     return pathlib.Path(sys.prefix) / FOLDER
 
 
 def install_command(folder: pathlib.Path | None) -> str:
-    """Returns the command that installs the compiler for the installed version of jax.
+    """Returns the command that installs the compiler for this version of jax, for error messages.
 
     Args:
         folder: the folder to install into; None for the environment itself.
     """
     pins = [f"{package}=={jax.__version__}" for package in PACKAGES]
-    pins = " ".join([*pins, *(f"'{package}'" for package in TOOL_PACKAGES)])
-    return f"pip install --no-deps --target={folder} {pins}" if folder else f"pip install {pins}"
+    packages = " ".join([*pins, *(f"'{package}'" for package in TOOL_PACKAGES)])
+    options = f"--no-deps --target={folder} " if folder else ""
+    return f"pip install {options}{packages}"
 
 
 def find_compiler() -> pathlib.Path | None:
-    """Returns the folder of the compiler's packages, or None if they are in the environment.
+    """Finds the compiler's packages, and checks that they are complete.
+
+    Returns:
+        The folder of the packages; None if they are installed in the environment itself.
 
     Raises:
         UserError: a package is missing or has another version than jax.
@@ -214,13 +221,15 @@ def find_compiler() -> pathlib.Path | None:
 
 
 def find_cuda_tools(folder: pathlib.Path | None) -> pathlib.Path:
-    """Returns the directory of ptxas and libdevice: beside the compiler, or a CUDA toolkit.
+    """Returns the directory of ptxas and libdevice, which the compiler needs.
+
+    They are looked for beside the compiler, and then in an installed CUDA toolkit.
 
     Args:
         folder: the folder of the compiler; None for the environment.
 
     Raises:
-        UserError: there is none.
+        UserError: they are not found.
     """
     paths = [str(folder)] if folder else sys.path
     toolkits = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
@@ -243,40 +252,42 @@ def _version(package: str, path: Sequence[str]) -> str | None:
 
 @functools.cache
 def load_compiler() -> None:
-    """Makes XLA's CUDA compiler known to jax. No GPU is started.
+    """Makes XLA's CUDA compiler known to jax, without starting a GPU.
 
-    The process must run on another platform (JAX_PLATFORMS=cpu), otherwise jax would look for
-    GPUs.
+    jax must be set to another platform in this process (JAX_PLATFORMS=cpu); otherwise it would try
+    to start a GPU.
 
     Raises:
         UserError: the compiler is missing or has another version than jax.
     """
     folder = find_compiler()
-    if not jax.config.jax_platforms or "cuda" in jax.config.jax_platforms:
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if not platforms or "cuda" in platforms:
         raise UserError(
-            f"jax_platforms={jax.config.jax_platforms!r} while compiling for a GPU that is not "
+            f"jax_platforms={platforms!r} while compiling for a GPU that is not "
             "attached; set JAX_PLATFORMS=cpu"
         )
     if folder is not None:
         sys.path.append(str(folder))
         importlib.invalidate_caches()
-    # Mosaic sets these two when it is imported, and reads them when it compiles.
+    # Mosaic sets these two variables when it is imported, and reads them when it compiles. So it is
+    # imported first, and they are set afterwards.
     importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     tools = str(find_cuda_tools(folder))
     os.environ.update(CUDA_ROOT=tools, MOSAIC_GPU_CUDA_ROOT=tools)
     plugin = importlib.import_module("jax_cuda13_plugin")
-    # Mosaic looks for its runtime when it is imported, which may have been before this.
-    runtime = pathlib.Path(plugin.__file__).parent / "libmosaic_gpu_runtime.so"
+    # Mosaic looks for its runtime library when it is imported, which may have been earlier.
+    runtime = pathlib.Path(plugin.__path__[0]) / "libmosaic_gpu_runtime.so"
     os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(runtime)
     _register_with_jax()
 
 
 def _register_with_jax() -> None:
-    """Registers the plugin, the Triton compiler included. Uses jax's internals (0.10 to 0.12).
+    """Registers the CUDA plugin and its Triton compiler with jax, by jax's internals (0.10-0.12).
 
-    jax looks for plugins once, at the first use of a device. A process that has used one before
-    needs the plugin's own `initialize`, and the callbacks that jax runs for each plugin.
-    jaxlib.gpu_triton looks for the plugin when jax is imported, and is imported again.
+    jax itself looks for plugins only once, at the first use of a device. If a device has been used
+    already, the plugin's own `initialize` is called, and then the callbacks that jax runs for each
+    plugin. jaxlib.gpu_triton looks for the plugin only when it is imported, so it is reloaded.
     """
     import jaxlib.gpu_triton
     from jax._src import xla_bridge
@@ -292,7 +303,11 @@ def _register_with_jax() -> None:
 
 
 def target_config(gpu: str) -> str:
-    """Returns the description of a GPU that XLA's compiler takes, as text."""
+    """Returns the description of a GPU that XLA needs to compile for it, as text.
+
+    Args:
+        gpu: a name in GPU_TARGETS.
+    """
     target = GPU_TARGETS[gpu]
     major, minor = target.compute_capability
     extension = "ACCELERATED_FEATURES" if target.accelerated else "NONE"
@@ -307,9 +322,17 @@ def target_config(gpu: str) -> str:
 
 
 def describe_topology(gpu: str, hosts: int = 1, devices_per_host: int = 1) -> list[jax.Device]:
-    """Returns devices of a kind in GPU_TARGETS to compile for; nothing can run on them.
+    """Returns jax devices that describe GPUs to compile for. Nothing can run on them.
 
-    Devices are numbered host by host, and `process_index` is the host.
+    Devices are numbered host by host, and the `process_index` of a device is its host.
+
+    Args:
+        gpu: a name in GPU_TARGETS.
+        hosts: number of hosts.
+        devices_per_host: number of GPUs of each host.
+
+    Raises:
+        UserError: the GPU is not known, or the compiler is missing.
     """
     if gpu not in GPU_TARGETS:
         raise UserError(f"gpu={gpu!r} is not known; choose one of {', '.join(GPU_TARGETS)}")
@@ -323,14 +346,16 @@ def describe_topology(gpu: str, hosts: int = 1, devices_per_host: int = 1) -> li
 
 
 def compile_options(deterministic: bool = False, dump_to: str | pathlib.Path = "") -> dict:
-    """Returns XLA options under which the compiler makes the program that a real GPU would get.
+    """Returns XLA options with which the compiled program is close to that for a real GPU.
 
-    Without a GPU XLA cannot time Triton's matmuls and would choose tiles of 16 for all of them.
-    With Triton off it calls cuBLAS, as a GPU mostly does.
+    On a real GPU, XLA times several tile sizes of Triton's matmuls. Without one, it would choose
+    tiles of 16 for all of them. So Triton is turned off, and XLA calls cuBLAS, as it mostly does on
+    a real GPU, too.
 
     Args:
-        deterministic: as device_mesh.request_determinism sets for training.
-        dump_to: a folder to write the program and its list of launches into.
+        deterministic: whether operations must be deterministic; training.deterministic.
+        dump_to: a folder into which XLA writes the program and the list of what it launches; "" for
+            none.
     """
     options = {
         "xla_gpu_enable_triton_gemm": False,
@@ -346,9 +371,9 @@ def compile_options(deterministic: bool = False, dump_to: str | pathlib.Path = "
 def assume_cudnn() -> Iterator[None]:
     """Lets model.attention=cudnn be lowered on a machine without cuDNN.
 
-    jax asks for the version of the installed library when it traces attention, and the compiled
-    program does not depend on the answer. There is no public way to give it one: the function
-    that asks is replaced inside this context.
+    jax asks for the version of the installed cuDNN when it traces attention, although the compiled
+    program does not depend on it. There is no public way to state a version, so the private
+    function that asks is replaced inside this context by one that returns CUDNN_VERSION.
     """
     from jax._src.cudnn import fused_attention_stablehlo
 
@@ -362,17 +387,18 @@ def assume_cudnn() -> Iterator[None]:
 
 
 class Launches(NamedTuple):
-    """The launches of one run of a compiled program, per device."""
+    """Numbers of launches in one run of a compiled program, per GPU."""
 
     kernels: float  # kernels, library calls and copies, inside and outside CUDA graphs
-    collectives: float
-    graphs: float  # launches of CUDA graphs
-    host_waits: float  # times the host waits for a number from the device
-    open_loops: int  # loops with data-dependent trip counts, outside CUDA graphs
-    iterations: float  # assumed for each loop with a data-dependent trip count
+    collectives: float  # all-gathers, all-reduces and so on
+    graphs: float  # CUDA graphs
+    host_waits: float  # how often the host waits for a number from the device
+    open_loops: int  # number of loops outside CUDA graphs whose trip count depends on data
+    iterations: float  # the number of iterations that was assumed for each such loop
 
 
-# Thunks that launch nothing of their own. Every other kind is counted as a kernel.
+# A thunk is one step of a compiled GPU program, such as a kernel launch or a loop. These kinds
+# launch nothing themselves; every other kind but collectives is counted as a kernel.
 _CONTAINERS = {
     "kSequential", "kCommandBuffer", "kWhile", "kConditional", "kDynamicSliceFusion",
     "kAsyncStart", "kAsyncDone", "kPartitionId", "kReplicaId", "kWaitForStreams",
@@ -412,18 +438,18 @@ class _Thunk(NamedTuple):
 
 
 def read_launches(folder: str | pathlib.Path, iterations: float = 1.0) -> Launches:
-    """Counts what one run of a program launches, from what XLA wrote with `dump_to`.
+    """Counts what one run of a compiled program launches, from files that XLA has written.
 
-    A loop with a known trip count runs that often. The trip counts of other loops depend on data:
-    the host reads their condition before every iteration, unless the whole loop is in a CUDA graph.
+    A loop with a known trip count is counted with it. Other trip counts depend on data: the host
+    reads the condition before every iteration, unless the whole loop is in a CUDA graph.
 
     Args:
-        folder: the folder that XLA wrote into.
-        iterations: assumed for each loop with a data-dependent trip count, at every level of
-            nesting.
+        folder: the `dump_to` folder of `compile_options`.
+        iterations: the number of iterations to assume for each loop whose trip count depends on
+            data, nested loops included.
 
     Raises:
-        FileNotFoundError: XLA wrote no such list.
+        FileNotFoundError: a file is missing.
     """
     folder = pathlib.Path(folder)
     thunks = _largest_file(folder, "*.thunk_sequence_after_thunk_passes.txt").read_text()
@@ -433,7 +459,7 @@ def read_launches(folder: str | pathlib.Path, iterations: float = 1.0) -> Launch
 
 
 def _largest_file(folder: pathlib.Path, pattern: str) -> pathlib.Path:
-    """Returns the largest match: the program itself, beside small ones such as constants."""
+    """Returns the largest file that matches, because the others are of small helper programs."""
     matches = sorted(folder.glob(pattern), key=lambda file: file.stat().st_size)
     if not matches:
         raise FileNotFoundError(f"XLA wrote no {pattern} into {folder}")
@@ -441,16 +467,16 @@ def _largest_file(folder: pathlib.Path, pattern: str) -> pathlib.Path:
 
 
 def count_launches(thunks: str, metadata: str, hlo: str, iterations: float = 1.0) -> Launches:
-    """Counts launches like `read_launches`, from the texts of the files.
+    """Counts launches like `read_launches`, from the texts of XLA's files.
 
     Args:
-        thunks: XLA's list of thunks.
-        metadata: the metadata of the thunks.
-        hlo: the optimized program.
-        iterations: as in `read_launches`.
+        thunks: XLA's list of thunks, the steps of the compiled program.
+        metadata: the metadata of the thunks, which names the loop in `hlo` of each.
+        hlo: the optimized HLO program.
+        iterations: see `read_launches`.
     """
     trip_counts = _read_trip_counts(metadata, hlo)
-    total = collections.Counter()
+    total: dict[str, float] = collections.defaultdict(float)
 
     def visit(thunk: _Thunk, times: float, in_graph: bool) -> None:
         if thunk.kind == "kWhile":
@@ -483,16 +509,16 @@ def count_launches(thunks: str, metadata: str, hlo: str, iterations: float = 1.0
         collectives=total["collectives"],
         graphs=total["graphs"],
         host_waits=total["host_waits"],
-        open_loops=total["open_loops"],
+        open_loops=int(total["open_loops"]),
         iterations=iterations,
     )
 
 
 def _parse_thunks(text: str) -> list[_Thunk]:
-    """Returns the outermost thunks of XLA's list.
+    """Parses XLA's list of thunks (steps of a compiled program); returns the outermost ones.
 
-    A thunk contains those that are indented below it. A loop lists its condition first, after a
-    line `condition:` that is not indented, and then its `body:`.
+    A thunk contains the thunks that are indented below it. Those of a loop are in two lists: its
+    condition, after a line `condition:` that is not indented, and its body, after `body:`.
     """
     root = _Thunk("root", -1, -1, [], [])
     stack = [root]
@@ -515,7 +541,7 @@ def _parse_thunks(text: str) -> list[_Thunk]:
 
 
 def _read_trip_counts(metadata: str, hlo: str) -> dict[int, int]:
-    """Returns {thunk: trip count} of the loops whose trip count XLA knows."""
+    """Returns {number of a loop's thunk: trip count}, for loops whose trip count XLA knows."""
     known = {}
     for name, rest in _LOOP_LINE.findall(hlo):
         count = _KNOWN_TRIP_COUNT.search(rest)

@@ -1,7 +1,8 @@
-"""Counts what a compiled step sends between devices, from its HLO text, loops included.
+"""Counts the bytes that a compiled program sends between devices, from its HLO text.
 
-Bytes are those that a device sends in a ring of n devices: (n - 1) / n of the whole array for an
-all-gather or a reduce-scatter, twice that for an all-reduce, and (n - 1) / n of its operand for an
+A collective in a loop counts as often as the loop runs. Bytes are those that one device sends if
+the collective runs as a ring of n devices: (n - 1) / n of the whole array for an all-gather or a
+reduce-scatter, twice that for an all-reduce, and (n - 1) / n of a device's operand for an
 all-to-all. A ragged all-to-all is counted as if every device received equally many rows.
 """
 
@@ -26,18 +27,22 @@ KINDS = (
 #   %all-reduce-scatter.1 (p: bf16[32,8]) -> bf16[8,8] {
 TPU_REDUCE_SCATTER = "all-reduce-scatter"
 
-# %s = (f32[2,6]{1,0}, f32[8,6]{1,0}) all-gather-start(%p), replica_groups={{0,1,2,3}}
+# The line of a collective:
+#   %s = (f32[2,6]{1,0}, f32[8,6]{1,0}) all-gather-start(%p), replica_groups={{0,1,2,3}}
 INSTRUCTION = re.compile(
     rf"\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(([^)]*)(.*)"
 )
 
-# all-gather-start(%p, /*index=1*/%q.2)
+# An operand in the line of a collective:
+#   all-gather-start(%p, /*index=1*/%q.2)
 OPERAND = re.compile(r"%[\w.\-]+")
 
-# metadata={op_name="jit(step)/transpose/dot_general" source_file="..."}
+# The operation in the JAX code from which an instruction comes:
+#   metadata={op_name="jit(step)/transpose/dot_general" source_file="..."}
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 
-# XLA for TPU may divide one collective into pieces that run beside other instructions:
+# XLA for TPU may divide one collective into several instructions that overlap with computation.
+# These have a common chain_id and are counted as one:
 #   %g = f32[16]{0} all-gather(%p), frontend_attributes={chain_id="3"}
 CHAIN_ID = re.compile(r'chain_id="(\d+)"')
 
@@ -45,30 +50,30 @@ CHAIN_ID = re.compile(r'chain_id="(\d+)"')
 class Collective(NamedTuple):
     """A collective of a compiled program."""
 
-    kind: str  # of KINDS
-    bytes: float  # sent by a device each time it runs
-    times: int  # in one run of the program
-    group_size: int  # devices
-    shape: str  # of the result; several if XLA combined several collectives
-    source: str  # op_name: the operation that it comes from
-    groups: replica_groups.Groups  # device numbers that exchange data with each other
+    kind: str  # one of KINDS
+    bytes: float  # bytes that a device sends each time the collective runs
+    times: int  # how often it runs in one run of the program
+    group_size: int  # number of devices that exchange data with each other
+    shape: str  # shape of the result; several if XLA combined several collectives
+    source: str  # XLA's op_name: the operation in the JAX code that it comes from
+    groups: replica_groups.Groups  # the groups of device numbers that exchange data
 
 
 class FoundCollectives(NamedTuple):
-    """The collectives of a program."""
+    """The collectives of a program, and reports on those that could not be counted."""
 
     collectives: list[Collective]
     unknown: list[str]  # one sentence for each collective that could not be counted
 
 
 class Instruction(NamedTuple):
-    """The parsed line of a collective."""
+    """The parsed line of a collective in an HLO program."""
 
-    kind: str  # of KINDS
-    type: str
-    is_start: bool  # the first half of an asynchronous collective
-    operands: list[str]
-    text: str
+    kind: str  # one of KINDS
+    type: str  # the text of the HLO type, such as "f32[8,6]{1,0}"
+    is_start: bool  # True for the first half of an asynchronous collective
+    operands: list[str]  # names of the operands, such as "%p"
+    text: str  # the line
 
 
 class Arrays(NamedTuple):
@@ -79,10 +84,10 @@ class Arrays(NamedTuple):
 
 
 def find_collectives(hlo: str) -> FoundCollectives:
-    """Returns every collective of a compiled program, and those that could not be counted.
+    """Returns the collectives of a compiled program, and reports those that cannot be counted.
 
-    The trip count of a loop is the constant that its condition compares the counter with. A
-    collective in a loop with a data-dependent trip count is not counted but reported.
+    A collective cannot be counted if it is in a loop whose trip count depends on data, or if the
+    format of its line is unknown.
     """
     computations = hlo_text.split_computations(hlo)
     runs = hlo_text.count_runs(computations)
@@ -110,10 +115,10 @@ def find_collectives(hlo: str) -> FoundCollectives:
 
 
 def list_collectives(hlo: str) -> list[Collective]:
-    """Returns every collective of a compiled program.
+    """Returns every collective (all-gather, all-reduce, ...) in the text of a compiled program.
 
     Raises:
-        ValueError: a collective could not be counted.
+        ValueError: the number of bytes that a collective sends is not clear from the text.
     """
     found = find_collectives(hlo)
     if found.unknown:
@@ -122,32 +127,32 @@ def list_collectives(hlo: str) -> list[Collective]:
 
 
 def bytes_by_kind(collectives: Sequence[Collective]) -> dict[str, float]:
-    """Returns the bytes that a device sends in a step, for each kind that occurs."""
-    total: collections.Counter[str] = collections.Counter()
+    """Returns {kind of collective: bytes that a device sends in one run of the program}."""
+    total: dict[str, float] = collections.defaultdict(float)
     for collective in collectives:
         total[collective.kind] += collective.bytes * collective.times
-    return {kind: float(total[kind]) for kind in KINDS if total[kind]}
+    return {kind: total[kind] for kind in KINDS if total[kind]}
 
 
 def bytes_between_hosts(collectives: Sequence[Collective], devices_per_host: int) -> float:
-    """Returns the bytes that a device must send to other hosts in a step.
+    """Returns the bytes that a device must send to other hosts in one run of the program.
 
-    An all-to-all sends the same amount to every peer. An all-gather or a reduction can stay inside
-    the hosts except for one copy of the result, which the devices of a host send in equal parts;
-    this is the least that any algorithm needs.
+    It is a lower bound for any algorithm. An all-to-all sends the same amount to every other
+    device. An all-gather or a reduction has to send the result to each host only once, and the
+    devices of a host share this work equally.
 
     Args:
-        collectives: those of the step.
+        collectives: the collectives of the program.
         devices_per_host: device i is on host i // devices_per_host.
     """
-    total = 0
+    total = 0.0
     for collective in collectives:
         shares = [
             _share_between_hosts(collective.kind, group, devices_per_host)
             for group in collective.groups
         ]
         total += collective.bytes * collective.times * max(shares)
-    return float(total)
+    return total
 
 
 def crosses_hosts(collective: Collective, devices_per_host: int) -> bool:
@@ -158,7 +163,13 @@ def crosses_hosts(collective: Collective, devices_per_host: int) -> bool:
 
 
 def _share_between_hosts(kind: str, group: Sequence[int], devices_per_host: int) -> float:
-    """Returns the part of a device's bytes that goes to other hosts."""
+    """Returns the fraction of the bytes that a device sends in a collective that cross hosts.
+
+    Args:
+        kind: the kind of collective.
+        group: the numbers of the devices that take part.
+        devices_per_host: device i is on host i // devices_per_host.
+    """
     num_devices = len(group)
     devices_on_host = collections.Counter(device // devices_per_host for device in group)
     if len(devices_on_host) == 1:
@@ -182,15 +193,15 @@ def _parse_instructions(lines: Sequence[str]) -> list[Instruction]:
 
 
 def _describe(instruction: Instruction, times: int | None, lines: Sequence[str]) -> Collective:
-    """Returns the collective of an instruction.
+    """Returns what an instruction sends, and how often.
 
     Args:
-        instruction: the parsed line.
-        times: how often it runs; None if that depends on data.
-        lines: all lines of its computation.
+        instruction: the parsed line of a collective.
+        times: how often it runs in one run of the program; None if that depends on data.
+        lines: all lines of the computation (HLO's word for a function) that contains it.
 
     Raises:
-        UnknownFormatError: it cannot be counted.
+        UnknownFormatError: the collective cannot be counted.
     """
     kind = instruction.kind
     if times is None:
@@ -216,10 +227,16 @@ def _describe(instruction: Instruction, times: int | None, lines: Sequence[str])
 
 
 def _sent_bytes(kind: str, result_bytes: float, group_size: int) -> float:
-    """Returns the bytes that a device sends in a ring; see the module's docstring."""
+    """Returns the bytes that a device sends in a ring; see the description of this module.
+
+    Args:
+        kind: the kind of collective.
+        result_bytes: the size of the collective's result on one device.
+        group_size: the number of devices that take part.
+    """
     if kind == "collective-permute":
         return result_bytes
-    if kind == "reduce-scatter":  # its result is one of group_size parts
+    if kind == "reduce-scatter":  # its result is 1 / group_size of the array
         return result_bytes * (group_size - 1)
     share = (group_size - 1) / group_size
     if kind == "all-reduce":
@@ -228,10 +245,10 @@ def _sent_bytes(kind: str, result_bytes: float, group_size: int) -> float:
 
 
 def _ragged_operand_bytes(instruction: Instruction, arrays: Arrays, lines: Sequence[str]) -> float:
-    """Returns the size of the rows that a ragged all-to-all sends.
+    """Returns the size of the first operand of a ragged all-to-all: the array of rows to send.
 
-    One of its first operand and its result is full, and the other has room to spare; the caller
-    takes the smaller of the two.
+    Either this array or the result is full of rows, and the other one has room to spare. The caller
+    therefore counts the smaller of the two sizes. It is infinite if the operand is not found.
     """
     if arrays.operands:
         return arrays.operands[0].num_bytes
@@ -240,18 +257,21 @@ def _ragged_operand_bytes(instruction: Instruction, arrays: Arrays, lines: Seque
 
 
 def _match_operands(instruction: Instruction, type_: HloType) -> Arrays:
-    """Returns the operands and results that an instruction's type shows.
+    """Splits the type of a collective into the types of its operands and of its results.
 
-    The type of a synchronous collective is that of its results:
+    XLA writes the type in several ways. For a synchronous collective it is that of the results:
         %r = (f32[8], s32[4]) all-reduce(%a, %b)
-    as is that of the start of an all-reduce in jax 0.10:
+    also for the start of an asynchronous all-reduce in jax 0.10:
         %r = (f32[8], s32[4]) all-reduce-start(%a, %b)
-    Other starts have operands and results, sometimes followed by contexts:
+    For other starts it is operands, then results, sometimes followed by internal values:
         %s = (f32[2,6], f32[8,6]) all-gather-start(%p)
         %c = (f32[9], f32[9], u32[], u32[]) collective-permute-start(%p)
-    Several of them are in tuples, and so may be the operands alone:
+    Several operands or results are in tuples, and sometimes a single operand, too:
         %s = ((bf16[2,6], s32[2]), (bf16[8,6], s32[8])) all-gather-start(%p, %q)
         %s = ((f32[16]), f32[16]) all-reduce-start(%p)
+
+    Raises:
+        UnknownFormatError: the type has none of these forms.
     """
     count = len(instruction.operands)
     is_start = instruction.is_start

@@ -1,4 +1,8 @@
-"""Parses the text of optimized HLO programs: computations, how often they run, and array types."""
+"""Parses the text of optimized HLO programs, which XLA writes after compilation.
+
+A program consists of computations (HLO's word for functions): the entry computation, which runs
+once, and those that its instructions call, such as the bodies of loops.
+"""
 
 import collections
 import math
@@ -6,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-ENTRY = "ENTRY"  # the key of a program's entry computation
+ENTRY = "ENTRY"  # the key of a program's entry computation in `Computations`
 
 BYTES_PER_ELEMENT = {
     "pred": 1,
@@ -57,14 +61,14 @@ NAME = re.compile(r"[\w.\-]+")
 CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 CALL_LIST = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 
-# In the type of an array: layouts, comments and spaces, which are ignored; and what remains:
+# To parse a type, layouts, comments and spaces are removed, and the rest is split into tokens:
 #   (bf16[8,6]{1,0:T(8,128)(2,1)}, /*index=1*/s32[<=4]{0})   ->   ( bf16[8,6] s32[<=4] )
 LAYOUT_OR_COMMENT = re.compile(r"\{[^}]*\}|/\*.*?\*/|\s")
 TYPE_TOKEN = re.compile(r"\w+\[[^\]]*\]|[()]")
 
 
 class UnknownFormatError(Exception):
-    """A part of a program has a format that this module does not know. The message says which."""
+    """A piece of HLO text has a format that this module does not know. The message says which."""
 
 
 class Array(NamedTuple):
@@ -87,22 +91,22 @@ class Array(NamedTuple):
 # The type of a value: an array, or a tuple of types.
 HloType = Array | list["HloType"]
 
-# {name: lines}. Dictionaries of computations keep the order of the text.
+# {name of a computation: its lines}, in the order of the text.
 Computations = dict[str, list[str]]
 
 
 class Call(NamedTuple):
-    """One computation that an instruction runs."""
+    """A computation that an instruction runs."""
 
-    callee: str
-    times: int | None  # for each run of the instruction; None if it depends on data
+    callee: str  # name of the computation
+    times: int | None  # how often each run of the instruction runs it; None if it depends on data
 
 
 def split_computations(hlo: str) -> Computations:
-    """Returns the lines of every computation by its name; the entry's name is ENTRY.
+    """Divides the text of a program into its computations; returns {name: lines}.
 
-    A computation ends where the next one begins. A line that holds only "}" is not its end: the
-    metadata of kernels may contain such lines.
+    The entry computation has the name ENTRY. A computation ends where the next one begins, and not
+    at a line that is only "}", because the metadata of kernels may contain such lines.
     """
     computations: Computations = {}
     current: list[str] | None = None
@@ -117,9 +121,9 @@ def split_computations(hlo: str) -> Computations:
 
 
 def count_runs(computations: Computations) -> dict[str, int | None]:
-    """Returns how often each computation runs in one run of the program.
+    """Returns {computation: how often it runs in one run of the program}.
 
-    None stands for a number that depends on data; computations that never run are left out.
+    None stands for a number that depends on data. Computations that never run are left out.
     """
     calls = {name: _list_calls(lines, computations) for name, lines in computations.items()}
     runs: dict[str, int | None] = collections.defaultdict(int)
@@ -150,7 +154,7 @@ def _list_calls(lines: Sequence[str], computations: Computations) -> list[Call]:
             times = _read_trip_count(line, computations[condition])
             calls += [Call(body, times), Call(condition, times)]
         elif "-update(" in line or "-done(" in line:
-            continue  # These name the computation of their start, which is counted there.
+            continue  # They name a computation that is counted at the start instruction already.
         else:
             calls += [Call(callee, 1) for callee in CALL.findall(line)]
             for names in CALL_LIST.findall(line):
@@ -159,7 +163,10 @@ def _list_calls(lines: Sequence[str], computations: Computations) -> list[Call]:
 
 
 def _visit_callees_first(calls: Mapping[str, Sequence[Call]]) -> Iterator[str]:
-    """Yields the entry and all that it calls, each after its callees. Does not recurse."""
+    """Yields the entry computation and all that it calls, each after those that it calls itself.
+
+    It is written without recursion, because programs may be nested deeply.
+    """
     seen = set()
     stack = [(ENTRY, False)]
     while stack:
@@ -177,8 +184,8 @@ def _read_trip_count(loop: str, condition: Sequence[str]) -> int | None:
 
     Args:
         loop: the line of the loop.
-        condition: the lines of its condition. If XLA does not state the trip count, it is the
-            constant that the condition compares a counter with.
+        condition: the lines of the computation that is its condition. If XLA does not state the
+            trip count in `loop`, it is the constant that the condition compares a counter with.
     """
     known = KNOWN_TRIP_COUNT.search(loop)
     if known:
@@ -191,7 +198,7 @@ def _read_trip_count(loop: str, condition: Sequence[str]) -> int | None:
 
 
 def parse_type(text: str) -> HloType:
-    """Parses a type such as "(f32[2,3]{1,0}, (s32[]))".
+    """Parses the text of a type such as "(f32[2,3]{1,0}, (s32[]))", a tuple of two types.
 
     Raises:
         UnknownFormatError: the text is not one type.
@@ -215,7 +222,12 @@ def parse_type(text: str) -> HloType:
 
 
 def find_array_definition(name: str, lines: Sequence[str]) -> Array | None:
-    """Returns the type of the array with a name ("%rows"), or None if no line defines it."""
+    """Returns the type of the array that a line defines under a name, or None if none does.
+
+    Args:
+        name: the name, such as "%rows".
+        lines: the lines of a computation.
+    """
     # %rows = bf16[10,8]{1,0} fusion(%p), kind=kLoop, calls=%fused
     definition = re.compile(rf"\s*(?:ROOT )?{re.escape(name)} = (\w+\[[\d,]*\])")
     for line in lines:

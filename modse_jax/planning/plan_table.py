@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from modse_jax.planning import hlo_collectives
 from modse_jax.planning.step_plan import StepPlan
 
-NAME_WIDTH = 26  # columns of the names of fields
+NAME_WIDTH = 26  # characters of the first column, which names the fields
 UNKNOWN = "?"
 
 
 def format_table(plans: Sequence[StepPlan]) -> str:
-    """Returns a line per field with a column per plan, then notes, then advice."""
+    """Returns the text that --plan prints.
+
+    It has a line per field and a column per plan, then the notes of all plans, then advice for
+    those whose step does not fit into memory.
+    """
     columns = [_format_column(plan, plans) for plan in plans]
     width = max(len(cell) for column in columns for cell in column.values()) + 2
     lines = []
@@ -23,13 +27,13 @@ def format_table(plans: Sequence[StepPlan]) -> str:
 
 
 def advise(plan: StepPlan) -> str:
-    """Returns what to change in a config whose step does not fit."""
+    """Returns a sentence on what to change in the config if the step does not fit into memory."""
     state_bytes = plan.parameter_bytes_per_device + plan.optimizer_bytes_per_device
     if plan.peak_bytes_per_device and state_bytes < plan.peak_bytes_per_device / 2:
         return (
             "most of the memory holds activations: raise training.gradient_accumulation; "
-            "model.remat=full, and a smaller training.loss_chunk and moe.saved_activations, also "
-            "help if they are not set yet"
+            "model.remat=full, and a smaller advanced.loss_chunk and "
+            "advanced.saved_activations, also help if they are not set yet"
         )
     return (
         "most of the memory holds parameters and optimizer state: raise mesh.fsdp or mesh.expert, "
@@ -38,7 +42,11 @@ def advise(plan: StepPlan) -> str:
 
 
 def _format_column(plan: StepPlan, plans: Sequence[StepPlan]) -> dict[str, str]:
-    """Returns the cells of a plan by name. Rows that are empty in all plans are left out."""
+    """Returns the column of a plan in the table, {name of the field: text}.
+
+    Fields that no plan has, such as CUDA graph launches without a GPU, are left out. Therefore all
+    plans are needed.
+    """
     cells = {
         "topology": plan.topology,
         "devices": str(plan.devices),

@@ -1,7 +1,7 @@
 """Plans a training step for hardware that is not attached.
 
-The real step is compiled for a topology, and its memory, FLOPs, communication and launches are
-counted.
+The training step of a config is compiled for a topology, such as 16 TPU v5e chips, and what it
+would need there is reported: memory, FLOPs, communication between devices, and kernel launches.
 
     python train.py --config=configs/modse_300m_x8.py --plan=v5e:4x4,gpu:h100x8 \
         [--plan_json=FILE] [--config....]
@@ -41,20 +41,20 @@ from modse_jax.training import train_step
 
 
 class StepFlops(NamedTuple):
-    """FLOPs of a step."""
+    """FLOPs of the model in one training step."""
 
-    per_device: float
-    max_over_mean: float  # the most loaded device over the mean
+    per_device: float  # mean over the devices
+    max_over_mean: float  # FLOPs of the most loaded device over that mean
 
 
 def prepare_environment(names: Sequence[str]) -> None:
     """Prepares this process for planning; must run before the first use of a device.
 
-    No accelerator of this machine is started, and there are as many CPU devices as a topology of
-    CPUs needs.
+    JAX is set to run on CPU, so that no accelerator of this machine is started, with as many CPU
+    devices as the largest CPU topology needs.
 
     Args:
-        names: of the topologies.
+        names: the names of the topologies to plan for; see topologies.py.
     """
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
@@ -67,11 +67,13 @@ def prepare_environment(names: Sequence[str]) -> None:
     parsed = [topologies.parse_topology(name) for name in names]
     cpus = [topology.devices_per_host for topology in parsed if topology.kind == "cpu"]
     jax.config.update("jax_platforms", "cpu")
-    # XLA writes no text for programs that it finds in the cache.
+    # The plan reads the text of the compiled program, which XLA does not write for a program that
+    # it finds in its compilation cache.
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_num_cpu_devices", max(cpus, default=1))
     if any(topology.kind == "gpu" for topology in parsed):
-        # XLA warns of every optimization that needs a GPU. Errors are also raised.
+        # XLA would warn of every optimization that needs a real GPU. No error is hidden: errors are
+        # raised as exceptions, too.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         gpu_compiler.load_compiler()
 
@@ -124,7 +126,7 @@ def plan_step(config: Config, name: str) -> StepPlan:
     step = step_compilation.compile_step(config, mesh, topology)
     plan.compile_seconds = round(time.monotonic() - start, 1)
     plan.peak_bytes_per_device = step.peak_bytes
-    if not step.has_enough_memory:
+    if not step.has_enough_memory or step.peak_bytes is None:
         plan.fits = False
         return plan
     plan.activation_bytes_per_device = step.temporary_bytes
@@ -141,7 +143,13 @@ def plan_step(config: Config, name: str) -> StepPlan:
 
 
 def add_collectives(plan: StepPlan, hlo: str, topology: Topology) -> list[Collective]:
-    """Writes what a compiled step sends into a plan. Returns its collectives."""
+    """Fills in the fields of a plan about communication; returns the collectives of the step.
+
+    Args:
+        plan: the plan.
+        hlo: the text of the compiled step.
+        topology: the devices.
+    """
     collectives, unknown = hlo_collectives.find_collectives(hlo)
     plan.unknown_collectives = unknown
     plan.notes += [
@@ -158,11 +166,11 @@ def add_collectives(plan: StepPlan, hlo: str, topology: Topology) -> list[Collec
 
 
 def add_launches(plan: StepPlan, launches: gpu_compiler.Launches | None) -> None:
-    """Writes what the host launches in a step into a plan.
+    """Fills in the fields of a plan about what the host launches on a GPU in a step.
 
     Args:
-        plan: its fields stay None if the launches are unknown.
-        launches: None if XLA wrote no list of them.
+        plan: the plan. These fields stay None if the launches are unknown.
+        launches: the launches; None if XLA wrote no list of them.
     """
     if launches is None:
         plan.notes.append("kernels are not counted: XLA wrote no list of what it launches")
@@ -180,7 +188,7 @@ def add_launches(plan: StepPlan, launches: gpu_compiler.Launches | None) -> None
 
 
 def write_json(plans: Sequence[StepPlan], path: str) -> None:
-    """Writes plans into a file, as a list of dictionaries."""
+    """Writes plans into a JSON file, as a list of dictionaries."""
     rows = [step_plan.to_dict(plan) for plan in plans]
     pathlib.Path(path).expanduser().write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -188,14 +196,13 @@ def write_json(plans: Sequence[StepPlan], path: str) -> None:
 def count_flops(config: Config, mesh: Mesh) -> StepFlops:
     """Returns the FLOPs of forward and backward pass, without rematerialization.
 
-    Every expert is assumed to receive equally many tokens. The load imbalance then comes from
-    unequal widths.
+    Every expert is assumed to receive equally many tokens. Devices then differ only in the total
+    width of their experts.
     """
     length = config.data.sequence_length
     tokens = config.training.batch_size * length / mesh.size
-    width = accounting.nominal_width(config)
-    per_device = accounting.train_flops_per_token(config, length, width) * tokens
-    expert_flops = 6 * accounting.active_expert_parameters(config, width) * tokens
+    per_device = accounting.nominal_flops_per_token(config, length) * tokens
+    expert_flops = accounting.nominal_expert_flops_per_token(config) * tokens
     placement = device_mesh.place_experts_on_mesh(config, mesh)
     equal_counts = [1] * len(config.widths)
     straggler = expert_placement.straggler_factor(equal_counts, placement)
@@ -203,14 +210,14 @@ def count_flops(config: Config, mesh: Mesh) -> StepFlops:
 
 
 def _capacity(topology: Topology, mesh: Mesh) -> float:
-    """Returns the memory of a device; CPU devices share that of this machine equally."""
+    """Returns the memory of one device in bytes; CPU devices share that of this machine equally."""
     if topology.chip in chips.CHIPS:
         return chips.CHIPS[topology.chip].gigabytes * 2**30
     return memory_usage.host_memory_bytes() / mesh.size
 
 
 def _bytes_per_device(tree: Any) -> int:
-    """Returns the size of one device's shards of all arrays in a tree."""
+    """Returns the bytes that one device holds of all sharded arrays in a tree."""
     total = 0
     for array in jax.tree.leaves(tree):
         shard_shape = array.sharding.shard_shape(array.shape)

@@ -25,33 +25,37 @@ LISTED_GROUP = re.compile(r"\{([\d,\s]+)\}")
 # replica_groups=[2,4]<=[4,2]T(1,0)
 IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
 
-# [4,2]T(1,0)
+# Matches [4,2]T(1,0).
 DEVICE_NUMBERS = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 # replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}
 MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))?\s*\{([^}]*)\}")
 
-# 'a'=4,'b'=2
+# Matches 'a'=4 and 'b'=2 in 'a'=4,'b'=2.
 MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
 
-# 'a','b':(2)2
+# Matches 'a' and 'b':(2)2 in 'a','b':(2)2.
 GROUP_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 
 Groups = tuple[tuple[int, ...], ...]
 
 
 class AxisPart(NamedTuple):
-    """A factor of the size of a mesh axis, along which the devices of a group differ."""
+    """A part of a mesh axis along which the devices of a group differ.
 
-    preceding: int  # the product of the factors before it
-    size: int
+    XLA writes {'b':(2)3} for an axis `b` of size 12 that is viewed as 2 x 3 x 2, if the devices of
+    a group differ along the 3.
+    """
+
+    preceding: int  # the product of the factors before the part, here 2
+    size: int  # the size of the part, here 3
 
 
 def parse_replica_groups(line: str) -> Groups:
-    """Returns the groups of device numbers that exchange data with each other.
+    """Returns the groups of device numbers that exchange data with each other in a collective.
 
     Raises:
-        UnknownFormatError: the line has none of the formats above.
+        UnknownFormatError: the line has none of the formats in the description of this module.
     """
     listed = LISTED.search(line)
     if listed:
@@ -72,7 +76,10 @@ def _unknown_format() -> UnknownFormatError:
 
 
 def _parse_numbers(text: str) -> np.ndarray:
-    """Returns the device numbers of "[4,2]T(1,0)": 0, 1, ... in that shape, transposed."""
+    """Returns the array of device numbers that a text such as "[4,2]T(1,0)" describes.
+
+    It is 0, 1, ... in the shape [4, 2], transposed to the order (1, 0) of axes.
+    """
     match = DEVICE_NUMBERS.fullmatch(text)
     if not match:
         raise _unknown_format()
@@ -87,9 +94,10 @@ def _parse_mesh(mesh_axes: str, device_ids: str | None, group_axes: str) -> Grou
     """Returns the groups along some axes of a mesh.
 
     Args:
-        mesh_axes: names and sizes, "'a'=4,'b'=2".
-        device_ids: the devices of the mesh, "[2,4]T(1,0)" or "3,2,1,0"; None: 0, 1, ...
-        group_axes: the axes along which the devices of a group differ; see AxisPart.
+        mesh_axes: names and sizes, such as "'a'=4,'b'=2".
+        device_ids: the device numbers of the mesh, such as "[2,4]T(1,0)" or "3,2,1,0"; None for
+            0, 1, and so on.
+        group_axes: the axes along which the devices of a group differ, such as "'a','b':(2)2".
     """
     sizes = {name: int(size) for name, size in MESH_AXIS.findall(mesh_axes)}
     try:
@@ -121,7 +129,15 @@ def _parse_device_ids(text: str | None, count: int) -> np.ndarray:
 def _factor_axes(
     sizes: dict[str, int], parts: dict[str, list[AxisPart]]
 ) -> tuple[list[int], list[int]]:
-    """Returns the mesh's shape with partitioned axes factored, and the axes of the groups in it.
+    """Splits mesh axes of which only a part is used, so that every part is an axis of its own.
+
+    Args:
+        sizes: {mesh axis: size}.
+        parts: {mesh axis: its parts along which the devices of a group differ}.
+
+    Returns:
+        The shape of the mesh with all its axes and parts of axes, and the positions in this shape
+        of those along which the devices of a group differ.
 
     Raises:
         ValueError: `parts` names an axis that the mesh does not have, or none.

@@ -8,26 +8,26 @@ from modse_jax.runtime import chips
 
 
 class Roofline(NamedTuple):
-    """The longest of the times that a step needs on each resource."""
+    """A lower bound of the time of a training step, and the resource that sets it."""
 
     seconds: float
     bound_by: str  # "products" (matmuls), "collectives", "memory" or "network"
 
 
 def estimate_roofline(config: Config, chip: str, plan: StepPlan) -> Roofline | None:
-    """Returns the lower bound of a step's time; None for a chip whose rates are unknown.
+    """Returns a lower bound of the time of a training step; None if the chip's rates are unknown.
 
-    It is the longest of:
-        products: the matmuls of the most loaded device at the peak rate.
-        collectives: the bytes sent within hosts at the rate of all links together.
-        memory: parameters and optimizer state read and written once, and the weights read three
-            times per micro-batch.
-        network: the bytes sent to other hosts at the rate of the network.
+    It is the longest of these times, each of which assumes that nothing else limits the step:
+        products: the matmuls of the most loaded device, at the chip's peak FLOP rate.
+        collectives: the bytes sent within hosts, at the rate of all links of a chip together.
+        memory: the parameters and the optimizer state are read and written once, and the weights
+            are read three times per micro-batch, at the memory bandwidth.
+        network: the bytes sent to other hosts, at the rate of the network.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         chip: a name in chips.CHIPS, or "cpu".
-        plan: FLOPs, bytes of the state, and bytes of collectives are read from it.
+        plan: the plan of the step, with FLOPs, bytes of the state, and bytes of collectives.
     """
     rates = chips.CHIPS.get(chip)
     if rates is None:
@@ -48,7 +48,7 @@ def estimate_roofline(config: Config, chip: str, plan: StepPlan) -> Roofline | N
 
 
 def _count_memory_traffic(config: Config, plan: StepPlan) -> float:
-    """Returns the bytes of memory that a step must read and write on a device."""
+    """Returns the bytes that a device must at least read from and write to its memory in a step."""
     is_half_precision = config.model.dtype == "bfloat16"
     weight_bytes = plan.parameter_bytes_per_device * (0.5 if is_half_precision else 1)
     state_bytes = plan.parameter_bytes_per_device + plan.optimizer_bytes_per_device

@@ -15,7 +15,7 @@ from modse_jax.planning.topologies import Topology
 from modse_jax.runtime import memory_usage
 from modse_jax.training import train_step
 
-# Errors of XLA's compilers for a program that needs too much memory:
+# Finds the needed memory in the errors of XLA's compilers for a program that needs too much:
 #   RESOURCE_EXHAUSTED: ... Used 30.51G of 15.75G hbm.
 #   RESOURCE_EXHAUSTED: ... required to allocate (18.25G) ...
 NEEDED_MEMORY = re.compile(r"(?:Used |required[^(]*\()([\d.]+)([KMGT])")
@@ -23,21 +23,26 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class CompiledStep(NamedTuple):
-    """Facts about a compiled training step, per device."""
+    """Facts that the compiler reports about a training step, per device."""
 
-    peak_bytes: float | None  # None if it does not fit and the compiler does not say by how much
-    temporary_bytes: int | None = None  # None if the compiler found too little memory
-    hlo: str = ""
+    peak_bytes: float | None  # None if the step does not fit and the compiler names no number
+    temporary_bytes: int | None = None  # None if the step does not fit
+    hlo: str = ""  # the text of the compiled program; "" if the step does not fit
     launches: gpu_compiler.Launches | None = None  # on a GPU, if XLA listed them
 
     @property
     def has_enough_memory(self) -> bool:
-        """Returns False if the compiler refused the program for lack of memory."""
+        """False if the compiler refused the program because the device has too little memory."""
         return self.temporary_bytes is not None
 
 
 def compile_step(config: Config, mesh: Mesh, topology: Topology) -> CompiledStep:
-    """Compiles a step for the devices of a mesh.
+    """Compiles the training step of a config for the devices of a mesh.
+
+    Args:
+        config: the config.
+        mesh: the mesh of the topology's devices.
+        topology: the topology.
 
     Raises:
         UserError: the compiler of a GPU fails.
@@ -52,10 +57,14 @@ def compile_step(config: Config, mesh: Mesh, topology: Topology) -> CompiledStep
 
 
 def _describe(
-    compiled: jax.stages.Compiled, hlo: str, launches: gpu_compiler.Launches | None = None
+    compiled: jax.stages.Compiled, hlo: str | None, launches: gpu_compiler.Launches | None = None
 ) -> CompiledStep:
-    temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
-    return CompiledStep(memory_usage.peak_bytes(compiled), temporary_bytes, hlo, launches)
+    """Returns what a compiler reports. Those of CPU, GPU and TPU report memory and program."""
+    analysis = compiled.memory_analysis()
+    if analysis is None or hlo is None:
+        raise RuntimeError("the compiler reports neither memory nor the program")
+    peak_bytes = memory_usage.peak_bytes(compiled)
+    return CompiledStep(peak_bytes, analysis.temp_size_in_bytes, hlo, launches)
 
 
 def _compile_for_gpu(config: Config, mesh: Mesh, topology: Topology, folder: str) -> CompiledStep:
@@ -78,7 +87,7 @@ def _compile_for_gpu(config: Config, mesh: Mesh, topology: Topology, folder: str
 
 def _compile_for_tpu(config: Config, mesh: Mesh, folder: str) -> CompiledStep:
     # jaxlib cannot parse everything that libtpu returns, so libtpu writes the program to a file.
-    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    options: dict[str, str | int] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     try:
         compiled = train_step.compile_train_step(config, mesh, options)
     except jax.errors.JaxRuntimeError as error:

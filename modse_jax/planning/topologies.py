@@ -17,7 +17,7 @@ import jax
 from modse_jax.errors import UserError
 from modse_jax.planning import gpu_compiler
 
-# The number of GPUs that NVLink connects in machines with the GPUs of gpu_compiler.GPU_TARGETS.
+# The most GPUs that NVLink connects on one host, for all GPUs of gpu_compiler.GPU_TARGETS.
 MAX_GPUS_PER_HOST = 8
 
 GPUS = ", ".join(f"gpu:{gpu}" for gpu in gpu_compiler.GPU_TARGETS)
@@ -28,13 +28,13 @@ KNOWN = (
     "or with :HOSTSxN (gpu:h100:2x8)"
 )
 
-# v5e:4x4, v5p:2x2x4
+# Matches v5e:4x4 and v5p:2x2x4.
 TPU_NAME = re.compile(r"(v4|v5e|v5p|v6e):(\d+x\d+(?:x\d+)?)")
 
-# cpu:8
+# Matches cpu:8.
 CPU_NAME = re.compile(r"cpu:([1-9]\d*)")
 
-# gpu:h100, gpu:h100x8, gpu:h100:2x8
+# Matches gpu:h100, gpu:h100x8 and gpu:h100:2x8.
 GPU_NAME = re.compile(r"gpu:(\w+?)(?:x([1-9]\d*)|:([1-9]\d*)x([1-9]\d*))?")
 
 
@@ -49,10 +49,10 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str) -> Topology:
-    """Returns the topology with a name.
+    """Parses the name of a topology, such as "gpu:h100:2x8".
 
     Raises:
-        UserError: the name has none of the forms in this module's docstring.
+        UserError: the name has none of the forms in the description of this module.
     """
     tpu = TPU_NAME.fullmatch(name)
     if tpu:
@@ -74,7 +74,9 @@ def parse_topology(name: str) -> Topology:
 
 
 def list_devices(topology: Topology) -> Sequence[jax.Device]:
-    """Returns the devices of a topology. Programs run only on those of a CPU.
+    """Returns the devices of a topology, for which a program can be compiled.
+
+    Only CPU devices can also run programs; those of other topologies are descriptions.
 
     Raises:
         UserError: a compiler is missing, or does not know the topology.

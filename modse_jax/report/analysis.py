@@ -1,8 +1,8 @@
 """The paper's routing analyses of a checkpoint: report/analysis/*.png, *.csv and text.html.
 
-The checkpoint is compared with an earlier step of the same run, and with baselines of equal expert
-widths that were trained on the same data. The numbers come from routing_statistics.py, the figures
-from analysis_plots.py.
+The checkpoint is compared with an earlier step of the same run, and with baselines that were
+trained on the same data and are dense or have equal expert widths. The numbers come from
+routing_statistics.py, the figures from analysis_plots.py.
 
 Legend: T tokens, Y layers, K choice ranks, E experts, S sources.
 """
@@ -29,7 +29,8 @@ from modse_jax.training import train_step
 MAX_COLORED_TOKENS = 1500  # in text.html
 MAX_SPECIALISTS = 40  # rows per layer of specialists.csv
 
-# What a "difficult token" may be: a vocabulary entry or a position. The paper does not say.
+# The paper does not say whether its "difficult tokens" are entries of the vocabulary or positions
+# of the text. Both are analyzed.
 DIFFICULTY_UNITS = {
     "entries": routing_statistics.bin_difficult_entries,
     "positions": routing_statistics.bin_difficult_positions,
@@ -44,21 +45,23 @@ Hover for the loss and every layer.</p>
 
 
 class Baseline(NamedTuple):
-    """A run with equal expert widths, and its trace of the same tokens."""
+    """A dense run or one with equal expert widths, with which the analyzed run is compared."""
 
     name: str
-    trace: Trace
+    trace: Trace  # loss and routing of every validation token, the same tokens in the same order
 
 
 class EarlierStep(NamedTuple):
-    """An earlier step of the analyzed run. The trace is None if it is the analyzed step itself."""
+    """An earlier checkpoint of the analyzed run, with which the analyzed one is compared."""
 
     step: int
-    trace: Trace | None
+    trace: Trace | None  # None if there is no checkpoint before the analyzed one
 
 
 def trace(model: LoadedModel, limit: int, batch_size: int) -> Trace:
-    """Computes loss and routing of every predicted validation token, in order.
+    """Runs a model on the validation records; returns loss and routing of every position.
+
+    Padding is left out. The order is that of the records, dataset after dataset.
 
     Args:
         model: The model.
@@ -69,7 +72,7 @@ def trace(model: LoadedModel, limit: int, batch_size: int) -> Trace:
     parts = []
     for source, dataset in enumerate(model.data.datasets):
         for batch in scoring.read_validation_batches(model, dataset, limit, batch_size):
-            scored = jax.device_get(score(model.params, batch))
+            scored = jax.device_get(score(model.variables, batch))
             nll, weights, _, tokens, targets, gates, ids = scored
             is_predicted = weights > 0
             parts.append(
@@ -95,25 +98,32 @@ def trace(model: LoadedModel, limit: int, batch_size: int) -> Trace:
 def write(
     workdir: str, step: int, baselines: tuple[str, ...], earlier: int, limit: int, batch_size: int
 ) -> str:
-    """Writes the analysis of a step into the report.
+    """Writes the routing analyses of a checkpoint into report/analysis of the run.
 
     Args:
         workdir: The directory of the run.
         step: A saved step; 0 for the newest.
-        baselines: Directories of runs with equal expert widths. Their losses select the difficult
-            tokens; the loss of the first one is compared with this run's.
-        earlier: A step to compare with; 0 for the oldest that is saved.
+        baselines: Directories of dense runs or of runs with equal expert widths. Their losses
+            select the difficult tokens; the loss of the first one is compared with this run's.
+        earlier: A saved step of the same run to compare with; 0 for the oldest.
         limit: Number of validation records of each dataset; 0 for all.
         batch_size: Sequences per batch; 0 for `evaluation.batch_size` of the config.
 
     Returns:
-        A summary for the console.
+        A summary to print.
 
     Raises:
-        UserError: A baseline was trained on other data.
+        UserError: The run is dense, so that it has no routing, or a baseline was trained on other
+            data.
     """
     directory = pathlib.Path(workdir).expanduser().absolute()
     config = model_loading.read_config(directory)
+    if config.is_dense:
+        raise UserError(
+            f"--suite=analysis needs experts, but {directory} is a dense model "
+            f"(model.dense_width={config.model.dense_width}); use the suites loss and sample, or "
+            f"compare another run with it by --baselines={directory}"
+        )
     batch_size = batch_size or config.evaluation.batch_size
     model = model_loading.load_model(directory, step, batch_size)
     late = trace(model, limit, batch_size)
@@ -162,7 +172,10 @@ def _trace_baseline(
 def _write_balance(
     out: pathlib.Path, model: LoadedModel, counts: Counts, late: Trace, before: EarlierStep
 ) -> None:
-    """Writes the tables and figures of the counts, and the figure of coactivation."""
+    """Writes how many tokens each expert gets, and which experts are chosen together.
+
+    The files are counts_*.csv, tokens_per_expert.png, max_over_min.png and coactivation.png.
+    """
     widths = model.config.widths
     counts_by_step = {}
     if before.trace is not None:
@@ -182,7 +195,14 @@ def _write_balance(
 
 
 def _summarize(model: LoadedModel, counts: Counts, late: Trace, before: EarlierStep) -> list[str]:
-    """Returns the console lines on widths, balance and the stability of the router."""
+    """Returns lines to print: mean chosen width, balance, and how many choices have changed.
+
+    Args:
+        model: The analyzed model.
+        counts: Its tokens per expert.
+        late: Its loss and routing of every position.
+        before: The earlier checkpoint to compare with.
+    """
     widths = counts.widths
     chosen_YTK = np.array(widths)[late.ids_YTK]
     width_by_gate = (late.gates_YTK * chosen_YTK).sum() / late.gates_YTK.sum(axis=1).sum()
@@ -214,10 +234,18 @@ def _summarize(model: LoadedModel, counts: Counts, late: Trace, before: EarlierS
 def _write_difficult_tokens(
     out: pathlib.Path, late: Trace, baselines: Sequence[Baseline], counts: Counts
 ) -> list[str]:
-    """Writes difficult.csv, counts_difficult.csv and difficult.png; returns console lines.
+    """Writes how the experts of difficult tokens (with a high loss) differ; returns lines to print.
 
-    The tokens are selected by the loss of each baseline, and also by the model's own loss: to
-    select by the loss from which the model's is subtracted overestimates the gain.
+    The files are difficult.csv, counts_difficult.csv and difficult.png. The gain is the loss of the
+    first baseline minus that of this model. If tokens are selected by the loss of that baseline,
+    the gain is overestimated (regression to the mean). So they are also selected by the loss of
+    each other baseline and by the model's own loss.
+
+    Args:
+        out: The folder to write into.
+        late: Loss and routing of the model.
+        baselines: The baselines, at least one.
+        counts: Tokens per expert of the model, over all tokens.
     """
     first = baselines[0]
     base_T = first.trace.nll_T
@@ -255,14 +283,17 @@ def _write_difficult_tokens(
 
 
 def _difficulty_cells(item: Bin, counts: Counts) -> list:
-    """Returns the cells of a row of difficult.csv."""
+    """Returns the cells of difficult.csv for one bin: the tokens with a loss in one interval."""
     size = routing_statistics.count_by_size(item.counts, 0)
     enrichment_E = routing_statistics.enrichment(item.counts, counts)
     return [item.above, item.below, item.tokens, item.reduction, *size, *enrichment_E]
 
 
 def _write_sources(out: pathlib.Path, late: Trace, model: LoadedModel) -> list[str]:
-    """Writes by_source.csv and by_source.png; returns a console line."""
+    """Writes which experts the tokens of each dataset go to; returns a line to print.
+
+    The files are by_source.csv and by_source.png.
+    """
     names = [dataset.name for dataset in model.data.datasets]
     widths = model.config.widths
     share_YSE = routing_statistics.share_by_source(late, len(names), len(widths))
@@ -281,10 +312,10 @@ def _write_sources(out: pathlib.Path, late: Trace, model: LoadedModel) -> list[s
 
 
 def _write_stragglers(path: pathlib.Path, counts: Counts) -> list[str]:
-    """Writes straggler.csv; returns console lines.
+    """Writes straggler.csv, the straggler factor of each layer; returns lines to print.
 
-    The straggler factor is the largest over the mean work of the devices, for several ways to
-    place the experts on them.
+    The straggler factor is the work of the most loaded device divided by the mean over the devices,
+    for several ways to place the experts on devices.
     """
     num_layers = len(counts.counts_YKE)
     lines = [f"largest over mean work of the devices, {num_layers} layers:"]
@@ -304,14 +335,20 @@ def _write_stragglers(path: pathlib.Path, counts: Counts) -> list[str]:
 
 
 def _write_specialists(path: pathlib.Path, late: Trace, model: LoadedModel) -> None:
-    """Writes the tokens whose first choice is most often the same expert, for each layer."""
+    """Writes specialists.csv: for each layer, the tokens that one expert specializes in.
+
+    They are those with the largest share of occurrences whose first choice is the same expert.
+    """
     widths = model.config.widths
-    rows = [["layer", "width", "token", "share_of_first_choices", "count"]]
+    header = "layer", "width", "token", "share_of_first_choices", "count"
+    rows: list[Sequence] = [header]
     for layer in range(len(late.ids_YTK)):
         specialists = routing_statistics.find_specialists(late, len(widths), layer)
         for found in specialists[:MAX_SPECIALISTS]:
             text = repr(_decode(model, found.token))
-            rows.append([layer, widths[found.expert], text, f"{found.share:.3f}", found.count])
+            rows.append(
+                [layer, widths[found.expert], text, f"{found.share:.3f}", found.occurrences]
+            )
     _write_csv(path, rows)
 
 
@@ -327,8 +364,8 @@ def _decode(model: LoadedModel, token: int) -> str:
 def color_text(model: LoadedModel, late: Trace) -> str:
     """Returns a web page with the first validation tokens, colored by the width of their experts.
 
-    The color is the mean width of a token's first choices over the layers. A tooltip shows the
-    loss of the next token and the width in each layer.
+    The color shows the width of the token's first-choice expert, as a mean over the layers. A
+    tooltip shows the loss of the next token, and the width in each layer.
     """
     widths = model.config.widths
     low = min(widths)

@@ -1,6 +1,8 @@
-"""Figures of the paper's routing analyses. See routing_statistics.py for the numbers.
+"""Figures of the paper's routing analyses of a checkpoint.
 
-Legend: Y layers, K choice ranks, E experts, S sources.
+See routing_statistics.py for the numbers, and run_plots.py for figures from the logs of a run.
+
+Legend: Y layers, K choice ranks (0 is the largest gate), E experts, S sources (datasets).
 """
 
 import numpy as np
@@ -18,13 +20,16 @@ RANK_COLORS = (
     plot_style.COLOR_EXTRA,
 )
 RANK_MARKERS = "os^D"
-STEP_LINES = ("--", "-")  # the earlier step, the analyzed step
+STEP_LINES = ("--", "-")  # line styles of the earlier and of the analyzed checkpoint
 
 
 def plot_tokens_per_expert(counts_by_step: dict[str, Counts]) -> Figure:
-    """Plots the tokens of each expert (MoDSE, Figure 3), in one chart per step.
+    """Plots the number of tokens of each expert (MoDSE, Figure 3), in one chart per step.
 
     The experts with the most and the fewest tokens have their own colors.
+
+    Args:
+        counts_by_step: {title of the chart, such as "step 100": tokens per expert}.
     """
     num_steps = len(counts_by_step)
     figure, axes_grid = plt.subplots(1, num_steps, figsize=(5.2 * num_steps, 3.8), squeeze=False)
@@ -47,7 +52,13 @@ def plot_tokens_per_expert(counts_by_step: dict[str, Counts]) -> Figure:
 
 
 def plot_max_over_min(counts_by_step: dict[str, Counts]) -> Figure:
-    """Plots the imbalance of each layer and choice rank (MoDSE, Tables 7 and 8)."""
+    """Plots the most over the fewest tokens of an expert, by layer and choice rank.
+
+    These are the numbers of MoDSE, Tables 7 and 8.
+
+    Args:
+        counts_by_step: {label, such as "step 100": tokens per expert}, at most two.
+    """
     figure, axes = plt.subplots(figsize=(7.5, 3.8))
     num_layers = 0
     for (name, counts), line in zip(counts_by_step.items(), STEP_LINES):
@@ -74,7 +85,7 @@ def plot_max_over_min(counts_by_step: dict[str, Counts]) -> Figure:
 
 
 def plot_coactivation(trace: Trace, widths: tuple[int, ...]) -> Figure:
-    """Plots which experts are chosen together, as a mean over the layers."""
+    """Plots which experts are chosen by the same tokens, as a mean over the layers."""
     order = plot_style.order_by_width(widths)
     mean_EE = routing_statistics.coactivation(trace, len(widths)).mean(axis=0)
     figure, axes = plt.subplots(figsize=(6, 5))
@@ -93,11 +104,11 @@ def plot_coactivation(trace: Trace, widths: tuple[int, ...]) -> Figure:
 
 
 def plot_difficult_tokens(difficult: Counts, baseline: str) -> Figure:
-    """Plots the first choices of the most difficult tokens (MoDSE, Figure 4).
+    """Plots which experts the tokens with a high loss choose first (MoDSE, Figure 4).
 
     Args:
-        difficult: The choices of these tokens.
-        baseline: Name of the run whose loss selects them.
+        difficult: Tokens per expert, of the tokens whose loss in the baseline is above 2 nats.
+        baseline: Name of the baseline, for the title.
     """
     order = plot_style.order_by_width(difficult.widths)
     first_YE = difficult.counts_YKE[:, 0][:, order]
@@ -119,7 +130,13 @@ def plot_difficult_tokens(difficult: Counts, baseline: str) -> Figure:
 
 
 def plot_sources(share_SE: np.ndarray, names: list[str], widths: tuple[int, ...]) -> Figure:
-    """Plots the share of each expert among the first choices of each source."""
+    """Plots which experts the tokens of each source (dataset) choose first.
+
+    Args:
+        share_SE: Share of each expert among the first choices of a source.
+        names: Names of the sources.
+        widths: Hidden widths of the experts.
+    """
     order = plot_style.order_by_width(widths)
     figure, axes = plt.subplots(figsize=(7.5, 3.8))
     color_map = plt.get_cmap(plot_style.COLOR_MAP)

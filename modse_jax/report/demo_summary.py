@@ -4,7 +4,6 @@ import argparse
 import gzip
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from modse_jax.training import run_logs
 
 
 def summarize_run(workdir: pathlib.Path, since: float) -> dict:
-    """Compares the newest evaluation with gzip -9 on the same validation text.
+    """Compares the newest evaluation of a run with gzip -9 on the same validation text.
 
     Args:
         workdir: The directory of the run.
@@ -49,7 +48,7 @@ def summarize_run(workdir: pathlib.Path, since: float) -> dict:
 
 
 def _read_validation_text(workdir: pathlib.Path) -> bytes:
-    """Decodes the validation records of a run with one dataset."""
+    """Returns the validation text of a run with a single dataset, decoded from its records."""
     (dataset,) = training_data.load(model_loading.read_config(workdir), workdir).datasets
     text = b"".join(decoding.decode_documents(dataset, "validation"))
     if len(text) != dataset.card["splits"]["validation"]["bytes"]:
@@ -76,4 +75,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

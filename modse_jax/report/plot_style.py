@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 matplotlib.use("Agg")  # figures are only saved, so no display is needed
 
-# Distinguishable with color blindness (Okabe and Ito).
+# Colors that can be told apart with color blindness (Okabe and Ito).
 COLOR_TEXT = "#222222"
 COLOR_TRAIN = "#0072B2"
 COLOR_VALIDATION = "#D55E00"
@@ -27,12 +27,12 @@ PLACEMENT_LABELS = {
     "pairs": "pairs, E/2 devices",
     "sorted": "neighbours in size, E/2 devices",
     "one_per_device": "one expert per device",
-    "columns": "every expert's columns cut",
+    "columns": "a slice of every expert",
 }
 
 
 class CaptionedFigure(NamedTuple):
-    """A figure, and the sentence below its title in the report."""
+    """A figure, and the sentence that the report prints above it."""
 
     figure: Figure
     caption: str
@@ -53,15 +53,15 @@ def shades(count: int, darkest: float = 0.05, brightest: float = 0.9) -> np.ndar
 
 
 def order_by_width(widths: Sequence[int]) -> np.ndarray:
-    """Returns the experts from the widest to the narrowest."""
+    """Returns the numbers of the experts, from the widest to the narrowest."""
     return np.argsort([-width for width in widths], kind="stable")
 
 
 def width_labels(widths: Sequence[int], order: np.ndarray) -> list[str]:
-    """Returns the tick labels of experts in the given order."""
+    """Returns the tick labels of an axis of experts: their widths, in the given order."""
     return [str(widths[expert]) for expert in order]
 
 
 def label_experts(axes: Axes, positions: Sequence[float] | np.ndarray, labels: list[str]) -> None:
-    """Labels the horizontal axis of a bar chart of experts. Many labels are written vertically."""
+    """Labels the bars of experts on the horizontal axis; more than 12 labels vertically."""
     axes.set_xticks(positions, labels, rotation=90 if len(labels) > 12 else 0)

@@ -1,10 +1,11 @@
 """Statistics of routing: the paper's Figures 3 and 4 and Tables 5 to 9, router stability, and more.
 
-The functions take numpy arrays of counts, or traces of single tokens. So they also accept the
-counts that the paper prints, and the tests compare the results with the paper's.
+The functions take counts of tokens per expert, or a trace: the loss and the routing of every
+position of a text. Counts may also be those that the paper prints; the tests compare the results
+with the paper's.
 
-Legend: Y layers, K choice ranks (0 is the largest gate), E experts, T tokens, V vocabulary entries
-that occur, S sources.
+Legend: Y layers, K choice ranks (0 is the largest gate), E experts, T tokens (positions), V
+vocabulary entries that occur, S sources (datasets).
 """
 
 import csv
@@ -14,17 +15,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Bins of the baseline's cross-entropy in nats (MoDSE, Table 5).
+# Lower ends of the bins of the baseline's cross-entropy, in nats (MoDSE, Table 5).
 THRESHOLDS = (2.0, 1.8, 1.6, 1.4, 1.2, 1.05)
 
 RANK_NAMES = ("first", "second", "third", "fourth")
 
 
 class Counts(NamedTuple):
-    """Tokens per expert.
+    """Tokens per expert, by layer and choice rank.
 
     Attributes:
-        counts_YKE: Tokens of a layer whose choice of rank k is an expert, int64.
+        counts_YKE: int64. Entry [y, k, e] is the number of tokens whose choice of rank k in layer y
+            is expert e.
         widths: Hidden widths of the experts.
     """
 
@@ -42,9 +44,9 @@ class Trace(NamedTuple):
         nll_T: Cross-entropy of the predicted token, nats.
         token_T: The input token.
         target_T: The predicted token, which follows the input token.
-        source_T: Index of the dataset of the text.
-        ids_YTK: The experts of the position.
-        gates_YTK: Their gates.
+        source_T: Index of the dataset that the text is from.
+        ids_YTK: The experts that process the position in each layer, by choice rank.
+        gates_YTK: The gates of these experts.
     """
 
     nll_T: np.ndarray
@@ -56,14 +58,15 @@ class Trace(NamedTuple):
 
 
 class Bin(NamedTuple):
-    """Tokens whose loss is in the interval (above, below].
+    """Statistics of the tokens whose loss is in the interval (above, below].
 
     Attributes:
-        above: Lower end of the interval, nats.
-        below: Upper end of the interval, nats.
-        tokens: Number of positions, or of vocabulary entries.
-        reduction: Mean of the baseline's loss minus the model's, nats. 0 without tokens.
-        counts: The experts that the model chose for them.
+        above: Lower end of the interval, nats, exclusive.
+        below: Upper end of the interval, nats, inclusive.
+        tokens: Number of these tokens: positions, or vocabulary entries.
+        reduction: Mean of the baseline's loss minus the model's, nats; positive if the model is
+            better. 0 if there are no tokens.
+        counts: How often the model chose each expert for them.
     """
 
     above: float
@@ -74,19 +77,19 @@ class Bin(NamedTuple):
 
 
 class Specialist(NamedTuple):
-    """A token whose first choice is mostly the same expert.
+    """A vocabulary token and the expert that is its first choice most often, in one layer.
 
     Attributes:
-        expert: The expert.
-        token: The token.
-        share: Share of the token's first choices that are this expert.
-        count: Occurrences of the token.
+        expert: That expert.
+        token: The token id.
+        share: Fraction of the token's occurrences whose first choice is that expert.
+        occurrences: Number of occurrences of the token.
     """
 
     expert: int
     token: int
     share: float
-    count: int
+    occurrences: int
 
 
 def read_csv(path: pathlib.Path) -> Counts:
@@ -118,19 +121,19 @@ def write_csv(path: pathlib.Path, counts: Counts) -> None:
 
 
 def rank_name(rank: int) -> str:
-    """Returns "first" for rank 0, and so on."""
+    """Returns the name of a choice rank: "first" for rank 0, "second" for rank 1, and so on."""
     return RANK_NAMES[rank] if rank < len(RANK_NAMES) else f"{rank + 1}th"
 
 
 def tokens_per_expert(counts: Counts) -> np.ndarray:
-    """Returns tokens summed over layers and choices (MoDSE, Figure 3), [E]."""
+    """Returns the tokens of each expert, summed over layers and choices (MoDSE, Figure 3), [E]."""
     return counts.counts_YKE.sum(axis=(0, 1))
 
 
 def max_over_min(counts: Counts) -> np.ndarray:
-    """Returns the most over the fewest tokens of an expert (MoDSE, Tables 7 and 8), [Y, K].
+    """Returns the most tokens of an expert over the fewest (MoDSE, Tables 7 and 8), [Y, K].
 
-    It is infinite if an expert has no tokens.
+    1 means perfect balance. It is infinite if an expert has no tokens.
     """
     most_YK = counts.counts_YKE.max(axis=2)
     fewest_YK = counts.counts_YKE.min(axis=2)
@@ -152,11 +155,16 @@ def mean_width(counts: Counts, axes: tuple[int, ...] = (0, 1)) -> np.ndarray:
 
 
 def count_by_size(counts: Counts, rank: int | None = None) -> tuple[int, int]:
-    """Returns the tokens of experts wider and narrower than the mean (MoDSE, Table 6).
+    """Returns the numbers of tokens of large and of small experts (MoDSE, Table 6).
+
+    Large experts are wider than the mean of all experts, small ones are narrower.
 
     Args:
         counts: Tokens per expert.
-        rank: A choice rank; None for all.
+        rank: The choice rank to count; None for all.
+
+    Returns:
+        (tokens of large experts, tokens of small experts).
     """
     counts_YKE = counts.counts_YKE if rank is None else counts.counts_YKE[:, rank : rank + 1]
     chosen_E = counts_YKE.sum(axis=(0, 1))
@@ -166,7 +174,15 @@ def count_by_size(counts: Counts, rank: int | None = None) -> tuple[int, int]:
 
 
 def enrichment(some: Counts, every: Counts, rank: int = 0) -> np.ndarray:
-    """Returns an expert's share among some tokens over its share among all tokens, [E]."""
+    """Returns how much more often some tokens choose an expert than all tokens do, [E].
+
+    It is the expert's share of the choices of `some` divided by its share of those of `every`.
+
+    Args:
+        some: Tokens per expert, of the selected tokens.
+        every: Tokens per expert, of all tokens.
+        rank: The choice rank to count.
+    """
     some_E = some.counts_YKE[:, rank].sum(axis=0)
     every_E = every.counts_YKE[:, rank].sum(axis=0)
     some_share_E = some_E / max(some_E.sum(), 1)
@@ -177,7 +193,13 @@ def enrichment(some: Counts, every: Counts, rank: int = 0) -> np.ndarray:
 def count_choices(
     trace: Trace, widths: Sequence[int], selected_T: np.ndarray | None = None
 ) -> Counts:
-    """Returns the tokens per expert of a trace, or of its selected positions."""
+    """Counts the tokens per expert in a trace.
+
+    Args:
+        trace: Loss and routing of every position.
+        widths: Hidden widths of the experts.
+        selected_T: Booleans that select the positions to count; None for all.
+    """
     ids_YTK = trace.ids_YTK if selected_T is None else trace.ids_YTK[:, selected_T]
     num_layers, _, num_ranks = ids_YTK.shape
     counts_YKE = np.zeros((num_layers, num_ranks, len(widths)), np.int64)
@@ -194,15 +216,16 @@ def bin_difficult_positions(
     widths: Sequence[int],
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> list[Bin]:
-    """Divides positions into disjoint bins of a loss (MoDSE, Tables 5, 6 and 9, Figure 4).
+    """Divides positions by their loss into bins (MoDSE, Tables 5, 6 and 9, Figure 4).
 
-    The paper selects by the baseline's loss. To select by the loss from which the model's is then
-    subtracted overestimates the reduction (regression to the mean). So select by the model's own
-    loss and by that of a second baseline, too.
+    The reduction of a bin is the mean of the baseline's loss minus the model's. The paper uses the
+    baseline's loss for the division, too. That overestimates the reduction of difficult tokens
+    (regression to the mean), so `select_T` can also be the model's own loss or that of another
+    baseline.
 
     Args:
-        select_T: The loss that selects the bin.
-        base_T: The loss of the baseline.
+        select_T: The loss of every position by which it is assigned to a bin.
+        base_T: The loss of every position in the baseline.
         model: The trace of the model.
         widths: Hidden widths of its experts.
         thresholds: Lower ends of the bins, in descending order.
@@ -224,11 +247,11 @@ def bin_difficult_entries(
     widths: Sequence[int],
     thresholds: Sequence[float] = THRESHOLDS,
 ) -> list[Bin]:
-    """Divides vocabulary entries into disjoint bins of a loss.
+    """Divides vocabulary entries by their loss into bins; see `bin_difficult_positions`.
 
-    The loss of an entry is the mean over its occurrences, `tokens` is the number of entries, and
-    `counts` are those of all their occurrences. The paper's 180 difficult tokens are probably
-    entries, since its counts are several times as many. Arguments as `bin_difficult_positions`.
+    The loss of an entry is the mean over its occurrences in the text. In the resulting bins,
+    `tokens` is the number of entries, and `counts` counts all their occurrences. The paper's 180
+    difficult tokens are probably entries, because it counts several times as many choices.
     """
     _, entry_T, occurrences_V = np.unique(model.target_T, return_inverse=True, return_counts=True)
     select_V = np.bincount(entry_T, select_T) / occurrences_V
@@ -257,7 +280,7 @@ def _make_bins(
 
 
 def share_by_source(trace: Trace, num_sources: int, num_experts: int) -> np.ndarray:
-    """Returns the share of each expert among the first choices of a source, [Y, S, E]."""
+    """Returns the share of each expert among the first choices of a dataset's tokens, [Y, S, E]."""
     num_layers = len(trace.ids_YTK)
     counts_YSE = np.zeros((num_layers, num_sources, num_experts), np.int64)
     for layer, source in np.ndindex(num_layers, num_sources):
@@ -267,14 +290,18 @@ def share_by_source(trace: Trace, num_sources: int, num_experts: int) -> np.ndar
 
 
 def share_of_moved_choices(early: Trace, late: Trace) -> np.ndarray:
-    """Returns the share of tokens whose first choice differs between two checkpoints, [Y]."""
+    """Returns the share of positions whose first choice differs between two checkpoints, [Y].
+
+    The traces must be of the same text.
+    """
     return (early.ids_YTK[:, :, 0] != late.ids_YTK[:, :, 0]).mean(axis=1)
 
 
 def coactivation(trace: Trace, num_experts: int) -> np.ndarray:
-    """Returns the share of the tokens of expert i that also chose expert j, [Y, E, E].
+    """Returns how often two experts are chosen by the same token, [Y, E, E].
 
-    The diagonal is 0.
+    Entry [y, i, j] is the share of the tokens that chose expert i in layer y that also chose expert
+    j. The diagonal is 0.
     """
     shares = []
     for ids_TK in trace.ids_YTK:
@@ -291,12 +318,16 @@ def coactivation(trace: Trace, num_experts: int) -> np.ndarray:
 def find_specialists(
     trace: Trace, num_experts: int, layer: int, min_count: int = 20
 ) -> list[Specialist]:
-    """Returns the tokens of a layer, those that choose the same expert most often first.
+    """Finds the vocabulary tokens that one expert specializes in.
+
+    Returns all tokens of the text, sorted by the share of a token's occurrences whose first choice
+    is the same expert, largest share first. Tokens with equal shares are sorted by their number of
+    occurrences.
 
     Args:
-        trace: A trace.
+        trace: Loss and routing of every position.
         num_experts: Number of experts.
-        layer: The layer.
+        layer: The layer whose choices are considered.
         min_count: Tokens that occur less often are left out.
     """
     tokens_V, entry_T, counts_V = np.unique(trace.token_T, return_inverse=True, return_counts=True)
@@ -319,5 +350,5 @@ def find_specialists(
 
 
 def width_of_first_choice(trace: Trace, widths: Sequence[int]) -> np.ndarray:
-    """Returns the width of every token's first choice as a mean over the layers, [T]."""
+    """Returns the width of every position's first-choice expert, as a mean over layers, [T]."""
     return np.array(widths)[trace.ids_YTK[:, :, 0]].mean(axis=0)

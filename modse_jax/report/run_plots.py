@@ -1,4 +1,7 @@
-"""Figures of a run's logs: loss, load of the experts, balance and stragglers."""
+"""Figures drawn from the logs of a run: loss, load of the experts, balance and stragglers.
+
+See analysis_plots.py for the figures that need a checkpoint.
+"""
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -12,7 +15,11 @@ MAX_LABELED_LAYERS = 12
 
 
 def plot_loss(rows: list[dict]) -> CaptionedFigure:
-    """Plots the cross-entropy of training and validation. `rows`: lines of metrics.jsonl."""
+    """Plots the cross-entropy of training and validation over the steps.
+
+    Args:
+        rows: The lines of metrics.jsonl.
+    """
     figure, axes = plt.subplots(figsize=(7.5, 4.2))
     train = [r for r in rows if r["split"] == "train" and r["bits_per_byte"] is not None]
     validation = [r for r in rows if r["split"] == "validation"]
@@ -78,12 +85,12 @@ def plot_validation_sets(rows: list[dict]) -> CaptionedFigure:
 
 
 def plot_load_heatmap(layers: list[dict], widths: tuple[int, ...], when: str) -> CaptionedFigure:
-    """Plots the load of every expert in every layer.
+    """Plots the load of every expert in every layer: its tokens over the mean of the experts.
 
     Args:
-        layers: One line of routing.jsonl per layer, all of one step.
+        layers: The lines of routing.jsonl of one step, one per layer.
         widths: Hidden widths of the experts.
-        when: Split and step, for the title.
+        when: Split and step, such as "validation, step 100", for the title.
     """
     order = plot_style.order_by_width(widths)
     counts = np.array([layer["tokens_per_expert"] for layer in layers], float)[:, order]
@@ -120,7 +127,10 @@ def plot_load_heatmap(layers: list[dict], widths: tuple[int, ...], when: str) ->
 
 
 def plot_load_by_width(layers: list[dict], widths: tuple[int, ...], when: str) -> CaptionedFigure:
-    """Plots the share of tokens per expert over all layers. Arguments as `plot_load_heatmap`."""
+    """Plots the share of routed tokens of each expert, summed over the layers.
+
+    See `plot_load_heatmap` for the arguments.
+    """
     order = plot_style.order_by_width(widths)
     counts = [layer["tokens_per_expert_by_choice"] for layer in layers]
     counts_KE = np.array(counts, float).sum(axis=0)[:, order]
@@ -182,7 +192,10 @@ def plot_balance(layers: list[dict]) -> CaptionedFigure:
 
 
 def plot_straggler(layers: list[dict]) -> CaptionedFigure:
-    """Plots the straggler factor of each placement over training.
+    """Plots the straggler factor of each placement over training, as a mean over the layers.
+
+    A straggler factor is the work of the most loaded device over the mean, for one way to place
+    the experts on devices.
 
     Args:
         layers: All lines of routing.jsonl.
@@ -222,7 +235,11 @@ def plot_straggler(layers: list[dict]) -> CaptionedFigure:
 
 
 def list_straggler_factors(layers: list[dict]) -> dict[str, list[float]]:
-    """Returns the straggler factors of the layers of one step, by placement."""
+    """Returns {placement: straggler factor of each layer} of one step.
+
+    Args:
+        layers: The lines of routing.jsonl of the step, one per layer.
+    """
     known = layers[0]["straggler"]
     return {
         placement: [layer["straggler"][placement] for layer in layers]

@@ -1,1 +1,1 @@
-"""Services for every layer above: devices, processes, signals, files, locks. Imports no models."""
+"""Services that all other folders use: devices, meshes, processes, signals, files and locks."""

@@ -31,7 +31,8 @@ class Chip(NamedTuple):
     network_terabytes: float | None = None
 
 
-# `chip_name` returns the first match. h100 comes before h200, which is a substring of "GH200".
+# `chip_name` returns the first entry that matches. "H200" is a substring of "GH200", which is an
+# H100, so h100 must come before h200.
 CHIPS = {
     "v4": Chip(("TPU v4",), 275, 1.23, 30.75, 0.3),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197, 0.82, 15.75, 0.2),
@@ -49,7 +50,10 @@ GPUS = tuple(name for name in CHIPS if name not in TPUS)
 
 
 def is_gpu(chip: str) -> bool:
-    """Returns True for the name of a GPU, as `chip_name` returns it, in `CHIPS` or not."""
+    """Returns True if a name that `chip_name` returned is that of a GPU.
+
+    That includes "gpu", which stands for a GPU that is not in `CHIPS`.
+    """
     return chip == "gpu" or chip in GPUS
 
 

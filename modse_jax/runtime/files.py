@@ -1,18 +1,23 @@
 """Files that are complete or absent: atomic writes, flushing to disk, safe reading and listing."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
 import stat
 from typing import Any
 
-# Bytes of a JSON file that is read into memory. A damaged or hostile file must not fill memory.
+# Most bytes of a JSON file to read. A damaged or hostile file must not fill the memory.
 LARGEST_JSON = 64 * 2**20
 
 
+# Errors of writing to a disk that has no room or may not be written.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file so that a crash or power failure leaves either all of it or nothing new.
+    """Writes a file so that after a crash or power failure either the new or the old file exists.
 
     The content is flushed to disk under a temporary name, then renamed.
     """
@@ -58,8 +63,8 @@ def list_files(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """Returns {path relative to root: path} for every file below a directory, sorted by name.
 
     Raises:
-      ValueError: an entry is a symlink, or neither a file nor a directory. Its content would be
-        stored elsewhere, and its hash would say nothing about it.
+      ValueError: an entry is neither a file nor a directory, such as a symlink. Its content is
+        stored elsewhere and could change without any file of this directory changing.
     """
     found = {}
     pending = [root]

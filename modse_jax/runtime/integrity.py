@@ -1,8 +1,8 @@
-"""Manifests: sizes and hashes of every file in a directory, verified before anything is read.
+"""Manifests: the sizes and hashes of all files in a directory, to verify before they are read.
 
-The manifest is written beside the files. It detects accidental damage only: whoever can change the
-files can also rewrite the manifest, so the hashes are not signatures. This module does not use JAX,
-so a checkpoint or a dataset can be verified on any machine.
+A manifest is a file in the directory itself. It detects accidental damage only: whoever can change
+the files can also rewrite the manifest, so the hashes are not signatures. This module does not use
+JAX, so a checkpoint or a dataset can be verified on any machine.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ def manifest_entries(root: pathlib.Path, leave_out: Collection[str] = ()) -> dic
 
 
 def seal(root: pathlib.Path, leave_out: Collection[str], about: dict) -> None:
-    """Writes the manifest of a directory; everything in the directory is on disk afterwards.
+    """Writes the manifest of a directory, and flushes everything in the directory to disk.
 
     Args:
       root: the directory.
-      leave_out: names of files that the manifest does not list.
+      leave_out: names of files that the manifest does not list, because they may still change.
       about: additional entries of the manifest.
     """
     for path in list_files(root).values():
@@ -54,7 +54,7 @@ def verify(root: pathlib.Path, leave_out: Collection[str], hashes: bool = True) 
 
     Args:
       root: the directory.
-      leave_out: names of files that the manifest need not list.
+      leave_out: names of files that may exist without being listed in the manifest.
       hashes: False compares only names and sizes.
 
     Returns:

@@ -1,8 +1,8 @@
 """A lock file that admits one writer at a time.
 
-The kernel frees the lock when its process ends, however it ends. Some network file systems ignore
-flock, so there two machines can both obtain it. Checkpoints have a second defense: no step that
-exists is ever overwritten.
+The operating system frees the lock when the process ends, however it ends. Some network file
+systems ignore locks (flock), so there two machines can both obtain it. Checkpoints are still safe:
+a checkpoint that exists is never overwritten.
 """
 
 import contextlib
@@ -11,16 +11,23 @@ import os
 import pathlib
 import socket
 import time
+from collections.abc import Iterator
 from typing import TextIO
 
 from modse_jax.errors import UserError
+
+POLL_SECONDS = 0.1
+
+
+class LockHeldError(UserError):
+    """Another process holds the lock."""
 
 
 class Lock:
     """Holds a lock file from its construction until `release`."""
 
     def __init__(self, path: pathlib.Path, busy: str) -> None:
-        """Acquires the lock and writes into the file who holds it.
+        """Acquires the lock, and writes into the file which process on which machine holds it.
 
         Args:
           path: the lock file. Missing parent directories are created.
@@ -28,7 +35,7 @@ class Lock:
             "DIRECTORY is in use".
 
         Raises:
-          UserError: another process holds the lock.
+          LockHeldError: another process holds the lock.
         """
         self._path = path
         self._created = [parent for parent in path.parents if not parent.exists()]
@@ -48,22 +55,22 @@ class Lock:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 file.close()
-                raise UserError(
+                raise LockHeldError(
                     f"{busy} by {holder}; wait for it, stop it, or use another directory"
                 ) from None
-            # The previous holder may have removed the file after it was opened here. Then the lock
-            # is on a file that nobody else will find.
+            # The previous holder may have removed the file after it was opened here. The lock would
+            # then be on a file that no other process can find, so it is opened again.
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self._path).st_ino == os.fstat(file.fileno()).st_ino:
                     return file
             file.close()
 
     def release(self, leave_no_trace: bool = False) -> None:
-        """Frees the lock; does nothing if it has been freed.
+        """Frees the lock; does nothing if it has been freed already.
 
         Args:
-          leave_no_trace: also removes the lock file, and those directories that the constructor
-            created and that are empty.
+          leave_no_trace: also removes the lock file and the directories that the constructor
+            created, if they are empty.
         """
         if self._file.closed:
             return
@@ -73,3 +80,36 @@ class Lock:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
         self._file.close()
+
+
+@contextlib.contextmanager
+def hold_lock(path: pathlib.Path, busy: str) -> Iterator[None]:
+    """Holds a lock in a `with` block; see `Lock`.
+
+    After a UserError in the block, the lock file and the directories that were made for it are
+    removed, because bad input leaves no trace.
+
+    Raises:
+      LockHeldError: another process holds the lock.
+    """
+    lock = Lock(path, busy)
+    try:
+        yield
+    except UserError:
+        lock.release(leave_no_trace=True)
+        raise
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def wait_for_lock(path: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process holds a lock, then holds it in a `with` block."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(hold_lock(path, f"{path} is held"))
+                break
+            except LockHeldError:
+                time.sleep(POLL_SECONDS)
+        yield

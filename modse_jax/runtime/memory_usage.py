@@ -1,4 +1,4 @@
-"""Memory that compiled programs need and that hosts have."""
+"""The memory that a compiled function needs, and the memory of this machine."""
 
 import os
 
@@ -6,14 +6,14 @@ import jax
 
 
 def peak_bytes(compiled: jax.stages.Compiled, include_arguments: bool = True) -> int | None:
-    """Returns the memory that a compiled program needs on each device, in bytes.
+    """Returns the memory that a compiled function needs on each device, in bytes.
 
-    The sum of arguments, temporaries and outputs; a donated argument and the output that reuses
-    its buffer are counted once.
+    It is the sum of arguments, temporary arrays and outputs. A donated argument and the output that
+    reuses its memory are counted once.
 
     Args:
-      compiled: the program.
-      include_arguments: False returns what a call adds to arguments that are in memory already.
+      compiled: the compiled function.
+      include_arguments: False leaves out the arguments, which may be in memory already.
 
     Returns:
       The number of bytes, or None if the platform reports no memory analysis.

@@ -1,4 +1,4 @@
-"""The peak rate of devices, in FLOP/s. Model FLOPs utilization (MFU) is measured against it."""
+"""The peak rate of devices in FLOP/s, from which model FLOPs utilization (MFU) is computed."""
 
 import functools
 import time

@@ -1,8 +1,9 @@
-"""Several processes that train as one: start, agreement, and an end in which none waits forever.
+"""Several processes that train together: starting them, agreeing on values, and ending them.
 
-The processes are described by flags, or by environment variables that Slurm, Open MPI, Kubernetes
-and TPU pods set and that `jax.distributed` reads. With a single process every function here returns
-its input unchanged or does nothing. Process 0 is the main process: it alone prints and writes.
+If one process fails, none of the others must wait for it forever. The processes are described by
+flags, or by environment variables that Slurm, Open MPI, Kubernetes and TPU pods set and that
+`jax.distributed` reads. With a single process every function here returns its input unchanged or
+does nothing. Process 0 is the main process: it alone prints and writes files.
 """
 
 import faulthandler
@@ -29,18 +30,22 @@ HEARTBEAT_TIMEOUT = 60  # without a heartbeat, a process counts as dead
 END_TIMEOUT = 30  # for all processes to disconnect
 BARRIER_TIMEOUT = 3600  # at a barrier: one process may be preparing data or compiling
 
-# Longest text that processes exchange, in bytes. The digests of all options take about 3 kB.
+# Longest text that processes exchange, in bytes. The longest in use is about 3 kB: a hash of every
+# option of a config.
 MESSAGE_BYTES = 16384
 
-# Launchers that start several processes: {variable with their number: variable that is present only
-# in the processes themselves}. A Slurm batch script sees SLURM_NTASKS, but only srun starts tasks.
+# Environment variables of launchers that start several processes: {variable with the number of
+# processes: variable that is present only in these processes}. In a Slurm batch script,
+# SLURM_NTASKS alone says nothing, because only srun starts the processes.
 COUNTS = {"SLURM_NTASKS": "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_SIZE"}
 
 Result = TypeVar("Result")
 
 
 def start(coordinator: str = "", count: int = 0, index: int = -1, detect: bool = False) -> None:
-    """Connects the processes of this run. Must be called before the first use of a device.
+    """Connects the processes of this run, if there are several.
+
+    Must be called before the first use of a device.
 
     Args:
       coordinator: HOST:PORT of process 0, or "" to read everything from the environment.
@@ -57,7 +62,7 @@ def start(coordinator: str = "", count: int = 0, index: int = -1, detect: bool =
         raise UserError("--coordinator=HOST:PORT, --process_count and --process_index go together")
     if not (all(given) or detect or _launcher_found()):
         return
-    # The training loop handles SIGTERM itself.
+    # The training loop handles SIGTERM itself, so jax must not.
     jax.config.update("jax_enable_preemption_service", False)
     # If another process dies, jax prints one line about it and aborts. A stack trace of every
     # thread would hide that line.
@@ -110,7 +115,10 @@ def is_main_process() -> bool:
 
 
 def is_multi_process() -> bool:
-    """Returns True if there are other processes. Does not initialize a device."""
+    """Returns True if this run has several processes.
+
+    Unlike jax.process_count(), it may be called before the first use of a device.
+    """
     return jax.distributed.is_initialized()
 
 
@@ -119,8 +127,8 @@ def on_all_processes(function: Callable[[], Result], *, first_alone: bool = Fals
 
     Args:
       function: the function. It may raise UserError on some of the processes.
-      first_alone: process 0 finishes the call before the others begin theirs, so that they find
-        the files it has written.
+      first_alone: process 0 finishes its call before the other processes begin theirs, so that they
+        find the files that it has written.
 
     Raises:
       UserError: on every process, if the function raised one on any of them.
@@ -128,18 +136,18 @@ def on_all_processes(function: Callable[[], Result], *, first_alone: bool = Fals
     if not is_multi_process():
         return function()
     rounds = [is_main_process(), not is_main_process()] if first_alone else [True]
-    result = None
+    results: list[Result] = []
     my_error = ""
     for is_my_round in rounds:
         if is_my_round:
             try:
-                result = function()
+                results.append(function())
             except UserError as error:
                 my_error = str(error)
         for process, error_text in enumerate(gather(my_error)):
             if error_text:
                 raise UserError(my_error or f"process {process}: {error_text}")
-    return result
+    return results[0]
 
 
 def broadcast_from_main(function: Callable[[], Result]) -> Result:
@@ -151,9 +159,9 @@ def broadcast_from_main(function: Callable[[], Result]) -> Result:
     Raises:
       UserError: on every process, if the function raised one.
     """
-    value = on_all_processes(lambda: function() if is_main_process() else None)
     if not is_multi_process():
-        return value
+        return function()
+    value = on_all_processes(lambda: function() if is_main_process() else None)
     return json.loads(gather(json.dumps(value))[0])
 
 
@@ -199,7 +207,8 @@ def broadcast(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns process 0's arrays on every process.
 
     Args:
-      arrays: on the other processes, any arrays of the same names, shapes and types.
+      arrays: on process 0, the arrays; on the other processes, any arrays of the same names, shapes
+        and dtypes, such as zeros.
     """
     wait_for_all()
     received = multihost_utils.broadcast_one_to_all(arrays, is_source=is_main_process())
@@ -212,8 +221,8 @@ _barrier_numbers = itertools.count()
 def wait_for_all() -> None:
     """Blocks until every process has called this function.
 
-    Collectives on CPU give up on a late process after 30 s; this barrier waits for
-    `BARRIER_TIMEOUT`.
+    Called before a collective for which some processes may be late: collectives on CPU fail after
+    30 s, while this barrier waits for up to `BARRIER_TIMEOUT` seconds.
     """
     if not is_multi_process():
         return
@@ -226,11 +235,15 @@ def wait_for_all() -> None:
 
 
 def any_of(flag: bool, mesh: Mesh) -> jax.Array:
-    """Computes the logical or of a flag over all processes.
+    """Computes whether a flag is True on any process.
+
+    Args:
+      flag: the flag of this process.
+      mesh: the devices of all processes.
 
     Returns:
-      A bool array on every device of the mesh. Reading it blocks until all processes have called
-      this function.
+      A scalar bool array on every device of the mesh. Reading it blocks until all processes have
+      called this function.
     """
     flags_sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     local_flags = np.full(len(mesh.local_devices), flag)
@@ -246,7 +259,8 @@ def _compiled_any(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 def source_digest() -> str:
     """Returns a hash of this package's source code.
 
-    Processes that run different code must not train together.
+    Processes compare it when they start, because different code would make them wait forever for
+    collectives that the others do not run.
     """
     package = pathlib.Path(__file__).parents[1]
     files = sorted(package.rglob("*.py"))
@@ -254,10 +268,11 @@ def source_digest() -> str:
 
 
 def exit_now(code: int) -> None:
-    """Ends this process at once if there are others; returns if there are none.
+    """Ends this process at once if the run has several; returns if it is the only one.
 
-    For errors that may have occurred on this process only: the others are waiting for it, so it
-    must not wait for them. They fail when its connections close.
+    For errors that may have occurred on this process only. The others are waiting for it in a
+    collective, so it must not wait for them in an orderly shutdown. They fail when its connections
+    close.
     """
     if is_multi_process():
         os._exit(code)

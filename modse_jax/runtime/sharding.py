@@ -1,7 +1,8 @@
-"""Device meshes, logical axes, and where arrays are placed on a mesh.
+"""Device meshes, logical axes, and how arrays are sharded over a mesh.
 
-This module alone knows the names of the mesh axes and which logical axis is sharded over which mesh
-axes. Batches are sharded over every mesh axis. The three axes differ in what they do to parameters:
+A logical axis is the meaning of an array dimension, such as "batch" or "vocab". This module alone
+defines the names of the mesh axes, and over which of them each logical axis is sharded. Batches are
+sharded over every mesh axis. The three mesh axes differ in what they do to parameters:
 
   data    data parallelism: parameters are replicated.
   fsdp    fully sharded data parallelism: the model dimension of parameters is sharded.
@@ -30,13 +31,14 @@ AXIS_RULES = {
     "embed": (FSDP, EXPERT),  # model dimension of all parameters except the experts'
     "expert_embed": (FSDP,),  # model dimension of the experts
     "flat": (EXPERT,),  # hidden units of all experts, concatenated
+    "hidden": (),  # hidden units of a dense FFN
     "vocab": (),
     "heads": (),
     "head": (),
 }
 
-# Logical axes of the last dimensions of each parameter. Earlier dimensions (layers) are not
-# sharded. Parameters that are not listed are small and replicated.
+# {name of a parameter: logical axes of its last dimensions}. A dimension before these, that of
+# layers, is not sharded. Parameters that are not listed are small and replicated.
 PARAMETER_AXES = {
     "embedding": ("vocab", "embed"),
     "head": ("embed", "vocab"),
@@ -44,6 +46,9 @@ PARAMETER_AXES = {
     "w_key": ("embed", "heads", "head"),
     "w_value": ("embed", "heads", "head"),
     "w_out": ("heads", "head", "embed"),
+    "w_ffn_gate": ("embed", "hidden"),
+    "w_ffn_up": ("embed", "hidden"),
+    "w_ffn_down": ("hidden", "embed"),
     "w_gate": ("expert_embed", "flat"),
     "w_up": ("expert_embed", "flat"),
     "w_down": ("flat", "expert_embed"),
@@ -75,7 +80,7 @@ def make_mesh(devices: Sequence[jax.Device], sizes: Sequence[int]) -> Mesh:
 
 
 def chip_name(mesh: Mesh | None) -> str:
-    """Returns the chip of a mesh, or of the default device for None; see `chips.chip_name`."""
+    """Returns the name of the chip of a mesh, such as "cpu" or "h100"; None: the default device."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return chips.chip_name(device)
 
@@ -91,8 +96,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, count: int) -> list[int]:
-    """Returns the rows, of a batch of `count`, that are placed on this process's devices."""
-    indices = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    """Returns which rows of a batch this process has to load: those of its own devices.
+
+    Args:
+      mesh: the mesh.
+      count: number of rows of the batch.
+    """
+    slices = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    indices = [index for index in slices if index is not None]  # a device of the mesh has one
     return sorted({row for (rows,) in indices for row in range(*rows.indices(count))})
 
 
@@ -112,7 +123,7 @@ def shard_batch(mesh: Mesh, rows: dict[str, np.ndarray], count: int) -> dict[str
 
 
 def partition_spec(logical_axes: Sequence[str]) -> PartitionSpec:
-    """Returns the mesh axes of an array, given the logical axis of each of its dimensions.
+    """Returns over which mesh axes an array is sharded, given the logical axis of each dimension.
 
     Raises:
       ValueError: a mesh axis would shard two dimensions of the array.
@@ -128,7 +139,12 @@ def partition_spec(logical_axes: Sequence[str]) -> PartitionSpec:
 
 
 def parameter_partition_spec(name: str, rank: int) -> PartitionSpec:
-    """Returns the mesh axes of a parameter, or of an optimizer moment with the same name."""
+    """Returns over which mesh axes a parameter, or its optimizer moments, are sharded.
+
+    Args:
+      name: the name of the parameter, as in `PARAMETER_AXES`.
+      rank: the number of its dimensions, with that of layers if there is one.
+    """
     logical_axes = PARAMETER_AXES.get(name, ())
     leading = [None] * (rank - len(logical_axes))
     return PartitionSpec(*leading, *partition_spec(logical_axes))
@@ -146,7 +162,13 @@ def flat_axis_of(name: str) -> int | None:
 
 
 def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Returns the sharding of every array in a tree, chosen by the last key of its path."""
+    """Returns the tree of shardings of parameters, gradients or optimizer moments.
+
+    Args:
+      mesh: the mesh.
+      tree: a tree of arrays, or of their shapes. The last key in the path of an array is the name
+        of its parameter.
+    """
 
     def leaf_sharding(path: tuple, leaf: Any) -> NamedSharding:
         name = str(getattr(path[-1], "key", ""))

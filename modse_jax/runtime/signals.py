@@ -13,8 +13,8 @@ from modse_jax.runtime import processes
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-# A second signal within this many seconds is the same request: make and schedulers send a signal
-# to a process and to all of its group, so it arrives twice.
+# A second signal within this many seconds is ignored. make and schedulers send a signal to a
+# process and also to its process group, so that one request arrives twice.
 SAME_SIGNAL_SECONDS = 0.5
 
 
@@ -25,9 +25,9 @@ class Stopped(BaseException):
 class StopRequest:
     """Records stop signals for a training run, from its construction on.
 
-    Before `enter_loop`, the first signal raises `Stopped`. Afterwards it only sets `requested`, and
-    the loop saves after the current step. A second signal exits at once, which is safe because
-    checkpoints are committed atomically.
+    Before `enter_loop` is called, the first signal raises `Stopped`. After that, it only sets
+    `requested`, and the training loop saves a checkpoint after the current step and stops. A second
+    signal exits at once, which is safe because checkpoints are committed atomically.
 
     Attributes:
       requested: True once this process has received a signal.
@@ -42,7 +42,11 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def enter_loop(self, mesh: Mesh) -> None:
-        """Defers further signals to the end of a step. The processes agree over `mesh`."""
+        """From now on, a signal does not interrupt a step: it only sets `requested`.
+
+        Args:
+          mesh: the devices of all processes, over which `requested_anywhere` exchanges the flag.
+        """
         self._mesh = mesh
 
     def requested_anywhere(self) -> bool:
@@ -53,6 +57,8 @@ class StopRequest:
         """
         if not processes.is_multi_process():
             return self.requested
+        if self._mesh is None:
+            raise RuntimeError("enter_loop was not called")
         previous = self._previous_answer
         self._previous_answer = processes.any_of(self.requested, self._mesh)
         return previous is not None and bool(previous)
@@ -74,7 +80,7 @@ class StopRequest:
 def exit_on_stop_signals() -> None:
     """Makes a stop signal end the process at once with `ExitCode.STOPPED`.
 
-    For a run that has not begun and so has nothing to save; `StopRequest` replaces these handlers.
+    For the time before a run has anything to save; `StopRequest` later replaces these handlers.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: os._exit(ExitCode.STOPPED))

@@ -5,18 +5,20 @@ import sys
 
 
 def reset(minutes: float) -> None:
-    """Starts the countdown again; 0 disables it.
+    """Ends the process if `minutes` pass without another call of this function.
 
-    If `minutes` pass without another call, the stack of every thread is printed and the process
-    exits with code 1. A hung collective or file system would otherwise block the run forever.
+    The stack of every thread is printed, and the exit code is 1. A hung collective or file system
+    would otherwise block the run forever. 0 minutes disable the watchdog.
     """
     if minutes:
-        # sys.__stderr__ has a file descriptor even if sys.stderr was replaced.
-        faulthandler.dump_traceback_later(60 * minutes, exit=True, file=sys.__stderr__)
+        # sys.__stderr__ has a file descriptor even if sys.stderr was replaced. It is None if the
+        # process has no stderr at all.
+        file = sys.__stderr__ or sys.stderr
+        faulthandler.dump_traceback_later(60 * minutes, exit=True, file=file)
     else:
         cancel()
 
 
 def cancel() -> None:
-    """Stops the countdown."""
+    """Disables the watchdog."""
     faulthandler.cancel_dump_traceback_later()

@@ -1,1 +1,1 @@
-"""Loss, optimiser, step, loop, checkpoints and metrics."""
+"""Training: loss, optimizer, training step, loop, checkpoints, logs and metrics."""

@@ -1,15 +1,18 @@
 """Orbax checkpoints that are verified before they are read, and visible only when complete.
 
-Each saved step is a directory that appears by a rename, once everything in it is on disk:
+The checkpoint of each saved step is a directory. It appears by a rename, once everything in it is
+on disk:
 
   state/           the arrays
   meta/            config, tokenizer, data, shapes, and a fingerprint of every array
   integrity.json   a manifest of sizes and hashes
 
-Steps that are no longer needed are deleted by way of trash/. Damaged steps are moved to
-quarantine/, and steps after a rewind to rewound/. On disk, the hidden units of all experts are in
-canonical order, expert after expert, whatever the placement of the run, so that a run resumes with
-the same function on any mesh.
+Steps that are no longer needed are moved to trash/ and deleted there. Damaged steps are moved to
+quarantine/. If a run is rewound to an earlier step, later steps are moved to rewound/.
+
+On disk, the hidden units of all experts are in canonical order: those of expert 0, then those of
+expert 1, and so on. In memory their order depends on which device holds which expert. So a run can
+resume on any mesh.
 """
 
 import contextlib
@@ -19,42 +22,43 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
 
-from modse_jax.errors import RunError, UserError
+from modse_jax.errors import DiskFullError, RunError, UserError
 from modse_jax.runtime import files, integrity, processes
 from modse_jax.training import state_arrays
 from modse_jax.training.train_step import State
 
 FORMAT = 2
 
-# Directories beside the steps.
+# Names of the directories for steps that are moved away.
 TRASH = "trash"
 QUARANTINE = "quarantine"
 REWOUND = "rewound"
 
-# Part of the names of the directories in which Orbax writes steps that are not complete.
+# A directory with this in its name is a step that Orbax has not completed.
 UNFINISHED = ".orbax-checkpoint-tmp"
 
-# Files that Orbax rewrites after the manifest has been written. A restore does not read them.
+# Files that Orbax rewrites after the manifest has been written, so the manifest leaves them out. A
+# restore does not read them.
 REWRITTEN = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 FREE_SPACE_FACTOR = 1.1  # free space that a save requires, relative to the size of the state
 SAVE_TIMEOUT = 1200  # seconds
-MAX_REASON_LENGTH = 300  # characters of an Orbax error in a message
+MAX_REASON_LENGTH = 300  # most characters of an Orbax error in a message
 MIB = 2**20
 
 
 class Found(NamedTuple):
-    """The newest intact step.
+    """The newest intact checkpoint.
 
     Attributes:
-      step: the step, or 0 if there are no checkpoints.
+      step: its step, or 0 if there are no checkpoints.
       meta: its metadata.
-      damaged: [step, reason] for every newer step, all of which are damaged.
+      damaged: [step, reason] for every newer checkpoint, all of which are damaged.
     """
 
     step: int
@@ -77,12 +81,13 @@ class Checkpoints:
 
         Args:
           directory: the directory.
-          keep: how many of the newest steps are not deleted, beside the step with the lowest
-            validation loss.
-          keep_every: steps divisible by this number are not deleted either; 0 disables it.
+          keep: how many of the newest steps are kept. The step with the lowest validation loss is
+            kept, too.
+          keep_every: steps divisible by this number are kept, too; 0 for none.
           read_only: nothing is written, moved or deleted.
-          order: the canonical index of each hidden unit in memory, as returned by
-            `expert_placement.hidden_unit_order`; () if they are in canonical order.
+          order: the order of the experts' hidden units in memory, as returned by
+            `expert_placement.hidden_unit_order`; () if it is that of checkpoints, the canonical
+            order.
         """
         self._directory = directory.absolute()
         self._keep = keep
@@ -121,19 +126,24 @@ class Checkpoints:
         return self._directory / f"{step:08}"
 
     def verify(self, step: int) -> str:
-        """Compares a step with its manifest. Returns the damage, or "" if the step is intact."""
+        """Compares the files of a step with their recorded sizes and hashes.
+
+        Returns:
+          A description of the damage, or "" if the step is intact.
+        """
         return integrity.verify(self.path(step), REWRITTEN)
 
     def newest(self, check: Callable[[int, dict], None], before: int = 0) -> Found:
         """Finds the newest intact step.
 
         Args:
-          check: called with the step and its metadata. An error that it raises is not treated as
-            damage and never leads to an older step.
-          before: only older steps are considered; 0 considers all.
+          check: called with the intact step and its metadata, to raise an error if it belongs to
+            another run. Such an error is passed on; no older step is tried.
+          before: only steps before this one are considered; 0 considers all.
 
         Raises:
-          UserError: there are steps, but all are damaged. A run never starts afresh over them.
+          UserError: there are steps, but all are damaged. Starting a new run in the same directory
+            would hide that.
         """
         damaged = []
         for step in reversed(processes.broadcast_from_main(self.steps)):
@@ -156,7 +166,7 @@ class Checkpoints:
         return Found(0, {}, [])
 
     def meta(self, step: int) -> dict:
-        """Returns the metadata of a step.
+        """Reads the metadata of a step: config, data, fingerprints of the arrays, and so on.
 
         Raises:
           UserError: the step was saved in another format.
@@ -170,15 +180,15 @@ class Checkpoints:
         return meta
 
     def restore(self, step: int, abstract: State) -> tuple[State, str]:
-        """Reads the state of a step that has been verified.
+        """Reads the state of a step, whose files must have been verified.
 
         Args:
           step: the step.
           abstract: shapes, types and shardings of the state.
 
         Returns:
-          The state, and a description of arrays that differ from those that were saved ("" if none
-          does).
+          The state, and a description of the arrays that are not bit for bit what was saved ("" if
+          all are).
 
         Raises:
           UserError: names, shapes or types differ from `abstract`. (Orbax alone would silently cast
@@ -186,11 +196,11 @@ class Checkpoints:
         """
         meta = self.meta(step)
         state_arrays.check_arrays(step, meta["leaves"], state_arrays.describe_arrays(abstract))
-        target = abstract._asdict()
+        target = _saved_fields(abstract)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         arguments = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
-        state = State(**restored["state"])
+        state = State(**{"router_bias": {}, **restored["state"]})
         actual = state_arrays.compute_fingerprints(state)
         changed = [name for name, saved in meta["fingerprints"].items() if actual[name] != saved]
         reason = ""
@@ -201,15 +211,16 @@ class Checkpoints:
     def start_writing(self, damaged: Sequence[Sequence], rewind_to: int = 0) -> list[str]:
         """Prepares the directory for the first save.
 
-        Removes what interrupted saves left behind, and moves damaged steps and steps after a rewind
-        to directories of their own.
+        Removes what interrupted saves left behind. Moves damaged steps to quarantine/, and steps
+        after a rewind to rewound/.
 
         Args:
           damaged: [step, reason] for every damaged step.
-          rewind_to: later steps are moved away; 0 if there is no rewind.
+          rewind_to: the step to which the run is rewound, after which steps are moved away; 0 if it
+            is not rewound.
 
         Returns:
-          Messages about the steps that were moved.
+          Messages to print about the steps that were moved.
         """
         messages = []
         if processes.is_main_process():
@@ -228,12 +239,12 @@ class Checkpoints:
         return messages
 
     def save(self, state: State, meta: dict) -> None:
-        """Starts to save a state under its own step. A step that exists is not overwritten.
+        """Starts to save a state in the background. A step that exists is not overwritten.
 
         Args:
-          state: the state.
-          meta: additional metadata, plain values. "validation_loss" (a number or None) decides
-            which step is the best.
+          state: the state, which contains the number of its step.
+          meta: additional metadata, values that JSON can represent. "validation_loss" (a number or
+            None) decides which step is kept as the best.
 
         Raises:
           RunError: there is not enough space, the previous save failed, or the state is not finite.
@@ -259,7 +270,7 @@ class Checkpoints:
             "fingerprints": state_arrays.compute_fingerprints(state),
         }
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state._asdict()), meta=ocp.args.JsonSave(full_meta)
+            state=ocp.args.PyTreeSave(_saved_fields(state)), meta=ocp.args.JsonSave(full_meta)
         )
         self._saving = step
         self._losses[step] = meta["validation_loss"]
@@ -272,13 +283,15 @@ class Checkpoints:
         size = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state))
         needed = FREE_SPACE_FACTOR * size
         if free < needed:
-            raise RunError(
+            raise DiskFullError(
                 f"no room to save step {step}: {self._directory} has {free / MIB:,.0f} MiB free, "
                 f"but {needed / MIB:,.0f} MiB are needed{self._last_good()}"
             )
 
     def poll(self) -> None:
-        """Completes a save that has ended in the background; cheap enough for every step.
+        """Completes a save if its background work has ended; returns at once if it has not.
+
+        To be called after every training step.
 
         Raises:
           RunError: the save failed.
@@ -287,7 +300,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the last save is on disk, then deletes obsolete steps.
+        """Waits until the last save is on disk, then deletes the steps that are no longer kept.
 
         Raises:
           RunError: the save failed.
@@ -306,8 +319,8 @@ class Checkpoints:
     def settle(self) -> None:
         """Waits for the last save, if any, and ignores its failure.
 
-        For a run that ends with another error. With several processes it does not wait: the save
-        may depend on a process that has ended.
+        For a run that ends with an error already. With several processes it does not wait, because
+        the save may depend on a process that has ended.
         """
         if self._saving and not processes.is_multi_process():
             with contextlib.suppress(RunError):
@@ -325,10 +338,10 @@ class Checkpoints:
             self._manager.close()
 
     def _seal(self) -> None:
-        """Writes the manifest of the step being saved.
+        """Writes the manifest (sizes and hashes of all files) of the step that is being saved.
 
-        Orbax calls this in the background, on one process, when all files have been written and the
-        step is not visible yet.
+        Orbax calls this in the background, on one process, when it has written all files and has
+        not yet renamed the directory, so that no step is visible without a manifest.
         """
         unfinished = self._directory / f"{self._saving:08}{UNFINISHED}"
         integrity.seal(unfinished, REWRITTEN, {"step": self._saving})
@@ -342,12 +355,14 @@ class Checkpoints:
         self._manager.reload()
         text = str(error) or type(error).__name__
         reason = text.splitlines()[0][:MAX_REASON_LENGTH]
-        raise RunError(
+        # Orbax raises errors of its own types, which have only the text of the system's.
+        is_disk_full = any(os.strerror(number) in text for number in files.DISK_FULL)
+        raise (DiskFullError if is_disk_full else RunError)(
             f"saving step {step} in {self._directory} failed: {reason}{self._last_good()}"
         ) from error
 
     def _last_good(self) -> str:
-        """Returns the end of an error message, which names the newest intact step."""
+        """Returns the end of an error message, which says from which step the run can resume."""
         good = [step for step in self.steps() if not self.verify(step)]
         if not good:
             return "; there is no earlier step"
@@ -356,10 +371,10 @@ class Checkpoints:
         )
 
     def _prune(self) -> None:
-        """Deletes obsolete steps; see `_obsolete_steps`.
+        """Deletes the steps that are no longer kept; see `_obsolete_steps`.
 
-        They are first moved to trash/, so that a kill at any moment leaves every step either intact
-        in its place or in trash/.
+        They are first moved to trash/. If the process is killed at any moment, every step is either
+        intact in its place or in trash/, which the next run empties.
         """
         obsolete = self._obsolete_steps()
         trash = self._directory / TRASH
@@ -371,10 +386,12 @@ class Checkpoints:
         shutil.rmtree(trash, ignore_errors=True)
 
     def _obsolete_steps(self) -> list[int]:
-        """Returns the intact steps except the newest `keep`, the best, and every `keep_every`-th.
+        """Returns the steps to delete.
 
-        Hashes are compared only once per step that an earlier process saved. The sizes of files
-        are compared always.
+        These are all intact steps except the newest `keep`, the step with the lowest validation
+        loss, and the steps divisible by `keep_every`. Damaged steps are not deleted. Whether a step
+        is intact is decided by the sizes of its files, and once also by their hashes if an earlier
+        process saved it.
         """
         intact = [
             step
@@ -393,9 +410,21 @@ class Checkpoints:
         return [step for step in intact if step not in kept]
 
     def _set_aside(self, step: int, folder: str) -> str:
-        """Moves a step into a directory beside the others. Returns its new relative path."""
+        """Moves a step into a folder such as quarantine/; returns its new relative path.
+
+        The time is appended to its name, because a step of the same number may be moved again.
+        """
         target = self._directory / folder / f"{self.path(step).name}.{time.time_ns()}"
         target.parent.mkdir(exist_ok=True)
         os.rename(self.path(step), target)
         files.flush_to_disk(self._directory)
         return f"{folder}/{target.name}"
+
+
+def _saved_fields(state: State) -> dict[str, Any]:
+    """Returns the fields of a state that have arrays, by name.
+
+    Without a bias rule, the router bias has none. It is left out, so that such checkpoints are the
+    same as those of older versions, which had no router bias.
+    """
+    return {name: value for name, value in state._asdict().items() if jax.tree.leaves(value)}

@@ -163,7 +163,7 @@ class Run:
         Reading the results of a step waits for it. Doing so only when the next step is under way
         never leaves the devices idle.
         """
-        watchdog.reset(self._options.hang_minutes)
+        watchdog.reset(self._config.advanced.hang_minutes)
         rows = self.timer.next_item(self._batches)
         batch = sharding.shard_batch(self.mesh, rows, self._options.batch_size)
         results = self._execute_step(batch)
@@ -174,7 +174,7 @@ class Run:
 
     def _execute_step(self, batch: Batch) -> Metrics:
         compiled_step = self._context.compiled_step.program
-        replay_every = self._options.replay_check
+        replay_every = self._config.advanced.replay_check
         if not replay_every or (self.step + 1) % replay_every != 0:
             self.state, results = compiled_step(self.state, batch)
             return results
@@ -195,7 +195,9 @@ class Run:
         self._unreported = None
         if results.fault:
             self._log_fault(step, results)
-        self.has_diverged = int(results.nonfinite_in_a_row) >= self._options.max_nonfinite_steps
+        self.has_diverged = (
+            int(results.nonfinite_in_a_row) >= self._config.advanced.max_nonfinite_steps
+        )
         is_last = step == self._options.steps
         if step % self._options.log_every == 0 or is_last or self.has_diverged:
             self._log_metrics(step, jax.device_get(results))
@@ -260,6 +262,8 @@ class Run:
             return None
         result, statistics = validation.together(scored)
         result |= validation.summarize_sets(scored_sets)
+        if self._config.evaluation.capacity_factor:
+            result["dropped"] = metrics.count_dropped(statistics)
         layers = metrics.routing_by_layer(
             statistics, self._config.widths, self._context.setup.placement
         )
@@ -272,7 +276,7 @@ class Run:
         return {
             dataset.name: validation.run(
                 self._context.score_step,
-                self.state.params,
+                self.state.variables,
                 self._validation_batches(dataset),
                 dataset,
                 whole=True,
@@ -290,7 +294,7 @@ class Run:
             rows=sharding.local_rows(self.mesh, size),
         )
         for batch in batches:
-            watchdog.reset(self._options.hang_minutes)
+            watchdog.reset(self._config.advanced.hang_minutes)
             # Several processes must score the same number of batches, so none of them stops here.
             if self._stop.requested and not processes.is_multi_process():
                 raise Stopped
@@ -327,8 +331,8 @@ class Run:
                 "go on"
             )
         return (
-            f"diverged: {self._options.max_nonfinite_steps} steps in a row were not finite, up to "
-            f"step {self.step}; the last good checkpoint is step {saved_step}. Lower "
+            f"diverged: {self._config.advanced.max_nonfinite_steps} steps in a row were not "
+            f"finite, up to step {self.step}; the last good checkpoint is step {saved_step}. Lower "
             "optimizer.learning_rate, or look at the records in events.jsonl and skip them with "
             "training.rewind"
         )
@@ -345,7 +349,7 @@ def _open_logs(workdir: pathlib.Path, step: int) -> run_logs.RunLogWriter | run_
     try:
         return run_logs.RunLogWriter(workdir, step)
     except OSError as error:
-        raise RunError(
+        raise run_logs.write_error_class(error)(
             f"cannot write the logs of {workdir}: {error.strerror}; make room and run the same "
             "command again"
         ) from None

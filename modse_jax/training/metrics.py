@@ -1,4 +1,4 @@
-"""The metrics of a step, as logged and as printed.
+"""Turns the results of a step into the rows of the logs, and into the line that is printed.
 
 Legend: E experts, K top-k.
 """
@@ -19,25 +19,29 @@ def routing_by_layer(
     widths: tuple[int, ...],
     placement: expert_placement.Placement | None = None,
 ) -> list[dict]:
-    """Summarizes routing statistics.
+    """Summarizes routing statistics, as routing.jsonl contains them.
 
     Args:
       statistics: sums over a step or a data split, with a leading axis of layers.
       widths: hidden dimensions of the experts.
-      placement: the placement in use, whose straggler factor is reported as "in_use".
+      placement: how this run places experts on devices, whose straggler factor is reported as
+        "in_use"; None reports none.
 
     Returns:
-      One dict of plain numbers per layer:
+      One dict of plain numbers per layer; none for a dense model, which has no routing:
         tokens_per_expert, tokens_per_expert_by_choice: tokens routed to each expert.
         mean_gate: mean gate of each expert.
         max_over_mean: load imbalance, the maximum over the mean of tokens per expert.
         entropy: mean entropy of the softmax over all experts, nats.
         count_weighted_width, gate_weighted_width: mean width of the chosen experts, weighted by
           the number of tokens or by gates.
-        straggler: for each placement, the maximum over the mean of tokens x width per device, if
-          one expert axis processed the batch without dropping tokens.
+        straggler: {placement: straggler factor}, for several ways to place experts on devices: the
+          maximum over the mean of tokens x width per device, if a single expert axis processed the
+          whole batch without dropping tokens.
         dropped: tokens dropped because of limited capacity.
     """
+    if not widths:
+        return []
     placements = expert_placement.reference_placements(widths)
     if placement is not None:
         placements = {"in_use": placement, **placements}
@@ -54,7 +58,7 @@ def _summarize_layer(
     placements: dict[str, expert_placement.Placement],
 ) -> dict:
     counts_KE = np.asarray(statistics.counts_KE[layer], np.int64)
-    gates_E = np.asarray(statistics.gates_KE[layer], np.float64).sum(axis=0)
+    gates_E = np.asarray(statistics.gates_E[layer], np.float64)
     counts_E = counts_KE.sum(axis=0)
     tokens = max(int(statistics.tokens[layer]), 1)
     straggler = {
@@ -67,11 +71,11 @@ def _summarize_layer(
         "tokens_per_expert_by_choice": counts_KE.tolist(),
         "mean_gate": [_ratio(gate, count) for gate, count in zip(gates_E, counts_E)],
         "max_over_mean": _ratio(counts_E.max(), counts_E.mean()),
-        "entropy": float(statistics.entropy[layer]) / tokens,
+        "entropy": float(np.sum(statistics.entropy_P[layer])) / tokens,
         "count_weighted_width": _ratio(counts_E @ widths_E, counts_E.sum()),
         "gate_weighted_width": _ratio(gates_E @ widths_E, gates_E.sum()),
         "straggler": straggler,
-        "dropped": int(statistics.dropped[layer]),
+        "dropped": int(np.sum(statistics.dropped_P[layer])),
     }
 
 
@@ -95,17 +99,13 @@ def train_row(
     """
     length = config.data.sequence_length
     tokens = config.training.batch_size * length
-    counts_E = np.asarray(metrics.statistics.counts_KE).sum(axis=(0, 1))
-    # Dropped tokens take part in no matmul. Neither do padding tokens, which are never routed.
-    computed = counts_E.sum() - np.asarray(metrics.statistics.dropped).sum()
-    share = computed / (tokens * config.moe.top_k * config.model.num_layers)
+    rows_E = count_computed_rows(config, metrics.statistics)
 
-    def mfu(width: float) -> float | None:
-        """Returns the model FLOPs utilization for experts of a given width."""
+    def mfu(flops_per_token: int) -> float | None:
+        """Returns the model FLOPs utilization."""
         if not peak_flops:
             return None
-        flops = accounting.train_flops_per_token(config, length, width) * tokens
-        return flops / step_seconds / peak_flops
+        return flops_per_token * tokens / step_seconds / peak_flops
 
     row = {
         "step": step,
@@ -118,12 +118,59 @@ def train_row(
         "grad_norm": float(metrics.grad_norm),
         "learning_rate": float(metrics.learning_rate),
         "tokens_per_second": tokens / step_seconds,
-        "mfu_nominal": mfu(accounting.nominal_width(config)),
-        "mfu_realised": mfu(accounting.realized_width(config, counts_E) * share),
+        "mfu_nominal": mfu(accounting.nominal_flops_per_token(config, length)),
+        "mfu_realised": mfu(accounting.realized_flops_per_token(config, length, rows_E, tokens)),
         "step_seconds": step_seconds,
         "skipped_steps": int(metrics.skipped),
+        **_row_of_options(config, metrics),
     }
     return {name: _finite_or_none(value) for name, value in row.items()}
+
+
+def count_computed_rows(config: Config, statistics: RouterStatistics) -> np.ndarray:
+    """Returns the tokens that every expert computed, summed over layers, [E].
+
+    Padding is never routed. Dropped tokens are known per pool. They are taken from the experts of
+    the pool in proportion to their tokens, experts of width 0 excepted, which drop none. So the
+    FLOPs are exact if no token is dropped or the other experts of the pool have one width.
+
+    Args:
+        config: the config of the run.
+        statistics: sums over a step, with a leading axis of layers.
+    """
+    if config.is_dense:
+        return np.zeros(0)
+    rows_LE = np.asarray(statistics.counts_KE, np.float64).sum(axis=1)
+    dropped_LP = np.asarray(statistics.dropped_P, np.float64)
+    has_width_E = np.array(config.widths) > 0
+    first = 0
+    for index, pool in enumerate(config.pools):
+        experts = first + np.flatnonzero(has_width_E[first : first + pool.num_experts])
+        routed_L = np.maximum(rows_LE[:, experts].sum(axis=1), 1)
+        rows_LE[:, experts] *= (1 - dropped_LP[:, index] / routed_L)[:, None]
+        first += pool.num_experts
+    return rows_LE.sum(axis=0)
+
+
+def _row_of_options(config: Config, metrics: Any) -> dict:
+    """Returns the values that only runs with certain options log."""
+    row: dict[str, Any] = {}
+    if config.moe.capacity_factor:
+        row["dropped"] = count_dropped(metrics.statistics)
+    if config.moe.width_penalty_weight:
+        row["width_penalty"] = float(metrics.width_penalty)
+    if metrics.vocab_z_loss is not None:
+        row["vocab_z_loss"] = float(metrics.vocab_z_loss)
+    if metrics.bias_range is not None:
+        smallest, largest = np.asarray(metrics.bias_range).T
+        row["router_bias_min"] = smallest.tolist()
+        row["router_bias_max"] = largest.tolist()
+    return row
+
+
+def count_dropped(statistics: RouterStatistics) -> int:
+    """Returns the number of routed tokens over capacity in all layers."""
+    return int(np.asarray(statistics.dropped_P, np.int64).sum())
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -139,22 +186,24 @@ def console_line(row: dict, layers: list[dict], total_steps: int) -> str:
     Args:
       row: the row from `train_row`, with "data_wait" (share of time spent waiting for data) and
         "epochs" ({dataset: epochs}).
-      layers: from `routing_by_layer`.
+      layers: from `routing_by_layer`; none for a dense model.
       total_steps: the last step of the run.
     """
 
     def number(name: str, form: str) -> str:
         return "nan" if row[name] is None else format(row[name], form)
 
-    load = max(layer["max_over_mean"] for layer in layers)
     dropped = sum(layer["dropped"] for layer in layers)
     epochs = max(row["epochs"].values())
     parts = [
         f"step {row['step']}/{total_steps}",
         f"loss {number('loss', '.4f')}",
         f"{number('bits_per_byte', '.3f')} bits/byte",
-        f"balance {number('balance_loss', '.3f')}",
-        f"load {load:.2f}",
+    ]
+    if layers:
+        load = max(layer["max_over_mean"] for layer in layers)
+        parts += [f"balance {number('balance_loss', '.3f')}", f"load {load:.2f}"]
+    parts += [
         f"grad {number('grad_norm', '.3f')}",
         f"lr {row['learning_rate']:.2e}",
         f"{row['tokens_per_second']:,.0f} tok/s",
@@ -187,6 +236,8 @@ def validation_line(step: int, total_steps: int, result: dict) -> str:
         f"validation loss {result['loss']:.4f}",
         f"{result['bits_per_byte']:.4f} bits/byte",
     ]
+    if "dropped" in result:
+        parts.append(f"dropped {result['dropped']}")
     if "sets" in result:
         parts.append(f"macro-average of {len(result['sets'])} sets {result['macro_loss']:.4f}")
     return "  ".join(parts)

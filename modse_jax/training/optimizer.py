@@ -1,8 +1,9 @@
 """The optimizer of the paper: AdamW with linear warmup and cosine decay to a floor.
 
-Weight decay is decoupled and applies to weight matrices only.
+Weight decay is decoupled and, by default, applies to weight matrices only.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -32,8 +33,8 @@ def build_optimizer(config: Config) -> optax.GradientTransformation:
     """Returns AdamW without gradient clipping.
 
     `train_step` clips gradients itself, because it has computed their global norm already. The
-    identity takes the place of the clipping transformation, so that the structure of the optimizer
-    state is that of existing checkpoints.
+    identity stands where a clipping transformation was in earlier versions, so that the optimizer
+    state has the same tree structure and old checkpoints can be restored.
     """
     options = config.optimizer
     adamw = optax.adamw(
@@ -42,15 +43,22 @@ def build_optimizer(config: Config) -> optax.GradientTransformation:
         b2=options.beta2,
         eps=options.eps,
         weight_decay=options.weight_decay,
-        mask=weight_decay_mask,
+        mask=functools.partial(weight_decay_mask, decays_on=options.weight_decay_on),
     )
     return optax.chain(optax.identity(), adamw)
 
 
-def weight_decay_mask(params: Any) -> Any:
-    """Returns a tree of bools that is True for the parameters that decay: all except norm scales.
+def weight_decay_mask(params: Any, decays_on: str) -> Any:
+    """Returns a tree of bools that is True for the parameters that decay.
 
-    The scales are recognized by name. They cannot be recognized as vectors, because the parameters
-    of all layers are stacked.
+    Args:
+      params: parameters of the model.
+      decays_on: `optimizer.weight_decay_on`. "all" selects every parameter. "matrices" selects all
+        but the scales of norms, which are recognized by name. They cannot be recognized as vectors,
+        because the parameters of all layers are stacked.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: "scale" not in path[-1].key, params)
+
+    def decays(path: tuple, _: Any) -> bool:
+        return decays_on == "all" or "scale" not in path[-1].key
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -12,7 +12,7 @@ from modse_jax.config import device_mesh
 from modse_jax.config.loading import to_flat_dict
 from modse_jax.config.options import Config
 from modse_jax.data import training_data
-from modse_jax.errors import UserError
+from modse_jax.errors import NoRoomError, UserError
 from modse_jax.model import kernel_selection
 from modse_jax.moe.expert_placement import Placement
 from modse_jax.runtime import memory_usage, processes
@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 class Setup(NamedTuple):
-    """Results of the checks.
+    """Results of the checks that the run uses later.
 
     Attributes:
       mesh: the device mesh.
@@ -71,7 +71,7 @@ def _check(config: Config, workdir: pathlib.Path) -> Setup:
 
 
 def _check_validation_kernels(config: Config, mesh: Mesh) -> None:
-    """Checks the kernels of validation, if they are not those of training."""
+    """Tests the kernels that validation uses, if they are others than those of training."""
     evaluation = kernel_selection.for_evaluation(config)
     training_kernels = (config.moe.backend, config.model.attention)
     evaluation_kernels = (evaluation.moe.backend, evaluation.model.attention)
@@ -80,12 +80,12 @@ def _check_validation_kernels(config: Config, mesh: Mesh) -> None:
 
 
 def _check_free_space(workdir: pathlib.Path, state_shapes: State, keep: int) -> None:
-    """Checks that the disk has room for all checkpoints that are retained, and one more."""
+    """Checks that the disk has room for the `keep` newest checkpoints, and for one more."""
     state_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state_shapes))
     needed = (keep + 1) * state_bytes
     free = shutil.disk_usage(workdir_checks.nearest_existing_parent(workdir)).free
     if free + _saved_bytes(workdir) < needed:
-        raise UserError(
+        raise NoRoomError(
             f"--workdir={workdir} has {free / MIB:,.0f} MiB free, but {keep + 1} checkpoints of "
             f"{state_bytes / MIB:,.0f} MiB need {needed / MIB:,.0f} MiB; free some space, lower "
             "checkpoint.keep, or use another --workdir"
@@ -93,7 +93,7 @@ def _check_free_space(workdir: pathlib.Path, state_shapes: State, keep: int) -> 
 
 
 def _saved_bytes(workdir: pathlib.Path) -> int:
-    """Returns the size of the saved steps, which new ones will replace."""
+    """Returns the bytes of the checkpoints on disk, which new ones will replace."""
     total = 0
     for file in (workdir / "checkpoints").glob("[0-9]*/**/*"):
         # A file can disappear if another run uses this workdir. The lock reports that later.
@@ -106,7 +106,7 @@ def check_step_memory(compiled_step: jax.stages.Compiled, mesh: Mesh) -> None:
     """Checks that the devices of this process have the memory that a compiled step needs.
 
     Raises:
-      UserError: they have less.
+      UserError: they have less memory.
     """
     needed = memory_usage.peak_bytes(compiled_step)
     if needed is None:

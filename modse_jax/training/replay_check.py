@@ -17,7 +17,10 @@ class Replay(NamedTuple):
 
 
 def run_twice(train_step: TrainStep, state: State, batch: Batch) -> Replay:
-    """Executes a step twice from the same state. Requires memory for a second state."""
+    """Executes a training step twice from the same state, and compares the results bit for bit.
+
+    This needs memory for a second state.
+    """
     copied_state = jax.tree.map(jnp.copy, state)
     new_state, metrics = train_step(state, batch)
     replayed_state, _ = train_step(copied_state, batch)

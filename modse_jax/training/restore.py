@@ -1,4 +1,8 @@
-"""The state from which a run resumes: the newest intact checkpoint, or the target of a rewind."""
+"""Restores the state from which a run resumes: the newest intact checkpoint, or that of a rewind.
+
+A rewind (the option training.rewind) resumes a run from an earlier checkpoint and skips the next
+batches of data, for example because they made the loss diverge.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -18,9 +22,9 @@ class Restored(NamedTuple):
       step: number of completed steps; 0 if there are no checkpoints.
       state: the state; None if there are no checkpoints.
       damaged: [step, reason] for every damaged checkpoint that was found.
-      rewind_to: the step of `training.rewind`; 0 if the run is not rewound at this start.
-      skipped_data: [step, number of batches] of every rewind so far. After that step, that many
-        batches of data are skipped.
+      rewind_to: the step to which the run is rewound now; 0 if it is not.
+      skipped_data: [step, number of batches] for every rewind so far, this one included: after that
+        step, that many batches of data are skipped.
     """
 
     step: int
@@ -36,12 +40,12 @@ def restore_state(
     metadata: dict[str, Any],
     rewind: Sequence[int],
 ) -> Restored:
-    """Restores the newest intact checkpoint, or that of a rewind which has not been made yet.
+    """Restores the newest intact checkpoint, or that of a rewind which has not been done yet.
 
     Args:
       checkpoints: the checkpoints of the workdir. Nothing is moved or deleted.
       state_shapes: shapes, types and shardings of the state.
-      metadata: metadata of this run.
+      metadata: metadata of this run, to check that a checkpoint was trained on the same data.
       rewind: `training.rewind`: (step, number of batches to skip), or ().
 
     Raises:
@@ -81,8 +85,13 @@ def _find_rewind_target(checkpoints: Checkpoints, rewind: Sequence[int]) -> Foun
 
 
 def next_batch_number(step: int, skipped_data: Sequence[Sequence[int]]) -> int:
-    """Returns the number of the data batch that the training step after `step` takes.
+    """Returns the number of the data batch for the training step that follows `step` steps.
 
-    Without rewinds this is `step`; every rewind at or before it adds the batches it skipped.
+    Without rewinds this is `step`. Every rewind to `step` or an earlier one adds the number of
+    batches that it skips.
+
+    Args:
+      step: number of completed steps.
+      skipped_data: [step, number of batches] for every rewind.
     """
     return step + sum(count for first_step, count in skipped_data if step >= first_step)

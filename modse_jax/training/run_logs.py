@@ -3,17 +3,18 @@
 import json
 import pathlib
 import shutil
+from collections.abc import Iterable
 
-from modse_jax.errors import RunError
+from modse_jax.errors import DiskFullError, RunError
 from modse_jax.runtime import files
 
 # Free space below which the run stops. TensorBoard's writer is a thread that ends silently when the
-# disk is full, and whoever then waits for it hangs.
+# disk is full, and closing it would then wait for that thread forever.
 BOARD_ROOM = 512 * 1024  # bytes
 
 LOGS = ("metrics", "routing", "events")
 
-# Values of a layer that TensorBoard shows.
+# The routing statistics of each layer that TensorBoard shows.
 LAYER_SCALARS = ("max_over_mean", "entropy", "count_weighted_width")
 
 
@@ -23,8 +24,8 @@ class RunLogWriter:
     def __init__(self, workdir: pathlib.Path, step: int) -> None:
         """Opens the logs.
 
-        Lines after `step`, which a run wrote after its last checkpoint, move to
-        *.discarded.jsonl, so that each log is one continuous history.
+        If an earlier process wrote lines for steps after its last checkpoint, these steps are run
+        again. Their lines are moved to *.discarded.jsonl, so that no step is in a log twice.
 
         Args:
           workdir: the directory of the run.
@@ -40,13 +41,18 @@ class RunLogWriter:
         # the error for a mistyped option should not wait for.
         import tensorboardX
 
-        # The queue never fills up: the thread that empties it may have ended on a full disk.
+        # With a full queue, a call would wait for the thread that empties it, which may have ended
+        # because the disk is full. So the queue is made large enough never to fill up.
         self._board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1, max_queue=1_000_000
         )
 
     def write(self, row: dict, layers: list[dict]) -> None:
-        """Logs a row of metrics and its routing statistics by layer.
+        """Logs the metrics of a training step or a validation, and its routing statistics.
+
+        Args:
+          row: the metrics, with "step" and "split"; a line of metrics.jsonl.
+          layers: the routing statistics of each layer; see `metrics.routing_by_layer`.
 
         Raises:
           RunError: the disk is full.
@@ -68,7 +74,7 @@ class RunLogWriter:
             self._board.add_scalar(f"{split}/sets/{name}/loss", result["loss"], step)
 
     def event(self, event: dict) -> None:
-        """Logs an unusual event, such as a step that was skipped.
+        """Logs an unusual event, such as a skipped step, as a line of events.jsonl.
 
         Raises:
           RunError: the disk is full.
@@ -80,12 +86,12 @@ class RunLogWriter:
         try:
             file.write(json.dumps(values) + "\n")
         except OSError as error:
-            raise RunError(
+            raise write_error_class(error)(
                 f"cannot write {file.name}: {error.strerror}; checkpoints are untouched: make room "
                 "and run the same command again"
             ) from None
         if shutil.disk_usage(self._workdir).free < BOARD_ROOM:
-            raise RunError(
+            raise DiskFullError(
                 f"{self._workdir} has less than {BOARD_ROOM >> 10} KiB free; checkpoints are "
                 "untouched: make room and run the same command again"
             )
@@ -97,8 +103,13 @@ class RunLogWriter:
         self._board.close()
 
 
+def write_error_class(error: OSError) -> type[RunError]:
+    """Returns the class of the error that reports a failed write."""
+    return DiskFullError if error.errno in files.DISK_FULL else RunError
+
+
 class NullWriter:
-    """Writes nothing; used by every process except the main process."""
+    """Has the methods of `RunLogWriter` but writes nothing; for all processes but the main one."""
 
     def write(self, row: dict, layers: list[dict]) -> None:
         """Does nothing."""
@@ -111,9 +122,17 @@ class NullWriter:
 
 
 def read_log(path: pathlib.Path) -> list[dict]:
-    """Returns the objects of a .jsonl log, without lines that a killed run did not complete."""
+    """Returns the lines of a .jsonl log as dictionaries; see `parse_log`."""
+    return parse_log(path.read_text().splitlines())
+
+
+def parse_log(lines: Iterable[str]) -> list[dict]:
+    """Returns lines of a .jsonl log as dictionaries.
+
+    Lines that are not valid JSON are skipped: a run that was killed may leave one incomplete.
+    """
     rows = []
-    for line in path.read_text().splitlines():
+    for line in lines:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -122,7 +141,7 @@ def read_log(path: pathlib.Path) -> list[dict]:
 
 
 def _discard_after(path: pathlib.Path, step: int) -> None:
-    """Moves the lines of a log that are after a step to *.discarded.jsonl."""
+    """Moves the lines of a log for steps after `step` to *.discarded.jsonl."""
     if not path.exists():
         return
     kept = []
@@ -138,7 +157,7 @@ def _discard_after(path: pathlib.Path, step: int) -> None:
 
 
 def _is_up_to(line: str, step: int) -> bool:
-    """Returns True for a complete line of the given step or an earlier one."""
+    """Returns True if a line is for `step` or an earlier step, False also if it is incomplete."""
     try:
         return json.loads(line)["step"] <= step
     except ValueError:

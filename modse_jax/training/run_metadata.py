@@ -1,11 +1,11 @@
-"""Metadata that a run saves with every checkpoint, and the comparison with that of a run."""
+"""The metadata that a run saves with every checkpoint, and its check when a run resumes."""
 
 import base64
-import dataclasses
 from typing import Any
 
 from jax.sharding import Mesh
 
+from modse_jax.config.loading import to_saved
 from modse_jax.config.options import Config
 from modse_jax.data import tokenizers, training_data
 from modse_jax.errors import UserError
@@ -15,11 +15,11 @@ from modse_jax.runtime import processes
 def build_metadata(config: Config, data: training_data.TrainingData, mesh: Mesh) -> dict[str, Any]:
     """Returns the metadata of a run's checkpoints.
 
-    Two values are filled in later: "skipped_data", the [first step, number of batches] of every
-    rewind, and "validation_loss", that of the saved step.
+    Two values are filled in later: "skipped_data", which is [step, number of skipped batches] for
+    every rewind, and "validation_loss", the loss of the saved step.
     """
     return {
-        "config": dataclasses.asdict(config),
+        "config": to_saved(config),
         "data": data.fingerprint,
         "tokenizer": tokenizers.fingerprint(data.tokenizer),
         "tokenizer_model": base64.b64encode(data.tokenizer.serialize()).decode(),

@@ -4,16 +4,20 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import sys
 import time
 from typing import Any, NamedTuple
 
 import jax
 
+from modse_jax.config.loading import to_saved
 from modse_jax.config.options import Config
 from modse_jax.data import data_card, training_data
 from modse_jax.moe import expert_placement
 from modse_jax.runtime import files, peak_rate, processes
+from modse_jax.study import model_table
 from modse_jax.training import (
+    auxiliary_losses,
     console,
     preflight,
     restore,
@@ -65,7 +69,12 @@ class RunContext:
 
 
 class PreparedRun(NamedTuple):
-    """A run that has passed all checks but has not changed its workdir yet."""
+    """A run that has passed all checks but has not changed its workdir yet.
+
+    Attributes:
+      context: everything that stays the same.
+      restored: the checkpoint from which it resumes, if there is one.
+    """
 
     context: RunContext
     restored: restore.Restored
@@ -76,9 +85,10 @@ class StartedRun(NamedTuple):
 
     Attributes:
       context: everything that stays the same.
-      step: number of steps that earlier processes completed.
+      step: number of steps that were completed before this start; 0 for a new run.
       state: the state after that many steps.
-      is_validation_missing: an earlier process was interrupted before it validated `state`.
+      is_validation_missing: True if an earlier process was stopped before the validation that was
+        due for `state`.
     """
 
     context: RunContext
@@ -130,7 +140,10 @@ def start_run(
 def prepare_run(
     config: Config, workdir: pathlib.Path, cleanup: contextlib.ExitStack
 ) -> PreparedRun:
-    """Makes all checks, loads the data, restores the state and compiles the steps."""
+    """Makes all checks, loads the data, restores the state and compiles the training step.
+
+    See `start_run` for the arguments.
+    """
     started_at = time.monotonic()
     setup = preflight.run_preflight_checks(config, workdir)
     workdir_checks.lock_workdir(workdir, cleanup)
@@ -185,7 +198,8 @@ def compile_step(config: Config, setup: Setup) -> CompiledStep:
     """Compiles the training step.
 
     Raises:
-      UserError: it needs more memory than the devices of any process have.
+      UserError: on every process, if the step needs more memory than the devices of one of them
+        have.
     """
     start = time.monotonic()
     program = train_step.compile_train_step(config, setup.mesh)
@@ -200,7 +214,7 @@ def write_description(config: Config, workdir: pathlib.Path) -> None:
         return
     descriptions = {
         "environment.json": run_description.describe_environment(),
-        "config.json": dataclasses.asdict(config),
+        "config.json": to_saved(config),
     }
     for name, value in descriptions.items():
         files.write_atomically(workdir / name, json.dumps(value, indent=2) + "\n")
@@ -219,10 +233,14 @@ def first_state(context: RunContext, restored: restore.Restored) -> State:
 
 
 def log_description(context: RunContext) -> None:
-    """Prints parameters, kernels and memory, unless no training step is left."""
+    """Prints parameters, auxiliary losses, kernels and memory, unless no step is left."""
     if context.compiled_step is None:
         return
     program, seconds = context.compiled_step
-    console.log(run_description.parameter_table(context.config))
+    console.log(model_table.format_model_table(context.config))
+    for line in auxiliary_losses.description_lines(context.config):
+        console.log(line)
+    for line in auxiliary_losses.router_warnings(context.config):
+        console.log(line, file=sys.stderr)
     console.log(context.setup.kernels.line())
     console.log(run_description.memory_line(program, context.setup.state_shapes, seconds))

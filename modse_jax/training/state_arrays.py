@@ -1,6 +1,8 @@
-"""The arrays of a training state: names, shapes, fingerprints, and the order of hidden units.
+"""Properties of a training state that its checkpoint records, to verify the state when restored.
 
-These are the properties of a state that its checkpoint records. They do not depend on the mesh.
+These are the names, shapes, dtypes and fingerprints of its arrays. This module also converts hidden
+units to and from the canonical order, in which checkpoints store them. None of it depends on the
+mesh.
 """
 
 import functools
@@ -15,19 +17,24 @@ from modse_jax.errors import UserError
 from modse_jax.runtime import sharding
 from modse_jax.training.train_step import State
 
-# Unsigned integer type with the same number of bytes.
+# {bytes of an element: unsigned integer type of that size}.
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 GOLDEN_RATIO = 0x9E3779B1  # 2^32 / golden ratio, the multiplier of Fibonacci hashing
 
 
 def describe_arrays(state: State) -> dict[str, list]:
-    """Returns {path: [shape, type]} for every array of a state (or of its abstract form)."""
+    """Returns {path in the tree: [shape, dtype]} for every array of a state, or of its shapes."""
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in _named_leaves(state)}
 
 
 def check_arrays(step: int, saved: dict[str, list], expected: dict[str, list]) -> None:
-    """Compares the arrays of a checkpoint with those of a model; see `describe_arrays`.
+    """Checks that a checkpoint has the arrays that the model of this run needs.
+
+    Args:
+      step: the step of the checkpoint, for the error message.
+      saved: the arrays of the checkpoint; see `describe_arrays`.
+      expected: the arrays of the model's state; see `describe_arrays`.
 
     Raises:
       UserError: names, shapes or types differ.
@@ -46,9 +53,10 @@ def check_arrays(step: int, saved: dict[str, list], expected: dict[str, list]) -
 
 
 def compute_fingerprints(state: State) -> dict[str, int]:
-    """Returns {path: fingerprint} for every array of a state.
+    """Returns {path in the tree: fingerprint} for every array of a state.
 
-    A fingerprint changes if any bit of the array changes, and does not depend on its sharding.
+    A fingerprint is a hash that does not depend on the sharding of the array. It is compared after
+    a restore, to detect that an array is not what was saved.
     """
     names, arrays = zip(*_named_leaves(state))
     values = jax.device_get(_fingerprint_all(list(arrays)))
@@ -56,20 +64,21 @@ def compute_fingerprints(state: State) -> dict[str, int]:
 
 
 def all_finite(state: State) -> bool:
-    """Returns True if no parameter and no optimizer moment is infinite or NaN."""
-    leaves = jax.tree.leaves((state.params, state.opt_state))
+    """Returns True if no parameter, optimizer moment or router bias is infinite or NaN."""
+    leaves = jax.tree.leaves((state.params, state.opt_state, state.router_bias))
     return bool(_all_finite(leaves))
 
 
 def to_canonical_order(state: State, order: Sequence[int]) -> State:
-    """Sorts the hidden units of all experts by expert, as checkpoints store them.
+    """Sorts the hidden units of all experts by expert, the canonical order of checkpoints.
 
-    On a mesh the hidden units are ordered by the device that holds them. Stored in canonical order,
-    a checkpoint can be restored on any mesh.
+    In memory they are ordered by the device that holds them. In canonical order they can be
+    restored on any mesh.
 
     Args:
       state: the state of a run.
-      order: the canonical index of each hidden unit in memory; () if they are sorted already.
+      order: the canonical index of each hidden unit in memory, from
+        `expert_placement.hidden_unit_order`; () if they are sorted already.
     """
     return take_hidden_units(state, np.argsort(np.array(order, np.int32)))
 
@@ -80,7 +89,10 @@ def from_canonical_order(state: State, order: Sequence[int]) -> State:
 
 
 def take_hidden_units(state: State, indices: Sequence[int] | np.ndarray) -> State:
-    """Reorders the hidden units in every array that has them; () leaves the state unchanged."""
+    """Returns the state with hidden unit `indices[i]` at index i, in every array that has them.
+
+    () leaves the state unchanged.
+    """
     indices = np.array(indices, np.int32)
     if np.array_equal(indices, np.arange(len(indices))):
         return state

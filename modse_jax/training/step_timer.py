@@ -8,11 +8,11 @@ Item = TypeVar("Item")
 
 
 class Interval(NamedTuple):
-    """Averages over the steps since the last log line.
+    """Averages over the training steps between two log lines.
 
     Attributes:
-      seconds_per_step: without the time of validation and saving.
-      data_wait: fraction of the time spent waiting for the next batch.
+      seconds_per_step: duration of a step, without the time of validation and saving.
+      data_wait: fraction of that time that was spent waiting for the next batch.
     """
 
     seconds_per_step: float
@@ -20,10 +20,10 @@ class Interval(NamedTuple):
 
 
 class StepTimer:
-    """Measures an interval of steps. It is running from its construction on."""
+    """Measures the time of training steps, interval by interval."""
 
     def __init__(self, step: int) -> None:
-        """Starts an interval after the given step."""
+        """Starts the first interval. `step` is the number of steps that are completed already."""
         self._start = time.perf_counter()
         self._first_step = step
         self._waited = 0.0
@@ -41,11 +41,14 @@ class StepTimer:
         self._paused_at = time.perf_counter()
 
     def resume(self) -> None:
-        """Continues after `pause`."""
+        """Ends a pause: time counts again."""
         self._start += time.perf_counter() - self._paused_at
 
     def restart(self, step: int) -> Interval:
-        """Ends the interval after the given step and starts the next one."""
+        """Ends the interval and starts the next one; returns the averages of the ended one.
+
+        `step` is the number of steps that are completed now.
+        """
         now = time.perf_counter()
         elapsed = now - self._start
         interval = Interval(elapsed / (step - self._first_step), self._waited / elapsed)

@@ -1,14 +1,15 @@
-"""The training step and the scoring step: pure functions of a state or parameters and a batch.
+"""The training step and the scoring step: pure functions of a state or variables and a batch.
 
-A training step computes the loss and its gradients, clips them, and applies AdamW. A step whose
-loss or gradients are not finite, or whose gradient norm is a spike, changes nothing but counters.
+A training step computes the loss and its gradients, clips them, and applies AdamW. With a bias
+rule, it also updates the router bias. A step whose loss or gradients are not finite, or whose
+gradient norm is a spike, changes nothing but counters.
 
 Legend: B batch, L predicted tokens, D model dimension, K top-k. A record has L + 1 tokens, written
 L1 in names, because every token except the first is predicted.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,13 @@ from jax.sharding import Mesh
 from modse_jax.config.options import Config
 from modse_jax.errors import UserError
 from modse_jax.model import kernel_selection, transformer
+from modse_jax.model.variables import Params, RouterBias, Variables, router_bias_array
 from modse_jax.moe.router import RouterStatistics
 from modse_jax.runtime import gpu_options, sharding
-from modse_jax.training import losses, optimizer, train_step_cpu
+from modse_jax.training import loss_free_balancing, losses, optimizer, train_step_cpu
 
-Params = dict[str, Any]  # nested, with arrays as leaves
 Batch = dict[str, jax.Array]  # "tokens" and "segments", int32 [B, L + 1]
-ScoreStep = Callable[[Params, Batch], tuple]
+ScoreStep = Callable[[Variables, Batch], tuple]
 
 # XLA's message for a TPU slice that has no ragged all-to-all.
 NO_RAGGED_ALL_TO_ALL = "Ragged all-to-all is currently not supported"
@@ -45,8 +46,9 @@ class State(NamedTuple):
       opt_state: state of the optimizer.
       skipped: int32, number of steps that made no update.
       nonfinite_in_a_row: int32, number of consecutive steps that were not finite, up to now.
-      norms: float32, gradient norms of the last `training.spike_window` steps; NaN for steps that
+      norms: float32, gradient norms of the last `advanced.spike_window` steps; NaN for steps that
         were not finite or have not happened yet.
+      router_bias: the bias of loss-free balancing; {} without `moe.bias_rule`.
     """
 
     step: jax.Array
@@ -55,6 +57,12 @@ class State(NamedTuple):
     skipped: jax.Array
     nonfinite_in_a_row: jax.Array
     norms: jax.Array
+    router_bias: RouterBias
+
+    @property
+    def variables(self) -> Variables:
+        """The arrays that the model computes with."""
+        return Variables(self.params, self.router_bias)
 
 
 class Metrics(NamedTuple):
@@ -64,6 +72,8 @@ class Metrics(NamedTuple):
       loss: cross-entropy without auxiliary losses, nats per predicted token.
       balance_loss: load-balancing loss, without its weight.
       z_loss: router z-loss, without its weight.
+      width_penalty: width penalty, without its weight.
+      vocab_z_loss: z-loss of the vocabulary, without its weight; None if the weight is 0.
       grad_norm: global norm of the gradients before clipping.
       learning_rate: the learning rate of this step.
       targets: number of predicted tokens in the batch.
@@ -71,11 +81,15 @@ class Metrics(NamedTuple):
       nonfinite_in_a_row: as in `State`, after this step.
       fault: index into `FAULTS`.
       statistics: routing statistics, with a leading axis of layers.
+      bias_range: float32 [layers, 2], the smallest and the largest router bias of a layer after
+        this step; None without a bias rule.
     """
 
     loss: jax.Array
     balance_loss: jax.Array
     z_loss: jax.Array
+    width_penalty: jax.Array
+    vocab_z_loss: jax.Array | None
     grad_norm: jax.Array
     learning_rate: jax.Array
     targets: jax.Array
@@ -83,6 +97,7 @@ class Metrics(NamedTuple):
     nonfinite_in_a_row: jax.Array
     fault: jax.Array
     statistics: RouterStatistics
+    bias_range: jax.Array | None
 
 
 TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
@@ -92,27 +107,36 @@ class LossTerms(NamedTuple):
     """The parts of a loss before weighting, and the routing statistics."""
 
     cross_entropy: jax.Array
+    vocab_z_loss: jax.Array | None
     balance_loss: jax.Array
     z_loss: jax.Array
+    width_penalty: jax.Array
     statistics: RouterStatistics
+
+
+class BatchTotals(NamedTuple):
+    """Numbers of tokens of a batch over all micro-batches, float32, at least 1."""
+
+    targets: jax.Array  # predicted tokens
+    routed: jax.Array  # tokens that are not padding
 
 
 class LossFunction(Protocol):
     """Returns the weighted loss of a micro-batch, and its parts."""
 
     def __call__(
-        self, params: Params, batch: Batch, num_targets: jax.Array
+        self, params: Params, router_bias: RouterBias, batch: Batch, totals: BatchTotals
     ) -> tuple[jax.Array, LossTerms]:
-        """`num_targets` counts the predicted tokens of the batch, over all micro-batches."""
+        """`totals` are those of the whole batch. Only `params` is differentiated."""
         ...
 
 
 class Gradients(NamedTuple):
-    """Gradients of a batch, the parts of its loss, and its number of predicted tokens."""
+    """Gradients of a batch, the parts of its loss, and its numbers of tokens."""
 
     grads: Params
     terms: LossTerms
-    num_targets: jax.Array
+    totals: BatchTotals
 
 
 class Targets(NamedTuple):
@@ -142,9 +166,10 @@ def init_state(config: Config, mesh: Mesh | None = None) -> State:
     step = jnp.zeros((), jnp.int32)
     skipped = jnp.zeros((), jnp.int32)
     nonfinite_in_a_row = jnp.zeros((), jnp.int32)
-    norms = jnp.full((config.training.spike_window,), jnp.nan, jnp.float32)
+    norms = jnp.full((config.advanced.spike_window,), jnp.nan, jnp.float32)
     opt_state = optimizer.build_optimizer(config).init(params)
-    return State(step, params, opt_state, skipped, nonfinite_in_a_row, norms)
+    router_bias = loss_free_balancing.init_router_bias(config)
+    return State(step, params, opt_state, skipped, nonfinite_in_a_row, norms, router_bias)
 
 
 def state_shapes(config: Config, mesh: Mesh) -> State:
@@ -241,50 +266,92 @@ def inputs_and_targets(tokens_BL1: jax.Array, segments_BL1: jax.Array) -> Target
 def make_loss(config: Config, mesh: Mesh | None = None) -> LossFunction:
     """Returns the loss function of a micro-batch.
 
-    The cross-entropy is normalized by the number of targets of the batch, and the auxiliary
-    losses are divided by the number of micro-batches. So the losses of all micro-batches add up to
-    the loss of the batch.
+    The losses of all micro-batches add up to the loss of the batch: the cross-entropy is divided by
+    the number of targets of the batch, and the auxiliary losses, which are means over the tokens of
+    a micro-batch, are multiplied by its share of the tokens of the batch.
     """
     graph, _ = transformer.build_abstract_model(config, mesh)
+    is_mean = config.moe.auxiliary_over_layers == "mean"
+    layer_divisor = config.model.num_layers if is_mean else 1
     micro_batches = config.training.gradient_accumulation
 
     def loss_function(
-        params: Params, batch: Batch, num_targets: jax.Array
+        params: Params, router_bias: RouterBias, batch: Batch, totals: BatchTotals
     ) -> tuple[jax.Array, LossTerms]:
         split = inputs_and_targets(batch["tokens"], batch["segments"])
         model = nnx.merge(graph, params)
-        x_BLD, out = model.hidden(split.inputs_BL, split.segments_BL)
-        cross_entropy = losses.cross_entropy(
-            x_BLD,
-            model.head_weight(),
-            split.targets_BL,
-            split.weights_BL / num_targets,
-            config.training.loss_chunk,
-            mesh,
+        x_BLD, out = model.hidden(
+            split.inputs_BL, split.segments_BL, router_bias_LE=router_bias_array(router_bias)
         )
-        balance_loss = out.balance_loss / micro_batches
-        z_loss = out.z_loss / micro_batches
+        vocabulary = _vocabulary_losses(
+            config, mesh, x_BLD, model.head_weight(), split, totals.targets
+        )
+        share = _count_tokens(split) / totals.routed if micro_batches > 1 else 1.0
+        balance_loss = out.balance_loss * share / layer_divisor
+        z_loss = out.z_loss * share / layer_divisor
+        width_penalty = out.width_penalty * share / layer_divisor
         total = (
-            cross_entropy
+            vocabulary.total
             + config.moe.balance_loss_weight * balance_loss
             + config.moe.z_loss_weight * z_loss
         )
-        return total, LossTerms(cross_entropy, balance_loss, z_loss, out.statistics)
+        if config.moe.width_penalty_weight:
+            total += config.moe.width_penalty_weight * width_penalty
+        terms = LossTerms(
+            cross_entropy=vocabulary.cross_entropy,
+            vocab_z_loss=vocabulary.z_loss,
+            balance_loss=balance_loss,
+            z_loss=z_loss,
+            width_penalty=width_penalty,
+            statistics=out.statistics,
+        )
+        return total, terms
 
     return loss_function
 
 
+def _vocabulary_losses(
+    config: Config,
+    mesh: Mesh | None,
+    x_BLD: jax.Array,
+    head_DV: jax.Array,
+    split: Targets,
+    num_targets: jax.Array,
+) -> losses.VocabularyLosses:
+    """Returns the cross-entropy and, if it has a weight, the z-loss of the vocabulary."""
+    inputs = (x_BLD, head_DV, split.targets_BL, split.weights_BL / num_targets)
+    chunk = config.advanced.loss_chunk
+    z_loss_weight = config.training.vocab_z_loss_weight
+    if z_loss_weight:
+        return losses.vocabulary_losses(*inputs, chunk, mesh, z_loss_weight)
+    cross_entropy = losses.cross_entropy(*inputs, chunk, mesh)
+    return losses.VocabularyLosses(cross_entropy, cross_entropy, None)
+
+
+def _count_tokens(split: Targets) -> jax.Array:
+    """Returns the number of input tokens that are not padding, float32."""
+    return jnp.sum(split.segments_BL > 0, dtype=jnp.int32).astype(jnp.float32)
+
+
 def compute_gradients(
-    loss_function: LossFunction, params: Params, batch: Batch, micro_batches: int
+    loss_function: LossFunction,
+    params: Params,
+    router_bias: RouterBias,
+    batch: Batch,
+    micro_batches: int,
 ) -> Gradients:
     """Computes gradients, summed over micro-batches.
 
-    The result equals that of one large batch, except for the load-balancing loss: it is the mean
-    over micro-batches of the loss within each.
+    The result equals that of one large batch, except for the load-balancing loss and the width
+    penalty, which are not linear in the batch: they are means over micro-batches, weighted by their
+    numbers of tokens.
     """
     value_and_grad = jax.value_and_grad(loss_function, has_aux=True)
-    weights_BL = inputs_and_targets(batch["tokens"], batch["segments"]).weights_BL
-    num_targets = jnp.maximum(jnp.sum(weights_BL), 1)
+    split = inputs_and_targets(batch["tokens"], batch["segments"])
+    totals = BatchTotals(
+        targets=jnp.maximum(jnp.sum(split.weights_BL), 1),
+        routed=jnp.maximum(_count_tokens(split), 1),
+    )
     # Consecutive rows belong to different micro-batches, so that every device has rows of each
     # micro-batch.
     pieces = jax.tree.map(
@@ -292,18 +359,18 @@ def compute_gradients(
     )
     first_piece = jax.tree.map(lambda a: a[0], pieces)
     if micro_batches == 1:
-        (_, terms), grads = value_and_grad(params, first_piece, num_targets)
-        return Gradients(grads, terms, num_targets)
+        (_, terms), grads = value_and_grad(params, router_bias, first_piece, totals)
+        return Gradients(grads, terms, totals)
 
     def accumulate(sums: tuple[Params, LossTerms], piece: Batch) -> tuple[tuple, None]:
-        (_, terms), grads = value_and_grad(params, piece, num_targets)
+        (_, terms), grads = value_and_grad(params, router_bias, piece, totals)
         return jax.tree.map(jnp.add, sums, (grads, terms)), None
 
-    shapes = jax.eval_shape(lambda: value_and_grad(params, first_piece, num_targets))
+    shapes = jax.eval_shape(lambda: value_and_grad(params, router_bias, first_piece, totals))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     (_, zero_terms), zero_grads = zeros
     (grads, terms), _ = jax.lax.scan(accumulate, (zero_grads, zero_terms), pieces)
-    return Gradients(grads, terms, num_targets)
+    return Gradients(grads, terms, totals)
 
 
 # ---- training step ---------------------------------------------------------------------------
@@ -315,37 +382,46 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
     rule = optimizer.build_optimizer(config)
     schedule = optimizer.learning_rate(config)
     update = select_update(mesh)
+    update_router_bias = loss_free_balancing.make_update(config)
     micro_batches = config.training.gradient_accumulation
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
-        grads, terms, num_targets = compute_gradients(
-            loss_function, state.params, batch, micro_batches
+        grads, terms, totals = compute_gradients(
+            loss_function, state.params, state.router_bias, batch, micro_batches
         )
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(terms.cross_entropy) & jnp.isfinite(grad_norm)
         spike = finite & is_spike(grad_norm, state.norms, config.training.spike_factor)
         clip_factor = jnp.minimum(1, config.optimizer.grad_clip / grad_norm)
-        params, opt_state = update(
-            rule, grads, clip_factor, state.params, state.opt_state, finite & ~spike
+        is_good = finite & ~spike
+        params, opt_state = update(rule, grads, clip_factor, state.params, state.opt_state, is_good)
+        # The schedules count updates, so they do not advance in a skipped step.
+        updates = state.step - state.skipped
+        router_bias = update_router_bias(
+            state.router_bias, terms.statistics.counts_KE, updates, is_good
         )
         skipped = state.skipped + (~finite | spike)
         nonfinite_in_a_row = jnp.where(finite, 0, state.nonfinite_in_a_row + 1)
         # The norm of a spike is recorded, so that a norm that stays high becomes the usual one.
         slot = state.step % state.norms.size
         norms = state.norms.at[slot].set(jnp.where(finite, grad_norm, jnp.nan))
-        new_state = State(state.step + 1, params, opt_state, skipped, nonfinite_in_a_row, norms)
+        new_state = State(
+            state.step + 1, params, opt_state, skipped, nonfinite_in_a_row, norms, router_bias
+        )
         metrics = Metrics(
             loss=terms.cross_entropy,
             balance_loss=terms.balance_loss,
             z_loss=terms.z_loss,
+            width_penalty=terms.width_penalty,
+            vocab_z_loss=terms.vocab_z_loss,
             grad_norm=grad_norm,
-            # The optimizer's own counter does not advance in a skipped step.
-            learning_rate=schedule(state.step - state.skipped),
-            targets=num_targets,
+            learning_rate=schedule(updates),
+            targets=totals.targets,
             skipped=skipped,
             nonfinite_in_a_row=nonfinite_in_a_row,
             fault=jnp.where(finite, spike.astype(jnp.int32) * FAULT_SPIKE, FAULT_NOT_FINITE),
             statistics=terms.statistics,
+            bias_range=loss_free_balancing.range_by_layer(router_bias),
         )
         return new_state, metrics
 
@@ -417,10 +493,11 @@ def jitted_score_step(config: Config, mesh: Mesh, trace: bool = False) -> ScoreS
 
 
 def make_score_step(config: Config, mesh: Mesh | None = None, trace: bool = False) -> ScoreStep:
-    """Returns score(params, batch), which evaluates the model without dropping tokens.
+    """Returns score(variables, batch), which evaluates the model.
 
     Args:
-      config: the config. Its capacity factor is ignored.
+      config: the config. Tokens are dropped according to `evaluation.capacity_factor`, whatever
+        `moe.capacity_factor` is.
       mesh: the mesh.
       trace: also return each token's routing.
 
@@ -430,12 +507,14 @@ def make_score_step(config: Config, mesh: Mesh | None = None, trace: bool = Fals
     """
     graph, _ = transformer.build_abstract_model(kernel_selection.for_evaluation(config), mesh)
 
-    def score(params: Params, batch: Batch) -> tuple:
+    def score(variables: Variables, batch: Batch) -> tuple:
         split = inputs_and_targets(batch["tokens"], batch["segments"])
-        model = nnx.merge(graph, params)
-        x_BLD, out = model.hidden(split.inputs_BL, split.segments_BL, trace)
+        model = nnx.merge(graph, variables.params)
+        x_BLD, out = model.hidden(
+            split.inputs_BL, split.segments_BL, trace, variables.router_bias_LE
+        )
         nll_BL = losses.nll(
-            x_BLD, model.head_weight(), split.targets_BL, config.training.loss_chunk, mesh
+            x_BLD, model.head_weight(), split.targets_BL, config.advanced.loss_chunk, mesh
         )
         scores = (nll_BL, split.weights_BL, out.statistics)
         if not trace:

@@ -22,10 +22,11 @@ def apply_update_in_place(
     opt_state: optax.OptState,
     is_good: jax.Array,
 ) -> tuple[dict[str, Any], optax.OptState]:
-    """Applies an optimizer update, unless the step is bad; see `train_step.apply_update`.
+    """Applies an optimizer update if `is_good` is True; see `train_step.apply_update`.
 
-    Gradients and moments are multiplied by 1, computed from the number of the iteration. Otherwise
-    XLA would find them to be the same in every iteration and compute them before the loop.
+    Inside the loops, gradients and moments are multiplied by a 1 that is computed from the number
+    of the iteration. Otherwise XLA would find that they are the same in every iteration, and do the
+    work before the loop.
     """
 
     def scaled_update(params: Any, opt_state: Any, scale: jax.Array) -> tuple[Any, Any]:

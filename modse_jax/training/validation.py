@@ -1,19 +1,22 @@
 """Validation: the loss, bits per byte and routing statistics of the validation records.
 
-The results do not depend on the batch size.
+The results do not depend on the batch size, unless experts have a capacity
+(`evaluation.capacity_factor`).
 
 Legend: B batch, L predicted tokens.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from modse_jax.data.prepared_data import Dataset
+from modse_jax.model.variables import Variables
 from modse_jax.moe.router import RouterStatistics
+from modse_jax.training.train_step import ScoreStep
 
 
 class Scored(NamedTuple):
@@ -41,7 +44,7 @@ class Scored(NamedTuple):
 
 
 def run(
-    score: Callable, params: Any, batches: Iterable[dict], dataset: Dataset, whole: bool
+    score: ScoreStep, variables: Variables, batches: Iterable[dict], dataset: Dataset, whole: bool
 ) -> Scored:
     """Scores validation batches.
 
@@ -49,7 +52,7 @@ def run(
 
     Args:
       score: a jitted function from `train_step.make_score_step`.
-      params: parameters of the model.
+      variables: the arrays of the model.
       batches: sharded batches.
       dataset: the dataset of the batches.
       whole: the batches are the complete validation split, so that the number of its bytes is
@@ -59,7 +62,7 @@ def run(
     tokens = 0
     total = None
     for batch in batches:
-        nll_BL, weights_BL, statistics = jax.device_get(score(params, batch))
+        nll_BL, weights_BL, statistics = jax.device_get(score(variables, batch))
         nats += float(np.sum(np.where(weights_BL > 0, nll_BL, 0), dtype=np.float64))
         tokens += int(weights_BL.sum())
         statistics = jax.tree.map(_widen, statistics)

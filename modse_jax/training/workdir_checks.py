@@ -20,8 +20,8 @@ from modse_jax.runtime import processes
 from modse_jax.runtime.lock import Lock
 from modse_jax.training.checkpointing import QUARANTINE
 
-# Entries that a run may leave if it is killed before it writes config.json. Only config.json marks
-# a directory as the workdir of a run.
+# Entries that a run may leave if it is killed before it writes config.json. A directory with
+# nothing else counts as empty, because only config.json marks a directory as that of a run.
 BEFORE_CONFIG = {
     "data",
     "data.partial",
@@ -99,7 +99,8 @@ def _check_saved_config(workdir: pathlib.Path, config: Config) -> None:
             f"{path} is not a config of this version ({error}); use another --workdir"
         ) from None
     allowed = RESUMABLE
-    # On another mesh, another set of tokens would be dropped or balanced together.
+    # With a capacity, or a load-balancing loss per device, the result depends on which tokens are
+    # on the same device, so the mesh must not change.
     depends_on_mesh = config.moe.capacity_factor or config.moe.balance_loss_scope == "device"
     if not depends_on_mesh:
         allowed = RESUMABLE + RESUMABLE_ANY_MESH

@@ -30,7 +30,7 @@ def test_batches_are_a_function_of_seed_and_step(prepared):
     for start in (1, per_epoch, per_epoch + 2):
         resumed = read_tokens(data, config, start, 2)
         np.testing.assert_array_equal(resumed, straight[start : start + 2])
-    other_seed = tiny_config(model=dict(vocab_size=400), training=dict(seed=1))
+    other_seed = tiny_config(model=dict(vocab_size=400), data=dict(shuffle_seed=1))
     assert not np.array_equal(straight[0], read_tokens(data, other_seed, 0, 1)[0])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from modse_jax.config.options import (
+    AdvancedConfig,
     Config,
     DataConfig,
     EvaluationConfig,
@@ -20,9 +21,7 @@ def tiny_config(**sections) -> Config:
     because it compiles fastest; tests of `blocked` select it.
     """
     base = dict(
-        model=ModelConfig(
-            dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300, unroll=1
-        ),
+        model=ModelConfig(dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300),
         moe=MoEConfig(
             num_experts=4,
             top_k=2,
@@ -30,15 +29,12 @@ def tiny_config(**sections) -> Config:
             widths=(20, 4, 12, 12),
             pairs=True,
             backend="reference",
-            block_rows=8,
-            tail_rows=8,
         ),
         data=DataConfig(tokenizer="bytes", sequence_length=32),
-        training=TrainingConfig(
-            batch_size=8, steps=6, log_every=2, checkpoint_every=3, loss_chunk=64
-        ),
+        training=TrainingConfig(batch_size=8, steps=6, log_every=2, checkpoint_every=3),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
         evaluation=EvaluationConfig(batch_size=8, sample_tokens=4),
+        advanced=AdvancedConfig(unroll=1, block_rows=8, tail_rows=8, loss_chunk=64),
     )
     seed = sections.pop("seed", 0)
     return Config(

@@ -29,7 +29,7 @@ class ExpertInputs(NamedTuple):
 
 
 def place_on_one_shard(widths: Sequence[int]) -> expert_placement.Placement:
-    return expert_placement.place_experts(widths, 1, "pairs")
+    return expert_placement.place_experts(widths, 1, "whole")
 
 
 def make_inputs(

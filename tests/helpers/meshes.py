@@ -11,32 +11,32 @@ from modse_jax.training import train_step
 from tests.helpers.configs import tiny_config
 
 MESHES = {  # (data, fsdp, expert), placement
-    "8 data": ((8, 1, 1), "pairs"),
-    "8 fsdp": ((1, 8, 1), "pairs"),
-    "2 data x 4 expert": ((2, 1, 4), "pairs"),
-    "2 x 2 x 2": ((2, 2, 2), "pairs"),
-    "8 expert, columns": ((1, 1, 8), "columns"),
-    "2 data x 4 expert, rows sent": ((2, 1, 4), "pairs", "all_to_all"),
+    "8 data": ((8, 1, 1), "whole"),
+    "8 fsdp": ((1, 8, 1), "whole"),
+    "2 data x 4 expert": ((2, 1, 4), "whole"),
+    "2 x 2 x 2": ((2, 2, 2), "whole"),
+    "8 expert, split": ((1, 1, 8), "split"),
+    "2 data x 4 expert, rows sent": ((2, 1, 4), "whole", "all_to_all"),
 }
 
 
 WIDTHS = (16, 32, 8, 16, 16, 16, 8, 16)  # placed by search; not as many experts on every shard
 
 
-def config_on(sizes=(1, 1, 1), placement="pairs", exchange="auto", **moe):
+def config_on(sizes=(1, 1, 1), placement="whole", exchange="auto", **moe):
     config = tiny_config(
-        training=dict(batch_size=16, loss_chunk=16),
+        training=dict(batch_size=16),
+        advanced=dict(loss_chunk=16, saved_activations=1.25 if sizes == (2, 1, 4) else 0.0),
         moe=dict(
             dict(
                 num_experts=8,
                 widths=WIDTHS,
                 pairs=False,
                 backend="blocked",
-                gate_term="learned",
+                router_noise="learned",
                 z_loss_weight=0.01,
                 placement=placement,
                 exchange=exchange,
-                saved_activations=1.25 if sizes == (2, 1, 4) else 0.0,
             ),
             **moe,
         ),

@@ -39,7 +39,7 @@ def layer(x_TD, w, widths, top_k, gate, eps=1e-5, valid_T=None, count="top_k"):
         p = softmax(logits)
         chosen = np.argsort(-logits, kind="stable")[:top_k]
         gates = softmax(logits[chosen]) if gate == "top_k_softmax" else p[chosen]
-        if gate == "softmax_top_k_renormalised":
+        if gate == "softmax_top_k_renormalized":
             gates = gates / gates.sum()
         for e, g in zip(chosen, gates):
             y[t] += g * expert(x_TD[t], w, firsts[e], widths[e])

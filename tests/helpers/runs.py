@@ -17,12 +17,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 # Options that make a run small enough for a test.
 OVERRIDES = dict(
-    model=dict(dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300, unroll=1),
+    model=dict(dim=16, num_layers=2, num_heads=2, context_length=64, vocab_size=300),
     moe=dict(width=12, widths="(20,4,12,12)", num_experts=4, backend="reference"),
     data=dict(tokenizer="bytes", sequence_length=32),
     training=dict(batch_size=8, steps=6, log_every=2, checkpoint_every=3),
     optimizer=dict(warmup_steps=2),
     evaluation=dict(batch_size=8, sample_tokens=4),
+    advanced=dict(unroll=1),
 )
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from modse_jax.errors import UserError
+from modse_jax.model import cpu_matmul
 from modse_jax.model.attention import (
     blocked,
-    cpu_matmul,
     cudnn_attention,
     masks,
     reference,

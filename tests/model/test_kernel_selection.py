@@ -12,11 +12,18 @@ from modse_jax.runtime import sharding
 from tests.helpers.configs import tiny_config
 
 
-def test_evaluation_is_dropless():
+def test_evaluation_has_a_capacity_of_its_own_and_generation_has_none():
     config = tiny_config()
     with_capacity = tiny_config(moe=dict(capacity_factor=0.5))
     expected = dataclasses.replace(with_capacity, moe=config.moe)
     assert kernel_selection.for_evaluation(with_capacity) == expected
+    with_both = tiny_config(moe=dict(exchange="all_to_all"), evaluation=dict(capacity_factor=1.5))
+    evaluation = kernel_selection.for_evaluation(with_both).moe
+    assert evaluation.capacity_factor == 1.5
+    assert evaluation.exchange == "gather"
+    generation = kernel_selection.for_generation(with_both).moe
+    assert generation.capacity_factor == 0
+    assert generation.exchange == "all_to_all"
 
 
 def test_cudnn_attention_is_checked_before_training_and_evaluation(monkeypatch):

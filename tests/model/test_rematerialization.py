@@ -45,7 +45,7 @@ def test_unrolled_recomputation_is_separated_from_the_forward_pass_by_barriers()
 
     def count_barriers(remat, unroll):
         gradient, params = gradient_of(
-            tiny_config(model=dict(remat=remat, unroll=unroll, num_layers=3))
+            tiny_config(model=dict(remat=remat, num_layers=3), advanced=dict(unroll=unroll))
         )
         lowered = jax.jit(gradient).lower(params, jnp.ones((2, 8), jnp.int32))
         return lowered.as_text().count("optimization_barrier")
@@ -60,9 +60,8 @@ def test_remat_and_scanned_long_sequences_reduce_memory():
     def memory(remat, length=64, unroll=0):
         gradient, params = gradient_of(
             tiny_config(
-                model=dict(
-                    remat=remat, num_layers=4, unroll=unroll, vocab_size=32, context_length=2048
-                )
+                model=dict(remat=remat, num_layers=4, vocab_size=32, context_length=2048),
+                advanced=dict(unroll=unroll),
             )
         )
         tokens = jax.ShapeDtypeStruct((2048 // length, length), jnp.int32)

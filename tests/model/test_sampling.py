@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from modse_jax.model import sampling, transformer
+from modse_jax.model.variables import Variables
 from tests.helpers.configs import tiny_config
 from tests.helpers.models import build_forward, random_tokens
 
@@ -18,7 +19,15 @@ def generate(graph, params, prompts, max_new_tokens, settings, pad_id, eos_id) -
     """Returns all new tokens of every prompt."""
     rows = [[] for _ in prompts]
     for pieces in sampling.stream(
-        graph, params, prompts, max_new_tokens, settings, KEY, pad_id, eos_id, chunk=4
+        graph,
+        Variables(params, {}),
+        prompts,
+        max_new_tokens,
+        settings,
+        KEY,
+        pad_id,
+        eos_id,
+        chunk=4,
     ):
         rows = [row + piece for row, piece in zip(rows, pieces)]
     return rows
@@ -43,7 +52,7 @@ def generate_without_cache(forward, params, prompt, max_new_tokens, eos_id) -> l
     [
         dict(moe=dict(backend="blocked")),
         dict(model=dict(num_kv_heads=1, tie_embeddings=True)),
-        dict(moe=dict(gate_term="learned", gate="softmax_top_k")),
+        dict(moe=dict(router_noise="learned", gate="softmax_top_k")),
     ],
 )
 def test_decoding_through_the_cache_equals_the_full_forward_pass(options):

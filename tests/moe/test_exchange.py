@@ -92,6 +92,6 @@ def test_gradients_are_sent_back_to_their_source():
 
 
 def test_all_to_all_requires_complete_experts_without_capacity():
-    for changes in (dict(placement="columns"), dict(capacity_factor=1.0)):
+    for changes in (dict(placement="split"), dict(capacity_factor=1.0)):
         with pytest.raises(UserError, match="moe.exchange=all_to_all needs whole experts"):
             tiny_config(moe=dict(exchange="all_to_all", **changes))

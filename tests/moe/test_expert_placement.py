@@ -19,7 +19,7 @@ PAPER = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, 1536)
 def test_offsets_and_size_classes_cover_the_flat_axis_once() -> None:
     widths = (5, 2, 5, 7, 2)
     assert expert_widths.offsets(widths) == (0, 5, 7, 12, 19)
-    placement = expert_placement.place_experts(widths, 1, "pairs")
+    placement = expert_placement.place_experts(widths, 1, "whole")
     classes = expert_placement.size_classes(placement)
     assert [size_class.width for size_class in classes] == [7, 5, 2]
     covered: list[int] = []
@@ -33,7 +33,7 @@ def test_offsets_and_size_classes_cover_the_flat_axis_once() -> None:
 
 
 def test_pairs_are_placed_on_shards_in_order() -> None:
-    placement = expert_placement.place_experts(PAPER, 4, "pairs")
+    placement = expert_placement.place_experts(PAPER, 4, "whole")
     assert placement.experts == ((0, 1), (2, 3), (4, 5), (6, 7)) and placement.num_experts == 8
     assert placement.widths == ((6912, 768), (6144, 1536), (4608, 3072), (3840, 3840))
     assert expert_placement.hidden_unit_order(PAPER, placement) == list(range(sum(PAPER)))
@@ -43,12 +43,12 @@ def test_pairs_are_placed_on_shards_in_order() -> None:
         ((0,), (2,), (2,), (2,)),
         ((0,), (0,), (0,), (0,)),
     )  # slot 2 has no rows
-    assert expert_placement.place_experts(PAPER, 2, "pairs").experts == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert expert_placement.place_experts(PAPER, 2, "whole").experts == ((0, 1, 2, 3), (4, 5, 6, 7))
 
 
 def test_experts_that_are_not_in_pairs_are_balanced_by_search() -> None:
     widths = (7, 7, 3, 3, 5, 5, 1, 9)
-    placement = expert_placement.place_experts(widths, 4, "pairs")
+    placement = expert_placement.place_experts(widths, 4, "whole")
     assert [sum(w) for w in placement.widths] == [10] * 4
     assert sorted(e for g in placement.experts for e in g) == list(range(8))
     order = expert_placement.hidden_unit_order(widths, placement)
@@ -59,14 +59,14 @@ def test_a_thousand_experts_in_random_order_are_balanced() -> None:
     rng = random.Random(1)
     pairs = [w for _ in range(512) for w in (9, 1)]
     rng.shuffle(pairs)
-    assert {sum(w) for w in expert_placement.place_experts(pairs, 512, "pairs").widths} == {10}
+    assert {sum(w) for w in expert_placement.place_experts(pairs, 512, "whole").widths} == {10}
     threes = [w for _ in range(16) for w in (50, 30, 20)] + [60, 25, 15] * 8
     rng.shuffle(threes)
-    assert {sum(w) for w in expert_placement.place_experts(threes, 24, "pairs").widths} == {100}
+    assert {sum(w) for w in expert_placement.place_experts(threes, 24, "whole").widths} == {100}
 
 
 def test_columns_give_every_shard_a_slice_of_every_expert() -> None:
-    placement = expert_placement.place_experts((6, 2, 4), 2, "columns")
+    placement = expert_placement.place_experts((6, 2, 4), 2, "split")
     order = [0, 1, 2, 6, 8, 9, 3, 4, 5, 7, 10, 11]
     assert placement.experts == ((0, 1, 2),) * 2 and placement.widths == ((3, 1, 2),) * 2
     assert expert_placement.hidden_unit_order((6, 2, 4), placement) == order
@@ -78,14 +78,14 @@ def test_columns_give_every_shard_a_slice_of_every_expert() -> None:
         (
             PAPER,
             8,
-            "pairs",
+            "whole",
             r"no way was found .* on 8 shards with equally many .*; numbers .* be: 1, 2, 4; or set",
         ),
-        (PAPER, 3, "pairs", "numbers of shards that can be: 1, 2, 4"),
+        (PAPER, 3, "whole", "numbers of shards that can be: 1, 2, 4"),
         (
             (6, 4, 2),
             4,
-            "columns",
+            "split",
             r"widths \[2, 6\] are not divisible by 4 shards; numbers .* be: 1, 2",
         ),
     ],

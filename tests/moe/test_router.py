@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from modse_jax.model import transformer
+from modse_jax.model import block
 from modse_jax.moe import router
-from modse_jax.moe.layer_options import GATE_TERMS, GATES, RouterOptions
+from modse_jax.moe.layer_options import GATES, ROUTER_NOISES, RouterOptions
 from tests.helpers import numpy_reference
 from tests.helpers.configs import tiny_config
 
@@ -20,15 +20,15 @@ WIDTHS = (20, 4, 12, 12)
 def make_layer(rng, **moe):
     """Returns (config, float64 weights, jitted function of (weights, x, valid))."""
     config = tiny_config(moe=moe)
-    graph, state = nnx.split(transformer.build_moe_layer(config, None, nnx.Rngs(0)))
+    graph, state = nnx.split(block.build_moe_layer(config, None, nnx.Rngs(0)))
     weights = nnx.to_pure_dict(state)
     weights = {k: rng.normal(size=v.shape) / 2 for k, v in weights.items()}
 
     @jax.jit
     def apply(weights, x_TD, valid_T):
         weights = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), weights)
-        y, balance, z, statistics = nnx.merge(graph, weights)(x_TD[None], valid_T[None])
-        return y[0], balance, z, statistics
+        out = nnx.merge(graph, weights)(x_TD[None], valid_T[None])
+        return out.y_BLD[0], out.balance_loss, out.z_loss, out.statistics
 
     return config, weights, apply
 
@@ -36,7 +36,7 @@ def make_layer(rng, **moe):
 @pytest.mark.parametrize(
     "gate, term, top_k, count, backend",
     [
-        *((gate, term, 2, "top_k", "reference") for gate in GATES for term in GATE_TERMS),
+        *((gate, term, 2, "top_k", "reference") for gate in GATES for term in ROUTER_NOISES),
         *(("softmax_top_k", "none", top_k, "top_k", "reference") for top_k in (1, 4)),
         *(("top_k_softmax", "learned", top_k, "argmax", "blocked") for top_k in (1, 2, 4)),
     ],
@@ -44,7 +44,7 @@ def make_layer(rng, **moe):
 def test_layer_equals_the_numpy_loop(gate, term, top_k, count, backend):
     rng = np.random.default_rng(3)
     config, weights, apply = make_layer(
-        rng, gate=gate, gate_term=term, top_k=top_k, balance_loss_count=count, backend=backend
+        rng, gate=gate, router_noise=term, top_k=top_k, balance_loss_count=count, backend=backend
     )
     x, dy = rng.normal(size=(2, 29, 16))
     valid = rng.random(29) < 0.8
@@ -80,11 +80,11 @@ def test_layer_equals_the_numpy_loop(gate, term, top_k, count, backend):
         assert abs(got - expected) <= 2e-5 * max(norm, 1), name
 
 
-def test_renormalised_softmax_is_the_papers_gate():
+def test_renormalized_softmax_is_the_papers_gate():
     logits = jax.random.normal(jax.random.key(0), (50, 8))
     a, b = (
         router.compute_gates(logits, 3, g, "cpu")[0]
-        for g in ("top_k_softmax", "softmax_top_k_renormalised")
+        for g in ("top_k_softmax", "softmax_top_k_renormalized")
     )
     np.testing.assert_allclose(a, b, atol=1e-6)
     assert (

@@ -60,7 +60,8 @@ def config():
             exchange="all_to_all",
         ),
         data=dict(sequence_length=LENGTH),
-        training=dict(batch_size=BATCH, loss_chunk=512),
+        training=dict(batch_size=BATCH),
+        advanced=dict(loss_chunk=512),
     )
     return dataclasses.replace(base, mesh=options.MeshConfig(DATA, 1, EXPERT))
 

@@ -58,7 +58,7 @@ def test_kernels_compile_forward_and_backward(chip, dim, dtype, rows):
     on_device = jax.sharding.SingleDeviceSharding(device)
     assert sharding.chip_name(jax.sharding.Mesh([device], "x")) == chip
     widths = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, dim)
-    placement = expert_placement.place_experts(widths, 1, "pairs")
+    placement = expert_placement.place_experts(widths, 1, "whole")
     hidden = sum(widths)
     tiles = pallas_tpu.tiles_for(widths, dim, chip, dtype)
 

@@ -241,7 +241,7 @@ def test_old_step_with_a_flipped_bit_does_not_count_as_kept(copy, state):
 
 
 def test_spikes_change_nothing_and_nonfinite_norms_are_not_in_the_median():
-    config = tiny_config(training=dict(spike_factor=3.0, spike_window=8))
+    config = tiny_config(training=dict(spike_factor=3.0), advanced=dict(spike_window=8))
     step, state = jax.jit(train_step.make_train_step(config)), initial_state(config)
     b = batch(config)
     for _ in range(4):
@@ -292,7 +292,9 @@ def test_replayed_step_is_compared_bit_by_bit():
 
 def test_rewind_happens_once_and_its_skipped_data_stays_skipped(corpus, tmp_path, capsys):
     config = config_for(
-        corpus, training=dict(steps=8, checkpoint_every=2, log_every=1, replay_check=3)
+        corpus,
+        training=dict(steps=8, checkpoint_every=2, log_every=1),
+        advanced=dict(replay_check=3),
     )
     workdir = tmp_path / "run"
     first = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=6))

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import pytest
 
-from modse_jax.config import device_mesh
+from modse_jax.config import device_mesh, loading
 from modse_jax.config.options import CheckpointConfig, Config, MeshConfig, fields
 from modse_jax.data import batching, data_card, training_data
 from modse_jax.errors import ExitCode, UserError
@@ -159,6 +159,8 @@ def test_every_option_is_read_by_a_run(finished):
         "moe.width",
         "moe.widths",
         "moe.pairs",
+        # training/loss_free_balancing.py, with a bias rule:
+        "moe.bias_recenter",
         # moe/layer.py, if the experts are sharded:
         "moe.exchange",
     }
@@ -189,7 +191,7 @@ def test_run_leaves_metrics_routing_config_environment_and_checkpoints(finished)
     (validation_row,) = read_rows(workdir, "validation")
     assert {"loss", "bits_per_byte"} <= set(validation_row)
     saved_config = json.loads((workdir / "config.json").read_text())
-    assert saved_config == json.loads(json.dumps(dataclasses.asdict(config)))
+    assert saved_config == json.loads(json.dumps(loading.to_saved(config)))
     environment = json.loads((workdir / "environment.json").read_text())
     assert {"versions", "devices", "git_commit", "command"} <= set(environment)
     assert list((workdir / "tensorboard").glob("events*"))
@@ -242,7 +244,7 @@ def test_run_resumes_on_another_mesh(finished, tmp_path, capsys):
     """From 8 devices with replicated parameters to sharded hidden units of every expert."""
     workdir = tmp_path / "run"
     shutil.copytree(finished.workdir, workdir)
-    config = change(finished.config, "moe", placement="columns")
+    config = change(finished.config, "moe", placement="split")
     config = change(config, "training", steps=8)
     config = dataclasses.replace(config, mesh=MeshConfig(1, 2, 2))
     assert loop.train(config, str(workdir)) == ExitCode.FINISHED
@@ -276,6 +278,19 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished):
         for name in ("loss", "bits_per_byte"):
             assert result["loss"][name] == pytest.approx(logged[name], rel=1e-6)
     assert counts[1:] == counts[:-1]
+
+
+def test_evaluation_with_a_capacity_counts_dropped_tokens(finished):
+    model = model_loading.load_model(finished.workdir, 0, 8)
+    config = change(model.config, "evaluation", capacity_factor=0.25)
+    validated = scoring.validate(model._replace(config=config), 8, 8)
+    dropped = [layer["dropped"] for layer in validated.routing]
+    assert min(dropped) > 0
+    assert validated.loss["dropped"] == sum(dropped)
+    text = scoring.format_results({"step": 6, "limit": 8, "loss": validated.loss})
+    assert f"tokens, {sum(dropped)} dropped" in text
+    line = metrics.validation_line(6, 6, validated.loss)
+    assert line.endswith(f"dropped {sum(dropped)}")
 
 
 def test_samples_report_and_summary(finished):
@@ -328,7 +343,7 @@ def test_checkpoints_of_another_shape_or_type_are_refused(finished):
     message = r"checkpoint 6 does not fit the model: step is \[\[\], 'int32'\] in the"
     with pytest.raises(UserError, match=message):
         checkpoints.restore(6, other_type)
-    larger = change(config, "moe", gate_term="learned")
+    larger = change(config, "moe", router_noise="learned")
     more_arrays = jax.eval_shape(lambda: train_step.init_state(larger))
     with pytest.raises(UserError, match="arrays, but the model has"):
         checkpoints.restore(6, more_arrays)
@@ -336,7 +351,7 @@ def test_checkpoints_of_another_shape_or_type_are_refused(finished):
 
 
 def test_diverging_run_stops_with_its_last_good_checkpoint(corpus, tmp_path, monkeypatch):
-    config = config_for(corpus, training=dict(max_nonfinite_steps=2, steps=12))
+    config = config_for(corpus, training=dict(steps=12), advanced=dict(max_nonfinite_steps=2))
     make_train_step = train_step.make_train_step
 
     def make_poisoned_step(config, mesh):
@@ -460,7 +475,7 @@ def trace_all_tokens(run: model_loading.LoadedModel) -> np.ndarray:
     (dataset,) = run.data.datasets
     ids_by_batch = []
     for batch in batching.validation_batches(dataset, 8, run.config.model.vocab_size):
-        *_, ids_YBLK = score(run.params, sharding.shard_batch(run.mesh, batch, 8))
+        *_, ids_YBLK = score(run.variables, sharding.shard_batch(run.mesh, batch, 8))
         is_token_BL = batch["segments"][:, :-1] > 0
         ids_by_batch.append(np.asarray(ids_YBLK)[:, is_token_BL])
     return np.concatenate(ids_by_batch, axis=1)

@@ -16,7 +16,13 @@ from modse_jax.config.options import Config, MeshConfig
 from modse_jax.errors import UserError
 from modse_jax.model import accounting
 from modse_jax.runtime import sharding
-from modse_jax.training import metrics, optimizer, train_step, train_step_cpu
+from modse_jax.training import (
+    auxiliary_losses,
+    metrics,
+    optimizer,
+    train_step,
+    train_step_cpu,
+)
 from tests.helpers.configs import tiny_config
 from tests.helpers.steps import assert_close, batch, initial_state
 
@@ -75,13 +81,16 @@ def test_realized_flops_count_only_routed_tokens(capacity):
     config = tiny_config(moe=dict(widths=(), pairs=False, capacity_factor=capacity))
     _, results = run_one_step(config)
     row = metrics.train_row(config, 1, results, 2.0, 1.0, 1e9)
-    dropped = int(results.statistics.dropped.sum())
+    dropped = int(results.statistics.dropped_P.sum())
     assert (dropped > 0) == (capacity > 0)
+    assert row.get("dropped", 0) == dropped
+    assert ("dropped" in row) == (capacity > 0)
     assert row["mfu_realised"] < row["mfu_nominal"]
     layers_times_k = 4
     routed = 249 * layers_times_k - dropped
-    mean_width = 12 * routed / (256 * layers_times_k)
-    flops = 256 * accounting.train_flops_per_token(config, 32, mean_width)
+    saved_rows = 256 * layers_times_k - routed
+    flops = 256 * accounting.nominal_flops_per_token(config, 32)
+    flops -= 6 * 3 * config.model.dim * 12 * saved_rows
     assert row["mfu_realised"] == pytest.approx(flops / 2e9, rel=1e-6)
 
 
@@ -109,7 +118,7 @@ def test_slice_without_ragged_all_to_all_is_refused(text, error, message, monkey
 @pytest.mark.parametrize("chunk", [32, 256])
 def test_compiled_step_donates_its_state_and_never_holds_all_logits(chunk):
     """A chunk of all 256 tokens does hold them, which proves that the pattern finds them."""
-    config = tiny_config(mesh=MeshConfig(1, 1, 1), training=dict(loss_chunk=chunk))
+    config = tiny_config(mesh=MeshConfig(1, 1, 1), advanced=dict(loss_chunk=chunk))
     mesh = device_mesh.build_mesh(config, jax.devices()[:1])
     compiled = train_step.compile_train_step(config, mesh)
     text = compiled.as_text()
@@ -164,20 +173,32 @@ def test_gradients_are_clipped():
 
 
 def test_accumulation_equals_one_large_batch():
-    """Except for the load-balancing loss, which is nonlinear in the batch and so is off here."""
-    config = tiny_config(moe=dict(balance_loss_weight=0.0, z_loss_weight=0.0))
-    training = dataclasses.replace(config.training, gradient_accumulation=4)
-    state, results = run_one_step(config)
-    split_state, split_results = run_one_step(dataclasses.replace(config, training=training))
-    assert_close(
-        (split_results.loss, split_results.grad_norm), (results.loss, results.grad_norm), 1e-5
+    """Except for the load-balancing loss, which is nonlinear in the batch and so is off here.
+
+    Rows 3 and 7, which are the last of four micro-batches, are padding.
+    """
+    config = tiny_config(
+        moe=dict(balance_loss_weight=0.0, z_loss_weight=1.0),
+        training=dict(vocab_z_loss_weight=0.1),
     )
+    rows = batch(config)
+    rows["segments"] = rows["segments"].at[jnp.array([3, 7])].set(0).at[1, 9:].set(0)
+    training = dataclasses.replace(config.training, gradient_accumulation=4)
+    split_config = dataclasses.replace(config, training=training)
+    state, results = jax.device_get(jitted_step(config)(initial_state(config), rows))
+    split_state, split_results = jax.device_get(
+        jitted_step(split_config)(initial_state(config), rows)
+    )
+    for name in ("loss", "z_loss", "vocab_z_loss", "grad_norm"):
+        assert float(getattr(split_results, name)) == pytest.approx(
+            float(getattr(results, name)), rel=1e-5
+        )
     np.testing.assert_array_equal(split_results.statistics.counts_KE, results.statistics.counts_KE)
     assert_close(split_state.params, state.params, 1e-5)
 
 
 def test_nonfinite_step_changes_only_counters():
-    config = tiny_config()
+    config = tiny_config(moe=dict(bias_rule="sign"))
     state = initial_state(config)
     step = jitted_step(config)
     bad_head = state.params["head"].at[0, 0].set(jnp.inf)
@@ -185,8 +206,8 @@ def test_nonfinite_step_changes_only_counters():
     after, results = jax.device_get(step(bad, batch(config)))
     assert int(results.skipped) == int(results.nonfinite_in_a_row) == 1
     assert int(after.step) == 1
-    expected = jax.tree.leaves((bad.params, bad.opt_state))
-    actual = jax.tree.leaves((after.params, after.opt_state))
+    expected = jax.tree.leaves((bad.params, bad.opt_state, bad.router_bias))
+    actual = jax.tree.leaves((after.params, after.opt_state, after.router_bias))
     for one, other in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -195,20 +216,132 @@ def test_nonfinite_step_changes_only_counters():
     assert int(results.skipped) == 1
     assert int(results.nonfinite_in_a_row) == 0
     assert not np.array_equal(good.params["head"], state.params["head"])
+    assert results.bias_range.tolist() == [[-np.float32(1e-3), np.float32(1e-3)]] * 2
 
 
-def test_scores_equal_the_training_loss_and_ignore_capacity():
+ONE_POOL = dict(auxiliary_over_layers="sum", balance_loss_weight=0.2, z_loss_weight=0.1)
+# All experts of a pool are chosen, so that the router of zeros loads them equally.
+TWO_POOLS = dict(
+    auxiliary_over_layers="mean",
+    pools=((2, 0, 2), (2, 0, 2)),
+    pairs=False,
+    balance_loss_weight=0.2,
+    z_loss_weight=0.1,
+    width_penalty_weight=0.4,
+    width_penalty_scale="max",
+)
+
+
+@pytest.mark.parametrize(
+    "moe, values, lines",
+    [
+        (
+            ONE_POOL,
+            dict(balance_loss=4, z_loss=3.84362),
+            [
+                "load-balancing loss: weight 0.2, all choices, summed over 2 layers; 4 at perfect "
+                "balance, which adds 0.8 to the loss",
+                "router z-loss: weight 0.1, mean over tokens, summed over 2 layers; 3.84362 if all "
+                "router logits are 0, which adds 0.384 to the loss",
+            ],
+        ),
+        (
+            TWO_POOLS,
+            dict(balance_loss=4, width_penalty=2 * 12 / 20 + 2, z_loss=0.960906),
+            [
+                "load-balancing loss: weight 0.2, all choices, averaged over 2 layers; 4 at "
+                "perfect balance, which adds 0.8 to the loss",
+                "width penalty: weight 0.4, widths over their maximum, averaged over 2 layers; 3.2 "
+                "at perfect balance, which adds 1.28 to the loss",
+                "router z-loss: weight 0.1, mean over tokens, averaged over 2 layers; 0.960906 if "
+                "all router logits are 0, which adds 0.0961 to the loss",
+            ],
+        ),
+    ],
+)
+def test_auxiliary_losses_have_the_printed_values(moe, values, lines):
+    """They hold for a router and a head of zeros, which give equal probabilities."""
+    config = tiny_config(moe=moe, training=dict(vocab_z_loss_weight=0.3))
+    vocabulary = (
+        "vocabulary z-loss: weight 0.3, mean over targets; 32.5331 if all logits are 0, which "
+        "adds 9.76 to the loss"
+    )
+    assert auxiliary_losses.description_lines(config) == [*lines, vocabulary]
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * (path[-1].key not in ("head", "router_gate")),
+        initial_state(config).params,
+    )
+    rows = batch(config)
+    split = train_step.inputs_and_targets(rows["tokens"], rows["segments"])
+    totals = train_step.BatchTotals(jnp.sum(split.weights_BL), jnp.float32(1))
+    total, terms = jax.jit(train_step.make_loss(config))(params, {}, rows, totals)
+    expected_total = float(terms.cross_entropy)
+    for name, value in {**values, "vocab_z_loss": np.log(300) ** 2}.items():
+        assert float(getattr(terms, name)) == pytest.approx(value, rel=1e-5)
+        weight = getattr(config.moe, f"{name}_weight", 0.3)
+        expected_total += weight * value
+    assert float(total) == pytest.approx(expected_total, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "moe, message",
+    [
+        (dict(gate="softmax_top_k", top_k=1), None),
+        (dict(gate="uniform"), "moe.gate=uniform ignores the router's logits"),
+        (
+            dict(gate="sigmoid_renormalized", pools=((2, 0, 2), (2, 0, 1)), pairs=False),
+            "is always 1 with one expert per token in pool 1 of moe.pools, so",
+        ),
+    ],
+)
+def test_a_router_without_gradient_is_reported(moe, message):
+    """The gradient of the cross-entropy with respect to a router is 0 just where it is reported."""
+    config = tiny_config(moe=moe)
+    warnings = auxiliary_losses.router_warnings(config)
+    assert len(warnings) == (message is not None)
+    assert all(message in warning for warning in warnings)
+
+    def cross_entropy(params: dict) -> jax.Array:
+        totals = train_step.BatchTotals(jnp.float32(1), jnp.float32(1))
+        _, terms = train_step.make_loss(config)(params, {}, batch(config), totals)
+        return terms.cross_entropy
+
+    grads = jax.jit(jax.grad(cross_entropy))(initial_state(config).params)
+    has_gradient_E = np.abs(grads["blocks"]["moe"]["router_gate"]).max(axis=(0, 1)) > 1e-4
+    first = 0
+    for index, pool in enumerate(config.pools):
+        is_named = f"in pool {index}" in "".join(warnings) or len(config.pools) == 1
+        is_reported = bool(warnings) and is_named
+        assert (has_gradient_E[first : first + pool.num_experts] == (not is_reported)).all()
+        first += pool.num_experts
+
+
+def test_a_single_renormalized_gate_is_reported():
+    for gate in auxiliary_losses.RENORMALIZED_GATES:
+        assert not auxiliary_losses.router_warnings(tiny_config(moe=dict(gate=gate)))
+        (warning,) = auxiliary_losses.router_warnings(tiny_config(moe=dict(gate=gate, top_k=1)))
+        assert f"moe.gate={gate} is always 1 with one expert per token, so" in warning
+
+
+def test_scores_equal_the_training_loss_and_ignore_the_capacity_of_training():
     config = tiny_config()
     limited = tiny_config(moe=dict(capacity_factor=0.25))
     score = jax.jit(train_step.make_score_step(limited))
-    nll_BL, weights_BL, _ = score(initial_state(config).params, batch(config))
+    nll_BL, weights_BL, _ = score(initial_state(config).variables, batch(config))
     mean = float((nll_BL * weights_BL).sum() / weights_BL.sum())
     _, results = run_one_step(config)
     assert mean == pytest.approx(float(results.loss), rel=1e-5)
     # Training with a capacity does drop tokens.
-    _, limited_results = run_one_step(tiny_config(moe=dict(capacity_factor=0.5)))
-    assert int(results.statistics.dropped.sum()) == 0
-    assert int(limited_results.statistics.dropped.sum()) > 0
+    limited = tiny_config(moe=dict(capacity_factor=0.5))
+    _, limited_results = run_one_step(limited)
+    # So does evaluation, with the capacity of evaluation.
+    config = tiny_config(evaluation=dict(capacity_factor=0.5))
+    *_, statistics = jax.jit(train_step.make_score_step(config))(
+        initial_state(config).variables, batch(config)
+    )
+    np.testing.assert_array_equal(statistics.dropped_P, limited_results.statistics.dropped_P)
+    assert int(results.statistics.dropped_P.sum()) == 0
+    assert int(limited_results.statistics.dropped_P.sum()) > 0
 
 
 def test_targets_belong_to_the_document_of_their_input():
@@ -238,10 +371,10 @@ def test_learning_rate_schedule_is_that_of_the_paper():
     assert float(rate(100)) == pytest.approx(3e-5)
 
 
-def test_only_weight_matrices_decay():
-    config = tiny_config(moe=dict(gate_term="learned"))
+def test_weight_decay_is_on_matrices_or_on_all_parameters():
+    config = tiny_config(moe=dict(router_noise="learned"))
     params = jax.eval_shape(lambda: train_step.init_state(config)).params
-    decays = optimizer.weight_decay_mask(params)
+    decays = optimizer.weight_decay_mask(params, "matrices")
     blocks = decays["blocks"]
     assert not decays["final_norm"]["scale"]
     assert not blocks["moe_norm"]["scale"]
@@ -249,6 +382,17 @@ def test_only_weight_matrices_decay():
     assert decays["embedding"]
     assert blocks["moe"]["w_down"]
     assert blocks["moe"]["router_gate"]
+    assert all(jax.tree.leaves(optimizer.weight_decay_mask(params, "all")))
+
+    # Without gradients, a parameter shrinks by the learning rate times the weight decay.
+    config = tiny_config(
+        optimizer=dict(weight_decay_on="all", weight_decay=0.5, initial_learning_rate=0.01)
+    )
+    state = initial_state(config)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    rule = optimizer.build_optimizer(config)
+    updates, _ = rule.update(zeros, state.opt_state, state.params)
+    assert_close(updates, jax.tree.map(lambda p: -0.005 * p, state.params), 1e-7)
 
 
 def test_meshes_that_do_not_fit_are_refused():

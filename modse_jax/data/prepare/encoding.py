@@ -1,4 +1,8 @@
-"""Second pass of a preparation: tokenizes the documents and writes them as records."""
+"""Second pass of a preparation: tokenizes the documents and writes them as records.
+
+A record is a fixed number of tokens. Each part of the source (a range that one process reads) is
+written to files of its own, one for each split, which are called shards.
+"""
 
 import dataclasses
 import functools
@@ -21,21 +25,27 @@ from modse_jax.runtime import files
 
 BATCH_BYTES = 1 << 20  # bytes of text that are tokenized together
 
-SAMPLED_DOCUMENTS = 100_000  # documents on which both packings are compared
+SAMPLED_DOCUMENTS = 100_000  # documents whose sizes are recorded to compare both packings
 
-MIN_SAMPLED_DOCUMENTS = 20  # of each part
+MIN_SAMPLED_DOCUMENTS = 20  # at least this many from each part
 
 ARRAY_RECORD_OPTIONS = "group_size:1,zstd:1"  # single records can be read without their neighbors
 
-# The count of documents of a split, and what is summed over parts into the card.
+# The fields of SplitCounts that are summed over the parts for the card.
 COUNTS = ("documents", "bytes", "tokens", "records", "padding")
 
 
 @dataclasses.dataclass
 class SplitCounts:
-    """Counts of a split in a part; `sha256` is the hash of the text of its documents.
+    """Counts of one split in one part of the source.
 
-    `tokens` counts predicted tokens: all tokens of a document except its first.
+    Attributes:
+        documents: number of documents.
+        bytes: bytes of their text.
+        tokens: predicted tokens: all tokens of a document except its first.
+        records: number of records.
+        padding: padding tokens in these records.
+        sha256: hash of the text of the documents.
     """
 
     documents: int = 0
@@ -48,7 +58,12 @@ class SplitCounts:
 
 @dataclasses.dataclass
 class EncodedPart:
-    """Counts of the second pass over a part; `sizes` are the tokens of sampled documents."""
+    """Results of the second pass over one part of the source.
+
+    Attributes:
+        train, validation: counts of each split.
+        sizes: the number of tokens of some documents, a sample to compare packings with.
+    """
 
     train: SplitCounts
     validation: SplitCounts
@@ -61,14 +76,19 @@ class EncodedPart:
 
 
 class EncodedData(NamedTuple):
-    """The card of the data, still without file hashes, and {split: records of each shard}."""
+    """Results of the second pass.
+
+    Attributes:
+        card: the description of the data, card.json, still without the hashes of files.
+        shard_lengths: {split: number of records in the shard of each part}.
+    """
 
     card: dict[str, Any]
     shard_lengths: dict[str, list[int]]
 
 
 class SerializedTokenizer(NamedTuple):
-    """A tokenizer in a form that is sent to worker processes."""
+    """A tokenizer as bytes, which can be sent to worker processes."""
 
     kind: str
     model: bytes
@@ -82,7 +102,15 @@ def encode_documents(
     directory: WorkingDirectory,
     workers: int,
 ) -> EncodedData:
-    """Writes the records of every part, in several processes.
+    """Tokenizes all documents and writes their records, in several processes.
+
+    Args:
+        data: the options of the preparation.
+        parts: the parts of the source, which processes read independently.
+        scan: the results of the first pass.
+        encoder: the tokenizer.
+        directory: the working directory, which receives the shards.
+        workers: number of processes.
 
     Raises:
         UserError: the training split has fewer tokens than a record (unless all documents are for
@@ -145,13 +173,16 @@ def _check_splits(data: DataConfig, splits: dict[str, dict[str, Any]]) -> None:
 
 
 def _card_options(data: DataConfig) -> dict[str, Any]:
-    """Returns the options that the card repeats; it holds the tokenizer's fingerprint instead."""
+    """Returns the options that are copied into the card: all but the tokenizer.
+
+    The card has the tokenizer's fingerprint instead of its name.
+    """
     names = [name for name in data_card.PREPARATION_OPTIONS if name != "tokenizer"]
     return {name: getattr(data, name) for name in names}
 
 
 def _command(data: DataConfig) -> str:
-    """Returns the command that makes the data again."""
+    """Returns the command that would prepare the same data again, for the card."""
     default = DataConfig()
     flags = [f"--source={data.source}", f"--tokenizer={data.tokenizer}"]
     for name in data_card.PREPARATION_OPTIONS:
@@ -172,7 +203,7 @@ def _encode_part(
     part: Part,
     dropped: np.ndarray,
 ) -> EncodedPart:
-    """Writes the shards of a part, or reads the counts that an earlier run has written."""
+    """Tokenizes a part and writes its shards, unless a run that was killed has done so already."""
     counts_path = directory.counts_path(part_number)
     if counts_path.exists():
         counts = files.read_json(counts_path)
@@ -199,7 +230,7 @@ def _encode_part(
 
 
 class SplitWriter:
-    """Writes the documents of a part that belong to one split, as a shard of records."""
+    """Packs and writes the documents of one part and one split as a shard: one file of records."""
 
     def __init__(self, data: DataConfig, encoder: tokenizers.Tokenizer, path: pathlib.Path):
         self._counts = SplitCounts()
@@ -211,13 +242,13 @@ class SplitWriter:
         self._packer = packing.make_packer(data.packing, data.sequence_length, encoder.pad_id)
 
     def count_text(self, text: bytes) -> None:
-        """Counts a document before it is tokenized."""
+        """Adds the text of a document to the counts and to the hash."""
         self._hash.update(text)
         self._counts.documents += 1
         self._counts.bytes += len(text)
 
     def add_tokens(self, ids: np.ndarray) -> None:
-        """Adds a tokenized document and writes the records that are complete."""
+        """Adds a tokenized document, and writes the records that it completes."""
         self._counts.tokens += len(ids) - 1
         for records in self._packer.add(ids):
             self._write(records)
@@ -238,7 +269,11 @@ class SplitWriter:
 
 
 class BatchedEncoder:
-    """Tokenizes documents in batches of BATCH_BYTES and passes them to the writers."""
+    """Tokenizes documents in batches of BATCH_BYTES and passes them to the writer of their split.
+
+    Attributes:
+        sizes: the number of tokens of the first `num_sampled` documents.
+    """
 
     def __init__(
         self,
@@ -262,7 +297,10 @@ class BatchedEncoder:
             self.flush()
 
     def flush(self) -> None:
-        """Tokenizes the documents of the batch. Each becomes begin, its tokens, end."""
+        """Tokenizes the documents that were added since the last batch, and writes them.
+
+        The tokens of each document are put between a begin token and an end token.
+        """
         encoder = self._encoder
         token_ids = encoder.encode_batch([document.text for document in self._documents])
         for document, ids in zip(self._documents, token_ids):

@@ -1,7 +1,8 @@
 """Prepares a source: scan, train a tokenizer if requested, encode, publish.
 
-A source is cut into parts, and each part is written to separate shards. So the result does not
-depend on the number of processes, and a run that was killed resumes with the missing parts.
+A source is divided into parts (ranges that processes read independently), and the records of each
+part are written to files of their own. So the result does not depend on the number of processes,
+and a run that was killed resumes with the missing parts.
 
 1. `scanning` reads all documents: it counts the empty, undecodable and duplicate ones, and chooses
    the validation split.
@@ -34,10 +35,10 @@ def prepare_data(
     workers: int = 1,
     encoder: tokenizers.Tokenizer | None = None,
 ) -> dict[str, Any]:
-    """Prepares the source of a config and returns the card.
+    """Prepares the source of a config: tokenizes its documents into records of equal length.
 
-    The work is done in `OUT.partial`. If it is killed, the next call with the same options resumes
-    from there.
+    The files are written in `OUT.partial`. If the process is killed, the next call with the same
+    options resumes from there.
 
     Args:
         data: the data section of a config. With `validation_fraction=1` and no validation source,
@@ -47,9 +48,12 @@ def prepare_data(
         workers: number of processes.
         encoder: the tokenizer; None takes the one that `data.tokenizer` names.
 
+    Returns:
+        The card: a description of the data, which is also written to card.json.
+
     Raises:
-        UserError: the source is invalid, has too few documents or tokens, or the directory exists.
-            No files are left behind.
+        UserError: the source is invalid or has too few documents or tokens, or the directory exists
+            and is not empty. No files are left behind.
     """
     out = pathlib.Path(out).expanduser().absolute()
     _check_output(out)

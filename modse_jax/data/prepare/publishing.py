@@ -25,10 +25,16 @@ def publish(
 ) -> dict[str, Any]:
     """Writes the dataset's metadata and the card, and renames the working directory to `out`.
 
-    The rename is the last step, so the directory appears only when it is complete.
+    The rename is the last step, so `out` appears only when it is complete.
+
+    Args:
+        directory: the working directory, in which all records have been written.
+        out: the finished directory.
+        encoded: the results of the second pass.
+        encoder: the tokenizer.
 
     Returns:
-        The card, with the hashes of all files.
+        The card, the description of the data, with the hashes of all files.
     """
     card = encoded.card
     _write_dataset(directory, card, encoded.shard_lengths)
@@ -51,7 +57,10 @@ def publish(
 def _write_dataset(
     directory: WorkingDirectory, card: dict[str, Any], shard_lengths: dict[str, list[int]]
 ) -> None:
-    """Links the shards under the names that TFDS expects, and writes its metadata."""
+    """Makes a TFDS dataset of the shards, the files of records that the second pass wrote.
+
+    The shards are linked under the names that TFDS expects, and TFDS's metadata is written.
+    """
     shutil.rmtree(directory.path / DATASET_NAME, ignore_errors=True)
     folder = directory.path / DATASET_NAME / record_format.DATASET_VERSION
     folder.mkdir(parents=True)
@@ -71,7 +80,10 @@ def _write_dataset(
 def _link_shards(
     directory: WorkingDirectory, folder: pathlib.Path, split: str, lengths: list[int]
 ) -> tfds.core.SplitInfo:
-    """Links the shards of a split that have records; returns the TFDS description of the split."""
+    """Links the shards of a split under TFDS's names; returns the TFDS description of the split.
+
+    Shards without records are left out. `lengths` is the number of records of each shard.
+    """
     part_numbers = [number for number, length in enumerate(lengths) if length]
     num_shards = len(part_numbers)
     for shard, part_number in enumerate(part_numbers):

@@ -30,16 +30,21 @@ HASH_BYTES = 8
 
 @dataclasses.dataclass
 class PartScan:
-    """Findings of the first pass in a part.
+    """Findings of the first pass in one part of the source.
+
+    The holdout score of a document is a hash of its name in [0, 1), by which documents are assigned
+    to the validation split.
 
     Attributes:
-        documents: valid documents: not empty, and UTF-8 unless invalid bytes are replaced.
+        documents: number of valid documents: not empty, and UTF-8 unless invalid bytes are
+            replaced.
         bytes: bytes of their text.
-        empty: empty documents.
-        undecodable: documents that are not UTF-8.
-        below: documents whose holdout score is below the requested fraction.
-        least: lowest holdout score.
-        greatest: highest holdout score.
+        empty: number of empty documents.
+        undecodable: number of documents that are not UTF-8.
+        below: number of valid documents whose holdout score is below the requested fraction of
+            validation documents.
+        least: lowest holdout score of a valid document.
+        greatest: highest holdout score of a valid document.
     """
 
     documents: int = 0
@@ -52,12 +57,15 @@ class PartScan:
 
 
 class ScanResult(NamedTuple):
-    """Findings of the first pass in all parts.
+    """Findings of the first pass in all parts of the source.
 
     Attributes:
-        threshold: documents with a lower holdout score belong to the validation split.
-        dropped: for each part, the numbers of the documents that are not used.
-        counts: counts of documents, under the names that they have in the card.
+        threshold: documents with a holdout score (a hash of the name in [0, 1)) below it belong to
+            the validation split.
+        dropped: for each part, the numbers of the duplicate documents that are not used. Valid
+            documents are numbered from 0.
+        counts: counts of empty, undecodable, duplicate and dropped documents, by their names in the
+            card.
     """
 
     threshold: float
@@ -66,16 +74,22 @@ class ScanResult(NamedTuple):
 
 
 class SplitDocument(NamedTuple):
-    """A document that is used, and its split."""
+    """The text of a document that passed all filters, and the split that it belongs to."""
 
     text: bytes
-    split: str
+    split: str  # "train" or "validation"
 
 
 def scan_documents(
     data: DataConfig, parts: list[Part], directory: WorkingDirectory, workers: int
 ) -> ScanResult:
-    """Scans all parts, in several processes.
+    """Reads all documents once, in several processes, and returns what the second pass needs.
+
+    Args:
+        data: the options of the preparation.
+        parts: the parts of the source, which processes read independently.
+        directory: the working directory, which receives the findings in each part.
+        workers: number of processes.
 
     Raises:
         UserError: the source has no valid document, or only one and no validation source.
@@ -104,7 +118,10 @@ def scan_documents(
 
 
 def _choose_threshold(data: DataConfig, parts: list[Part], scans: list[PartScan]) -> float:
-    """Returns the holdout threshold of the parts whose documents are split by name."""
+    """Returns the holdout score below which documents belong to the validation split.
+
+    Parts that belong to one split as a whole are left out; 0 if there are no others.
+    """
     split_by_name = [
         scan for scan, part in zip(scans, parts) if part.is_validation is None and scan.documents
     ]
@@ -127,7 +144,7 @@ def _choose_threshold(data: DataConfig, parts: list[Part], scans: list[PartScan]
 def _scan_part(
     data: DataConfig, directory: WorkingDirectory, part_number: int, part: Part
 ) -> PartScan:
-    """Scans a part and writes what it finds, or reads what an earlier run has written."""
+    """Scans a part and writes the findings, unless a run that was killed has written them."""
     scan_path = directory.scan_path(part_number)
     if scan_path.exists():
         return PartScan(**files.read_json(scan_path))
@@ -145,9 +162,8 @@ def _scan_part(
     hashes_path = directory.hashes_path(part_number)
     with open(hashes_path, "wb") as file:
         hashes.tofile(file)
-    files.flush_to_disk(
-        hashes_path
-    )  # before the file whose presence says that the hashes are there
+    # The hashes must be on disk before the file whose existence marks this part as complete.
+    files.flush_to_disk(hashes_path)
     files.write_atomically(scan_path, json.dumps(dataclasses.asdict(scan)))
     return scan
 
@@ -160,7 +176,7 @@ def read_valid_documents(
     Args:
         part: the part to read.
         undecodable: "skip", "replace" or "fail": what to do with a document that is not UTF-8.
-        scan: counts the empty and undecodable documents.
+        scan: its counts of empty and undecodable documents are increased.
 
     Raises:
         UserError: a document is not UTF-8, and `undecodable` is "fail".
@@ -189,7 +205,15 @@ def read_valid_documents(
 def read_split_documents(
     data: DataConfig, threshold: float, dropped: np.ndarray, part: Part
 ) -> Iterator[SplitDocument]:
-    """Yields the documents of a part that are used, with their splits."""
+    """Yields the documents of a part that are used, with their splits.
+
+    Args:
+        data: the options of the preparation.
+        threshold: documents with a holdout score below it belong to the validation split, unless
+            the whole part belongs to one split.
+        dropped: numbers of the valid documents of the part that are not used.
+        part: the part to read.
+    """
     dropped_numbers = set(dropped.tolist())
     documents = read_valid_documents(part, data.undecodable, PartScan())
     for number, (name, text) in enumerate(documents):
@@ -202,15 +226,16 @@ def read_split_documents(
 
 
 def find_duplicates(hash_files: list[pathlib.Path]) -> list[np.ndarray]:
-    """Finds the documents whose hash equals that of an earlier document.
+    """Finds the documents whose hash equals that of an earlier document of any part.
 
-    Many hashes are compared in buckets, so that only a fraction of them is in memory.
+    If there are many hashes, they are compared in buckets by their remainder modulo HASH_BUCKETS,
+    so that only a fraction of them is in memory.
 
     Args:
         hash_files: for each part, a file with a uint64 hash of each document.
 
     Returns:
-        For each part, the sorted numbers of its duplicates.
+        For each part, the sorted numbers of its duplicates; the first document of a part is 0.
     """
     num_documents = [file.stat().st_size // HASH_BYTES for file in hash_files]
     starts = np.cumsum([0, *num_documents])  # number of the first document of each part
@@ -230,7 +255,10 @@ def find_duplicates(hash_files: list[pathlib.Path]) -> list[np.ndarray]:
 def _find_duplicates_in_bucket(
     hash_files: list[pathlib.Path], starts: np.ndarray, bucket: int, num_buckets: int
 ) -> np.ndarray:
-    """Returns the numbers, over all parts, of the duplicates whose hash is in the bucket."""
+    """Returns the numbers of the duplicates whose hash modulo num_buckets is `bucket`.
+
+    Documents are numbered over all parts; `starts` are the numbers of the first document of each.
+    """
     hashes = []
     numbers = []
     for file, start in zip(hash_files, starts):
@@ -249,7 +277,7 @@ def train_tokenizer(
     directory: WorkingDirectory,
     vocab_size: int,
 ) -> tokenizers.Tokenizer:
-    """Trains a tokenizer on the training documents, or reads the one of an earlier run."""
+    """Trains a tokenizer on the training documents, unless a run that was killed has done so."""
     path = directory.tokenizer_path
     if not path.exists():
         texts = _read_training_texts(data, parts, scan)

@@ -16,7 +16,7 @@ from modse_jax.data.sources import Part
 
 
 class PartResult(Protocol):
-    """A result that says how many documents the part has."""
+    """The result for one part of a source; the progress bar shows its number of documents."""
 
     @property
     def documents(self) -> int: ...
@@ -34,14 +34,14 @@ def run_over_parts(
     label: str,
     arguments: Sequence[Any] | None = None,
 ) -> list[Result]:
-    """Runs `work(number, part)` for every part and returns the results in order.
+    """Calls `work(number, part)` for every part in several processes; returns results in order.
 
     Args:
         work: a function that can be pickled.
-        parts: the parts of the source.
+        parts: the parts of the source, numbered from 0.
         workers: number of processes; with 1, `work` runs in this process.
         label: name of the pass, for the progress bar.
-        arguments: for each part, a further argument of `work`.
+        arguments: for each part, a third argument of `work`; None if it takes none.
     """
     tasks: list[Task] = []
     for number, part in enumerate(parts):
@@ -71,7 +71,7 @@ def run_over_parts(
 
 
 def _progress_bar(parts: Sequence[Part], label: str) -> tqdm.tqdm:
-    """Returns a progress bar that counts bytes, or records of a TFDS source."""
+    """Returns a progress bar that counts bytes, or records if the source is a TFDS dataset."""
     return tqdm.tqdm(
         total=sum(part.size for part in parts),
         unit="rec" if any(part.kind == "tfds" for part in parts) else "B",
@@ -88,7 +88,7 @@ def _run_in_pool(pool: futures.ProcessPoolExecutor, tasks: list[Task]) -> Iterat
 
 
 def run_task(task: Task) -> tuple[int, Any]:
-    """Runs a task and returns its number with the result."""
+    """Runs the work on one part; returns (number of the part, result)."""
     work, number, *arguments = task
     return number, work(number, *arguments)
 
@@ -96,8 +96,8 @@ def run_task(task: Task) -> tuple[int, Any]:
 def init_worker() -> None:
     """Prepares a worker process: it ignores signals, and exits when its parent exits.
 
-    A scheduler signals every process of a group, but the parent decides when to stop. If the parent
-    is killed, its workers must not continue to write.
+    A scheduler sends signals to every process of a group, but the parent process decides when to
+    stop. If the parent is killed, its workers must not continue to write.
     """
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, signal.SIG_IGN)

@@ -1,10 +1,12 @@
 """The working directory of a preparation, from which a run that was killed resumes.
 
-plan              fingerprint of the options and sources; another plan starts from scratch
+A part is a range of the source that one process reads. N is the number of a part.
+
+plan              fingerprint of the options and sources; if it differs, all is done again
 scanned/N.hashes  hashes of the documents of part N, uint64
-scanned/N.json    findings of the first pass in part N; its presence says that N is done
-shards/SPLIT-N    records of part N
-shards/N.json     counts of part N; its presence says that N is done
+scanned/N.json    findings of the first pass in part N; exists when the pass over N is complete
+shards/SPLIT-N    records of part N that belong to a split
+shards/N.json     counts of part N; exists when the second pass over N is complete
 tokenizer.model   the tokenizer
 """
 
@@ -36,32 +38,36 @@ class WorkingDirectory:
 
     @property
     def plan_path(self) -> pathlib.Path:
-        """The fingerprint of the preparation."""
+        """The file with the fingerprint of options and sources, to see if they have changed."""
         return self.path / PLAN
 
     @property
     def tokenizer_path(self) -> pathlib.Path:
-        """The serialized tokenizer."""
+        """The file with the serialized tokenizer."""
         return self.path / data_card.TOKENIZER_NAME
 
     def scan_path(self, part_number: int) -> pathlib.Path:
-        """Findings of the first pass in a part."""
+        """Returns the path of the findings of the first pass in a part."""
         return self.path / SCANNED / f"{part_number:05}.json"
 
     def hashes_path(self, part_number: int) -> pathlib.Path:
-        """Hashes of the documents of a part."""
+        """Returns the path of the hashes of the documents of a part."""
         return self.path / SCANNED / f"{part_number:05}.hashes"
 
     def counts_path(self, part_number: int) -> pathlib.Path:
-        """Counts of the second pass over a part."""
+        """Returns the path of the counts of the second pass over a part."""
         return self.path / SHARDS / f"{part_number:05}.json"
 
     def shard_path(self, split: str, part_number: int) -> pathlib.Path:
-        """Records of a part that belong to a split."""
+        """Returns the path of the records of a part that belong to a split."""
         return self.path / SHARDS / f"{split}-{part_number:05}"
 
     def resume_or_create(self, plan: str) -> None:
-        """Leaves the directory as it is if it has the same plan, or else creates it anew."""
+        """Keeps the files of an earlier run with the same plan; otherwise starts with none.
+
+        Args:
+            plan: the fingerprint from `plan_fingerprint`.
+        """
         if self.plan_path.exists() and self.plan_path.read_text() == plan:
             return
         shutil.rmtree(self.path, ignore_errors=True)
@@ -72,7 +78,8 @@ class WorkingDirectory:
     def remove_temporary_files(self) -> None:
         """Removes the files that are not part of the finished directory.
 
-        The plan goes first: without it, no later run resumes from the files that remain.
+        The plan is removed first. If this is interrupted, a later run does not resume from the
+        incomplete rest, because it finds no plan.
         """
         self.plan_path.unlink()
         for folder in (SCANNED, SHARDS):
@@ -82,7 +89,17 @@ class WorkingDirectory:
 def plan_fingerprint(
     data: DataConfig, vocab_size: int, parts: list[Part], encoder: tokenizers.Tokenizer | None
 ) -> str:
-    """Returns a hash of all that decides the result: options, tokenizer, and files with times."""
+    """Returns a hash of everything that determines the result of a preparation.
+
+    This is the options, the tokenizer, and the names, sizes and modification times of the files. A
+    run that was killed may be resumed only if the hash is the same.
+
+    Args:
+        data: the options of the preparation.
+        vocab_size: size of a tokenizer that is trained on the source.
+        parts: the parts of the source.
+        encoder: the tokenizer; None if it is trained on the source.
+    """
     plan = {
         "format": data_card.FORMAT,
         "data": {name: getattr(data, name) for name in data_card.PREPARATION_OPTIONS},

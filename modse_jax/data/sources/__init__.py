@@ -1,8 +1,10 @@
-"""Sources of text: streams of documents, cut into parts that processes read independently.
+"""Sources of text, from which documents are read.
 
 A source is named by a string: text:PATH, jsonl:PATH, parquet:PATH (a file, a folder or a glob; .gz
-and .zst are decompressed), tfds:NAME[/CONFIG][:SPLIT], or python_stdlib. The parts of a source, and
-so the prepared data, do not depend on the number of processes that read them.
+and .zst are decompressed), tfds:NAME[/CONFIG][:SPLIT], or python_stdlib.
+
+A source is divided into parts: ranges of its files that processes can read independently. The
+division, and so the prepared data, does not depend on the number of processes.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,12 +29,13 @@ READERS: dict[str, Callable[[Part], Iterator[Document]]] = {
 
 
 def find_parts(source: str, field: str = "text", is_validation: bool | None = None) -> list[Part]:
-    """Returns the parts of a source, in order.
+    """Divides a source into parts, which processes can read independently; returns them in order.
 
     Args:
         source: name of the source.
         field: jsonl field, parquet column or tfds feature that holds the text.
-        is_validation: the split of all documents; None splits them by name.
+        is_validation: True or False assigns all documents to the validation or the training split;
+            None assigns each of them by a hash of its name.
 
     Raises:
         UserError: the source has no documents, or is not of the kind that its name says.

@@ -8,8 +8,9 @@ class Document(NamedTuple):
     """A document of a source.
 
     Attributes:
-        name: the path within the source for a document that is a file; otherwise a hash of the
-            text. The name decides the split, so equal texts of a file are in the same split.
+        name: the path within the source if the document is a file; otherwise a hash of the text.
+            The name decides the split. So if a file holds the same text twice, both are in the same
+            split.
         text: the content as bytes, not necessarily valid UTF-8.
     """
 
@@ -18,19 +19,22 @@ class Document(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A section of a source that is read by one process.
+    """A range of a source that one process reads: several whole files, or a section of one file.
 
-    The fingerprint of an unfinished preparation covers these fields in this order.
+    The fingerprint of an unfinished preparation covers these fields in this order. Changing them
+    therefore makes unfinished preparations start again.
 
     Attributes:
-        kind: the kind of source, one of `sources.KINDS`.
+        kind: the kind of source, a key of `sources.READERS`.
         files: (name, path) of each file; for tfds, a single (name[/config], split).
-        start: first byte (text and jsonl), row group (parquet) or record (tfds).
-        end: end of the range that begins at `start`, exclusive; 0 reads to the end of the file.
+        start: where the section begins: a byte (text and jsonl), row group (parquet) or record
+            (tfds).
+        end: where the section ends, exclusive; 0 reads to the end of the file.
         has_many_documents: each file holds many documents; otherwise a file is one document.
         field: jsonl field, parquet column or tfds feature that holds the text.
-        size: bytes on disk, or number of records (tfds).
-        is_validation: True or False assigns all documents to one split; None splits them by name.
+        size: bytes on disk, or number of records (tfds), for the progress bar.
+        is_validation: True or False assigns all documents to the validation or the training split;
+            None assigns each of them by a hash of its name.
     """
 
     kind: str
@@ -52,13 +56,13 @@ class Part(NamedTuple):
 
     @property
     def single_file(self) -> tuple[str, str]:
-        """The only entry of `files`."""
+        """The file of a part that has one file only."""
         (entry,) = self.files
         return entry
 
 
 class SourceOptions(NamedTuple):
-    """The fields that all parts of a source have in common; see `Part`."""
+    """The options of a source, which all of its parts (ranges of its files) have in common."""
 
     kind: str
     field: str
@@ -72,7 +76,7 @@ class SourceOptions(NamedTuple):
         has_many_documents: bool,
         size: int,
     ) -> Part:
-        """Returns a part of this source."""
+        """Returns a part with these options; see `Part` for the arguments."""
         return Part(
             self.kind,
             files,

@@ -15,7 +15,7 @@ from modse_jax.errors import UserError
 
 
 def jsonl_parts(options: SourceOptions, files: list[tuple[str, pathlib.Path]]) -> list[Part]:
-    """Returns the parts of a JSON Lines source."""
+    """Divides the files of a JSON Lines source into parts, which processes read independently."""
     parts = []
     for name, path in files:
         parts += source_files.cut_into_parts(options, name, path)
@@ -23,7 +23,7 @@ def jsonl_parts(options: SourceOptions, files: list[tuple[str, pathlib.Path]]) -
 
 
 def read_jsonl(part: Part) -> Iterator[Document]:
-    """Yields the documents of the lines that begin within a part.
+    """Yields a document for each line that begins within a part (a range of bytes of a file).
 
     Raises:
         UserError: a line is not a JSON object, or has no text in the field.
@@ -32,8 +32,8 @@ def read_jsonl(part: Part) -> Iterator[Document]:
     with source_files.open_file(pathlib.Path(path)) as file:
         position = part.start
         if position:
-            # A line that crosses the start belongs to the previous part. Reading from the byte
-            # before the start keeps a line that begins exactly at it.
+            # A line that crosses the start belongs to the previous part and is skipped. By reading
+            # from the byte before the start, a line that begins exactly at the start is not.
             file.seek(position - 1)
             position += len(file.readline()) - 1
         for line in file:
@@ -46,11 +46,19 @@ def read_jsonl(part: Part) -> Iterator[Document]:
 
 
 def _parse_line(line: bytes, field: str, path: str, end: int) -> str:
-    """Returns the text of a line. `end` is the position of its end, for error messages."""
+    """Returns the text in a field of a line.
+
+    Args:
+        line: the line, a JSON object.
+        field: the name of the field.
+        path: the file, for error messages.
+        end: the position of the end of the line in the file, for error messages.
+    """
     line_name = f"the line before byte {end}"
     hint = "name the field of the text with --field, or data.field"
     try:
-        # Invalid UTF-8 is passed on as surrogates: the option `undecodable` decides about it.
+        # Bytes that are not valid UTF-8 become surrogates, and bytes again in _encode_text. What
+        # happens to such documents is decided later, by the option `undecodable`.
         row = json.loads(line.decode("utf-8", "surrogateescape"))
         text = row[field]
     except KeyError:
@@ -66,10 +74,10 @@ def _parse_line(line: bytes, field: str, path: str, end: int) -> str:
 
 
 def _encode_text(text: str) -> bytes:
-    """Returns the bytes of the file for a text that was decoded with `surrogateescape`.
+    """Returns the bytes of a text in which surrogates stand for bytes that are not valid UTF-8.
 
-    A surrogate that JSON escapes as `\\ud800` was no byte of the file. It gives three bytes that
-    are invalid UTF-8.
+    A text with other surrogates, such as the JSON escape `\\ud800`, has no valid UTF-8 form. Each
+    of its surrogates becomes three bytes that are not valid UTF-8.
     """
     try:
         return text.encode("utf-8", "surrogateescape")

@@ -20,7 +20,10 @@ ROWS_PER_READ = 256
 
 
 def parquet_parts(options: SourceOptions, files: list[tuple[str, pathlib.Path]]) -> list[Part]:
-    """Returns the parts of a Parquet source: one for each row group."""
+    """Divides the files of a Parquet source into parts, one for each row group.
+
+    Parts are read independently by several processes.
+    """
     parts = []
     for name, path in files:
         num_groups = _open_parquet(path, options.field).metadata.num_row_groups
@@ -31,7 +34,7 @@ def parquet_parts(options: SourceOptions, files: list[tuple[str, pathlib.Path]])
 
 
 def read_parquet(part: Part) -> Iterator[Document]:
-    """Yields the documents of a row group. A null is an empty document.
+    """Yields a document for each row of a part (one row group). A null is an empty document.
 
     Raises:
         UserError: the file is not Parquet, or the column does not hold text.

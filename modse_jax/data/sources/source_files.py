@@ -1,4 +1,4 @@
-"""Files of a source: finding them and opening them, compressed or not."""
+"""Finds the files of a source, divides them into parts, and opens them, compressed or not."""
 
 import glob
 import io
@@ -26,6 +26,8 @@ NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 
 def find_files(source: str) -> list[tuple[str, pathlib.Path]]:
     """Returns (name, path) of every file of a source, sorted by name.
+
+    The name is the path relative to the folder of the source, or the path itself for a glob.
 
     Raises:
         UserError: the source has no files, or its form is unknown.
@@ -71,10 +73,10 @@ def is_compressed(path: pathlib.Path) -> bool:
 
 
 def cut_into_parts(options: SourceOptions, name: str, path: pathlib.Path) -> list[Part]:
-    """Cuts a file of many documents into parts of PART_BYTES.
+    """Divides a file of many documents into parts of PART_BYTES, which processes read separately.
 
-    A compressed file is a single part, because it can only be read from its start. The last part
-    ends at 0, the end of the file.
+    A compressed file is a single part, because it can only be read from its start. The `end` of the
+    last part is 0, which stands for the end of the file.
     """
     files = ((name, str(path)),)
     size = path.stat().st_size

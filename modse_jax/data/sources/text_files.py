@@ -1,9 +1,13 @@
 """Text files: each file is one document, or a large file is cut into documents at blank lines.
 
-A file is cut at borders. A border is the end of a blank line. If there is no blank line within
-LARGEST_PIECE bytes, the border is the last line end in them, or else the last complete UTF-8
-character. The position of a border does not depend on where reading began, so the parts of a file
-meet at the same borders although different processes read them.
+A large file is divided into parts (ranges of bytes) that different processes read, and each part is
+cut into documents at borders. A border is the end of a blank line. If there is no blank line within
+LARGEST_PIECE bytes, the border is the last line end in them, or else the end of the last complete
+UTF-8 character.
+
+Documents cross the ends of parts. A part therefore begins at the first border at or after its start
+and ends at the first border at or after its end, where the next part begins. Both processes find
+the same border, because it depends on the bytes of the file only, and not on where reading began.
 """
 
 import pathlib
@@ -25,7 +29,7 @@ LOOK_BACK = 3  # bytes of the longest match of BLANK_LINE
 
 PIECE_BYTES = 16384  # minimum size of a document that is cut out of a file
 
-LARGEST_PIECE = 8 * 2**20  # maximum distance to a border beyond the minimum size
+LARGEST_PIECE = 8 * 2**20  # most bytes after the minimum size in which a border is looked for
 
 LARGE_FILE = 8 * 2**20  # a larger file of a folder is cut into documents, like a single file
 
@@ -33,10 +37,10 @@ READ_BYTES = 1 << 17
 
 
 def text_parts(options: SourceOptions, files: list[tuple[str, pathlib.Path]]) -> list[Part]:
-    """Returns the parts of a text source.
+    """Divides the files of a text source into parts, which processes read independently.
 
-    Small files are grouped into parts of PART_BYTES, and each is a document. A single file, a large
-    file and a compressed file are cut into documents at blank lines.
+    Small files are whole documents, and are grouped into parts of PART_BYTES. A single file, a
+    large file and a compressed file are cut into documents at blank lines.
     """
     if options.kind == "text" and len(files) == 1:
         return source_files.cut_into_parts(options, *files[0])
@@ -70,8 +74,11 @@ def read_text(part: Part) -> Iterator[Document]:
 
 
 def _read_pieces(part: Part, path: pathlib.Path) -> Iterator[bytes]:
-    """Yields the pieces between the first border at or after the start of a part and the first
-    border at or after its end, each of at least PIECE_BYTES."""
+    """Yields the documents of a part of a file, of PIECE_BYTES or more except for the last one.
+
+    The first one begins at the first border at or after the start of the part, and the last one
+    ends at the first border at or after its end. See the description of this module for borders.
+    """
     with source_files.open_file(path) as file:
         position = max(part.start - LOOK_BACK, 0)
         if position:
@@ -80,8 +87,8 @@ def _read_pieces(part: Part, path: pathlib.Path) -> Iterator[bytes]:
         if part.start:
             skipped = reader.find_border(part.start - position)
             if part.end and position + skipped >= part.end:
-                # The part has no border within its range. It still holds the bytes between the
-                # border that its start finds and the one that its end finds.
+                # There is no border within the part. The document that begins at the first border
+                # after the start, and ends at the first border after the end, belongs to it still.
                 piece = reader.take(reader.find_border(part.end - position))[skipped:]
                 if piece:
                     yield piece
@@ -97,22 +104,30 @@ def _read_pieces(part: Part, path: pathlib.Path) -> Iterator[bytes]:
 
 
 def _piece_size(reader: "_BorderReader", part: Part, position: int) -> int:
-    """Returns the size of the next piece; 0 at the end of the file."""
+    """Returns the size in bytes of the next document of a part; 0 at the end of the file.
+
+    Args:
+        reader: reads the file; its next byte is that at `position`.
+        part: the part.
+        position: where the document begins, a border before the end of the part.
+    """
     if not part.end:
         return reader.find_border(PIECE_BYTES)
     remaining = part.end - position
     size = reader.find_border(min(PIECE_BYTES, remaining))
     if size < remaining:
         return size
-    # The last piece ends where the next part begins: at the border found from the part's end.
+    # The last document of a part ends where the next part begins: at the first border at or after
+    # the part's end, even if that leaves it smaller than PIECE_BYTES.
     return reader.find_border(remaining)
 
 
 class _BorderReader:
-    """Reads a file piece by piece, where each piece ends at a border.
+    """Reads a file in sequence, and finds the next border at which a document may end.
 
-    `_buffer` holds bytes that were read from the file and not yet taken. `_before` holds the last
-    LOOK_BACK bytes that were taken, because a blank line may begin in them.
+    See the description of this module for borders. `_buffer` holds bytes that were read from the
+    file and not yet taken. `_before` holds the last LOOK_BACK bytes that were taken, because a
+    blank line may begin in them.
     """
 
     def __init__(self, file: BinaryIO):
@@ -131,7 +146,8 @@ class _BorderReader:
     def find_border(self, min_size: int) -> int:
         """Returns the distance to the first border that is at least `min_size` bytes away.
 
-        Returns the number of remaining bytes if there is no such border.
+        Distances are in bytes, from the first byte that has not been taken. If there is no such
+        border, the distance to the end of the file is returned.
         """
         max_size = min_size + LARGEST_PIECE
         search_start = 0
@@ -150,8 +166,12 @@ class _BorderReader:
             self._buffer += data
 
     def _find_blank_line(self, min_size: int, search_start: int) -> int | None:
-        """Returns the distance to the end of the first blank line that ends at least `min_size`
-        bytes away. `search_start` is an index into `_before + _buffer`."""
+        """Returns the distance to the end of the next blank line, or None if there is none.
+
+        Args:
+            min_size: blank lines that end at a smaller distance are skipped.
+            search_start: index into `_before + _buffer` before which no blank line begins.
+        """
         text = self._before + self._buffer
         offset = len(self._before)
         match = BLANK_LINE.search(text, max(search_start, offset + min_size - LOOK_BACK))
@@ -160,8 +180,11 @@ class _BorderReader:
         return match.end() - offset if match else None
 
     def _find_line_end(self, min_size: int, max_size: int) -> int:
-        """Returns the distance to the last line end between `min_size` and `max_size`, or to the
-        end of the character at `max_size` if there is no line end."""
+        """Returns the distance to the border in bytes without a blank line.
+
+        It is the end of the last line that ends between `min_size` and `max_size`, or, without one,
+        the end of the UTF-8 character at `max_size`.
+        """
         last_line_end = self._buffer.rfind(b"\n", min_size, max_size) + 1
         border = last_line_end or max_size
         while border < len(self._buffer) and _is_utf8_continuation(self._buffer[border]):

@@ -23,11 +23,11 @@ DEFAULT_SPLIT = "train"
 
 
 def tfds_parts(options: SourceOptions, location: str) -> list[Part]:
-    """Returns the parts of a TFDS source.
+    """Divides a TFDS source into parts of RECORDS_PER_PART, which processes read independently.
 
     Args:
-        options: options of the source.
-        location: NAME[/CONFIG][:SPLIT].
+        options: kind, field and split of all parts.
+        location: the name of the source after "tfds:", which is NAME[/CONFIG][:SPLIT].
 
     Raises:
         UserError: the dataset cannot be opened, is empty, or lacks the feature.
@@ -51,7 +51,7 @@ def tfds_parts(options: SourceOptions, location: str) -> list[Part]:
 
 
 def read_tfds(part: Part) -> Iterator[Document]:
-    """Yields the documents of a range of records.
+    """Yields a document for each record of a part (a range of records).
 
     Raises:
         UserError: the dataset cannot be opened, or the feature is not text.
@@ -71,7 +71,10 @@ def read_tfds(part: Part) -> Iterator[Document]:
 
 
 def _open_split(name: str, split: str) -> Any:
-    """Returns the records of a split, with random access to single ones and to lists of them."""
+    """Opens a split of a TFDS dataset, for random access to its records.
+
+    The result has `len`, `[index]` and `__getitems__(list of indices)`.
+    """
     import tensorflow_datasets as tfds  # imported here because the import is slow
 
     try:

@@ -1,7 +1,8 @@
-"""Batched scoring and generation with a model, in few shapes.
+"""Scores and continues texts with a model, in batches of a few shapes.
 
-Rows are sorted by length and padded to one of a few lengths, so that only a few programs have to be
-compiled. The longest rows come first: a batch that does not fit in memory fails at the start.
+A row is one sequence of a batch. Rows are sorted by length and padded to one of a few lengths, so
+that the model is compiled for a few shapes only. The longest rows come first, so that a batch that
+does not fit in memory fails at the start.
 
 Legend: B rows of a batch, L padded length, P padded length of a prompt, N new tokens, M candidates
 for the last token of a row.
@@ -21,22 +22,25 @@ from modse_jax.model import sampling
 from modse_jax.runtime import memory_usage, processes
 
 SHORTEST_LENGTH = 128  # the smallest padded length; the others double it, up to the context length
-MAX_CANDIDATES = 8  # M: last tokens that are scored with one row
+MAX_CANDIDATES = 8  # M: most alternatives for the last token that are scored with one row
 CHUNK = 32  # new tokens between two searches for a stop string
-MAX_ROWS = 1024  # rows of a batch
+MAX_ROWS = 1024  # most rows of a batch
 
 # Tokens of a batch, by platform. A batch that does not fit in memory is halved until it does.
 TOKEN_BUDGET = {"cpu": 8192, "gpu": 131072, "tpu": 131072}
 
 
 class Row(NamedTuple):
-    """A sequence to score.
+    """A sequence to score, together with alternatives for its last token.
+
+    Continuations that differ in their last token only, such as the letters of a multiple-choice
+    question, thus take one row of a batch.
 
     Attributes:
-        tokens: The input of the model.
+        tokens: The input of the model: the sequence without its last token.
         start: Position of the first scored token; all tokens after it are scored too.
-        candidates: Alternatives for the token after the row, at most MAX_CANDIDATES. None stands
-            for no further token: the score is that of the row itself.
+        candidates: The alternatives for the last token, at most MAX_CANDIDATES. None stands for a
+            sequence without a further token.
     """
 
     tokens: tuple[int, ...]
@@ -45,23 +49,23 @@ class Row(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A text to continue, and its index among the prompts of a call."""
+    """A text to continue."""
 
     tokens: tuple[int, ...]
-    index: int
+    position: int  # in the list of prompts given to Engine.generate
 
 
 Item = TypeVar("Item", Row, Prompt)
 
 
 class Batch(NamedTuple, Generic[Item]):
-    """Rows of one call of a program.
+    """Rows that the model processes at once.
 
     Attributes:
-        number: Number of the batch among those of a call.
-        rows: Real rows, followed by empty ones that pad the batch.
-        num_real: Number of real rows.
-        length: Padded length, new tokens included.
+        number: Index of the batch within one call of Engine.score or Engine.generate.
+        rows: The rows to process, followed by empty rows that fill the batch to its static size.
+        num_real: Number of rows without the empty ones.
+        length: Length to which the rows are padded, with room for new tokens.
     """
 
     number: int
@@ -71,19 +75,19 @@ class Batch(NamedTuple, Generic[Item]):
 
     @property
     def real_rows(self) -> list[Item]:
-        """The rows without the padding."""
+        """The rows without the empty ones that fill the batch."""
         return self.rows[: self.num_real]
 
 
 class Engine:
-    """Runs batches of rows through a model.
+    """Scores and continues texts with a model, in batches.
 
-    With several processes, process 0 calls `score` and `generate`, while the others are in
-    `programs.follow`.
+    With several processes, only process 0 calls `score` and `generate`. The others call
+    `programs.follow`, which takes part in every computation that process 0 starts.
 
     Attributes:
-        programs: The compiled programs.
-        token_budget: Tokens of a batch before the free memory is considered.
+        programs: The compiled functions of the model.
+        token_budget: Most tokens of a batch. A batch that does not fit into memory gets fewer.
     """
 
     def __init__(self, model: LoadedModel, batch_size: int):
@@ -101,8 +105,9 @@ class Engine:
     ) -> Iterator[tuple[Row, list[tuple[float, bool]]]]:
         """Yields every row with the scores of its candidates, in no particular order.
 
-        A score is the log-probability (nats) of the row's scored tokens and the candidate, and
-        whether all of these are the most likely tokens.
+        A score is (log-probability, is_greedy) of the tokens from row.start on, followed by the
+        candidate. The log-probability is in nats (0 or negative). is_greedy is True if each of
+        these tokens is the most likely one.
 
         Args:
             rows: The rows to score.
@@ -140,10 +145,19 @@ class Engine:
         description: str,
         quiet: bool,
     ) -> Iterator[tuple[int, str]]:
-        """Yields (index of a prompt, text after it), in no particular order.
+        """Yields (index of a prompt, generated text after it), in no particular order.
 
-        The text may continue past a stop string, because stop strings are searched for only after
-        every CHUNK tokens.
+        A text ends at the end token or after `max_new_tokens` tokens. A stop string ends it too,
+        but possibly up to CHUNK tokens later: the text is not cut at the stop string.
+
+        Args:
+            prompts: The token ids of the texts to continue.
+            max_new_tokens: Most tokens to generate.
+            settings: How tokens are drawn.
+            seed: The seed of the draws.
+            stops: The stop strings.
+            description: Title of the progress bar.
+            quiet: Hides the progress bar.
         """
         rows = [Prompt(tuple(tokens), index) for index, tokens in enumerate(prompts)]
         padding = Prompt((), 0)
@@ -151,7 +165,7 @@ class Engine:
             key = jax.random.fold_in(jax.random.key(seed), batch.number)
             texts = self._decode(batch, max_new_tokens, settings, key, stops)
             for row, text in zip(batch.real_rows, texts):
-                yield row.index, text
+                yield row.position, text
 
     def _decode(
         self,
@@ -161,7 +175,7 @@ class Engine:
         key: jax.Array,
         stops: list[str],
     ) -> list[str]:
-        """Returns the texts after the prompts of a batch."""
+        """Returns the generated text after each prompt of a batch, cut at the first stop string."""
         tokens_BP, lengths_B = sampling.pad_rows(
             [row.tokens for row in batch.rows],
             batch.length - max_new_tokens,
@@ -199,7 +213,15 @@ class Engine:
     def _make_batches(
         self, rows: list[Item], padding: Item, max_new_tokens: int, description: str, quiet: bool
     ) -> Iterator[Batch[Item]]:
-        """Yields batches of all rows, the longest rows first, and advances a progress bar."""
+        """Divides rows into batches, the longest rows first, and advances a progress bar.
+
+        Args:
+            rows: The rows.
+            padding: The empty row that fills the last batch of a length.
+            max_new_tokens: New tokens that each row needs room for; 0 for scoring.
+            description: Title of the progress bar.
+            quiet: Hides the progress bar.
+        """
         rows = sorted(rows, key=lambda row: len(row.tokens), reverse=True)
         number = 0
         with tqdm(total=len(rows), desc=description, disable=quiet or None, leave=False) as bar:
@@ -227,17 +249,18 @@ class Engine:
         return len(rows)
 
     def _batch_size_for(self, length: int, max_new_tokens: int) -> int:
-        """Returns `max_batch_size`, which is determined once per shape."""
+        """Returns `max_batch_size` for a shape, computed only once, because it may compile."""
         shape = (length, max_new_tokens)
         if shape not in self._batch_sizes:
             self._batch_sizes[shape] = self.max_batch_size(*shape)
         return self._batch_sizes[shape]
 
     def max_batch_size(self, length: int, max_new_tokens: int) -> int:
-        """Returns the rows of a batch: as requested, or as many as half of the free memory holds.
+        """Returns the rows per batch: as requested, or as many as fit in half of the free memory.
 
-        With several processes the token budget alone decides: to measure memory a program is
-        compiled, and process 0 must not compile while the others wait in a collective.
+        With several processes, the token budget alone decides. To find the memory that a batch
+        needs, the model is compiled, and process 0 must not do so while the others wait for it in a
+        collective, which would time out.
 
         Args:
             length: Padded length, new tokens included.
@@ -270,7 +293,13 @@ class Engine:
 def _list_candidate_scores(
     scores: model_programs.Scores, index: int, candidates: list[int | None]
 ) -> list[tuple[float, bool]]:
-    """Returns (log-probability, True if greedy) of a row with each of its candidates."""
+    """Returns (log-probability in nats, is_greedy) of a row with each of its candidates.
+
+    Args:
+        scores: The scores of a batch.
+        index: The index of the row in the batch.
+        candidates: The candidates of the row.
+    """
     log_p = scores.log_p_B[index]
     is_greedy = scores.is_greedy_B[index]
     listed = []

@@ -1,7 +1,8 @@
 """Adapter that lets EleutherAI's lm-evaluation-harness evaluate our models.
 
-On several processes the harness runs on process 0 only, because it does not guarantee an order of
-requests. The other processes run the programs that process 0 requests (see model_programs.py).
+With several processes, the harness runs on process 0 only, because it does not guarantee an order
+of requests that is the same everywhere. The other processes take part in the computations that
+process 0 starts (see model_programs.py).
 """
 
 import collections
@@ -25,11 +26,11 @@ TokenizedRequest = tuple[tuple[str, str], list[int], list[int]]
 
 
 class ScoredRequest(NamedTuple):
-    """A log-likelihood request as the engine sees it.
+    """A request for the log-likelihood of a continuation, as batch_engine.Engine.score needs it.
 
     Attributes:
         tokens: The model's input: context and continuation, without the last token.
-        start: Position of the first token in `tokens` that is scored.
+        start: Position of the first token of the continuation.
         candidate: The last token of the continuation. None if the continuation is empty.
     """
 
@@ -42,8 +43,8 @@ class Adapter(TemplateLM):
     """Presents a trained model to the harness: log-likelihoods and generated text.
 
     A prompt that exceeds the context is truncated on the left, as the harness does for its own
-    models; `counts` records how often. Scores and greedy text do not depend on the other requests,
-    their order or the padding. Sampled text does.
+    models; `counts` records how often. The scores and the greedily generated text of a request do
+    not depend on which other requests there are, on their order, or on padding. Sampled text does.
 
     Attributes:
         engine: Runs the model in batches.
@@ -62,7 +63,7 @@ class Adapter(TemplateLM):
         self.reset()
 
     def reset(self) -> None:
-        """Sets counts and times to zero. Called before each task."""
+        """Sets the counts of requests and the measured times to zero. Called before each task."""
         self.counts: collections.Counter[str] = collections.Counter()
         self._truncated_contexts: set[tuple[int, ...]] = set()
         self.engine.programs.reset_times()
@@ -93,7 +94,10 @@ class Adapter(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Returns (log-likelihood in nats, True if greedy decoding gives it) per continuation."""
+        """Returns (log-likelihood in nats, is_greedy) of the continuation of each request.
+
+        is_greedy is True if greedy decoding would generate the continuation.
+        """
         is_quiet = disable_tqdm or not sys.stderr.isatty()
         return super().loglikelihood(requests, is_quiet)
 
@@ -123,13 +127,15 @@ class Adapter(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenizedRequest], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Returns (log-likelihood in nats, True if greedy decoding gives it) per continuation.
+        """Returns (log-likelihood in nats, is_greedy) of the continuation of each request.
 
-        Requests that differ in their last token only, such as the letters of a multiple-choice
-        question, share a row of a batch.
+        The harness calls it with the requests of `loglikelihood`, tokenized. Requests that differ
+        in their last token only, such as the letters of a multiple-choice question, share a row of
+        a batch.
         """
         wanted = [self._prepare_request(context, rest) for _, context, rest in requests]
-        # A dict instead of a set, since it keeps the order of the requests.
+        # {(input, first scored position): last tokens}. The last tokens are the keys of a dict, and
+        # not a set, so that they stay in the order of the requests.
         candidates: dict[tuple[tuple[int, ...], int], dict[int | None, None]] = {}
         for request in wanted:
             shared = candidates.setdefault((request.tokens, request.start), {})
@@ -153,8 +159,8 @@ class Adapter(TemplateLM):
         if not continuation:
             # The tokenizer may have merged the continuation into the last token of the context.
             self.counts["empty_continuations"] += 1
-            tokens = tuple(context[-self.max_length :])
-            return ScoredRequest(tokens, min(len(context), self.max_length), None)
+            inputs = tuple(context[-self.max_length :])
+            return ScoredRequest(inputs, min(len(context), self.max_length), None)
         tokens = [*context, *continuation][-self.max_length - 1 :]
         is_truncated = len(context) + len(continuation) > len(tokens)
         self._count_prompt(context, is_truncated)
@@ -163,18 +169,22 @@ class Adapter(TemplateLM):
         return ScoredRequest(tuple(tokens[:-1]), start, tokens[-1])
 
     def _count_prompt(self, context: Sequence[int], is_truncated: bool) -> None:
-        """Counts a request, and a truncated context once for all continuations that share it."""
+        """Updates the counts of requests and of truncated contexts.
+
+        The continuations of one question share a context, which is counted once.
+        """
         self.counts["requests"] += 1
         if is_truncated:
             self._truncated_contexts.add(tuple(context))
             self.counts["contexts_truncated"] = len(self._truncated_contexts)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns the text after each prompt.
+        """Generates a continuation of each prompt, and returns their texts.
 
-        It ends before the first stop string, before the end token, or after `max_gen_toks` tokens.
+        A text ends before the first stop string, before the end token, or after `max_gen_toks`
+        tokens.
         """
-        groups = collections.defaultdict(list)  # requests with the same options form batches
+        groups = collections.defaultdict(list)  # {options: requests}; a batch has equal options
         for number, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(number)
         texts = [""] * len(requests)
@@ -196,11 +206,11 @@ class Adapter(TemplateLM):
         return texts
 
     def _limit_new_tokens(self, options: dict[str, Any]) -> int:
-        """Returns the number of tokens to generate: at most half of the context."""
+        """Returns how many tokens to generate: `max_gen_toks`, but at most half of the context."""
         return min(options["max_gen_toks"], self.max_length // 2)
 
     def _prepare_prompt(self, text: str, options: dict[str, Any]) -> list[int]:
-        """Returns the last tokens of a prompt, as many as the context has room for."""
+        """Returns the tokens of a prompt, truncated on the left to leave room for new tokens."""
         tokens = self.tok_encode(text)
         max_new_tokens = self._limit_new_tokens(options)
         max_prompt = self.max_length - max_new_tokens

@@ -1,9 +1,10 @@
 """Reads benchmark data in the files that its publishers distribute.
 
-Each function is the `custom_dataset` of a task file in configs/tasks. It reads files below `data`
-(--tasks_dir), and returns {split: dataset} with the columns that the harness's task expects. The
-harness passes further keyword arguments. Of these only `config_source` is used: the path of the
-task's YAML file, whose name contains the subject.
+Each public function is the `custom_dataset` of a task file in configs/tasks: lm-evaluation-harness
+calls it to load the data of the task. It reads files below the folder `data` (--tasks_dir), and
+returns {split: dataset} with the columns that the harness's task expects. The harness passes
+further keyword arguments. Of these only `config_source` is used: the path of the task's YAML file,
+whose name contains the subject.
 """
 
 import csv
@@ -20,7 +21,7 @@ Splits = dict[str, datasets.Dataset]
 
 
 def gsm8k(data: str, **_: Any) -> Splits:
-    """Reads gsm8k/{train,test}.jsonl: question, answer."""
+    """Reads GSM8K from gsm8k/{train,test}.jsonl, which have the fields question and answer."""
     return _make_splits(
         train=_read_jsonl(data, "gsm8k/train.jsonl"),
         test=_read_jsonl(data, "gsm8k/test.jsonl"),
@@ -28,7 +29,10 @@ def gsm8k(data: str, **_: Any) -> Splits:
 
 
 def mmlu(data: str, config_source: str, **_: Any) -> Splits:
-    """Reads mmlu/{dev,test}/SUBJECT_{dev,test}.csv: question, four choices, letter; no header."""
+    """Reads one subject of MMLU from mmlu/{dev,test}/SUBJECT_{dev,test}.csv.
+
+    The files have no header. Their columns are the question, four choices and the right letter.
+    """
     subject = pathlib.Path(config_source).stem.removeprefix("mmlu_")
     return _make_splits(
         dev=_read_mmlu(data, subject, "dev"), test=_read_mmlu(data, subject, "test")
@@ -44,7 +48,10 @@ def _read_mmlu(data: str, subject: str, split: str) -> list[dict]:
 
 
 def math(data: str, config_source: str, **_: Any) -> Splits:
-    """Reads the problems of one type from math/test.jsonl: problem, level, type, solution."""
+    """Reads the problems of one type of MATH from math/test.jsonl.
+
+    Its fields are problem, level, type and solution.
+    """
     name = pathlib.Path(config_source).stem.removeprefix("hendrycks_math_")
     irregular_names = {
         "counting_and_prob": "Counting & Probability",
@@ -57,12 +64,18 @@ def math(data: str, config_source: str, **_: Any) -> Splits:
 
 
 def lambada(data: str, **_: Any) -> Splits:
-    """Reads lambada/lambada_test.jsonl: text, whose last word is to be predicted."""
+    """Reads LAMBADA from lambada/lambada_test.jsonl.
+
+    Its only field is text, whose last word is to be predicted.
+    """
     return _make_splits(test=_read_jsonl(data, "lambada/lambada_test.jsonl"))
 
 
 def piqa(data: str, **_: Any) -> Splits:
-    """Reads piqa/valid.jsonl (goal, sol1, sol2) and piqa/valid-labels.lst (0 or 1 per line)."""
+    """Reads PIQA from piqa/valid.jsonl and piqa/valid-labels.lst.
+
+    The first has the fields goal, sol1 and sol2, the second 0 or 1 per line, the right solution.
+    """
     with _open(data, "piqa/valid-labels.lst") as file:
         labels = [int(line) for line in file]
     rows = _read_jsonl(data, "piqa/valid.jsonl")
@@ -74,7 +87,7 @@ def piqa(data: str, **_: Any) -> Splits:
 
 
 def siqa(data: str, **_: Any) -> Splits:
-    """Reads siqa/validation.arrow, an Arrow stream.
+    """Reads Social IQa from siqa/validation.arrow, an Arrow stream.
 
     Its columns are context, question, answerA, answerB, answerC and label ("1" to "3").
     """
@@ -84,9 +97,10 @@ def siqa(data: str, **_: Any) -> Splits:
 
 
 def triviaqa(data: str, **_: Any) -> Splits:
-    """Reads triviaqa/triviaqa_sm_sub.jsonl: context, answer, aliases.
+    """Reads TriviaQA from triviaqa/triviaqa_sm_sub.jsonl.
 
-    The context is a complete prompt, "Question: ...?\\nAnswer:". Only its question is used.
+    Its fields are context, answer and aliases. The context is a complete prompt,
+    "Question: ...?\\nAnswer:". Only its question is used.
     """
     rows = []
     for row in _read_jsonl(data, "triviaqa/triviaqa_sm_sub.jsonl"):
@@ -103,9 +117,10 @@ def _remove_csv_quotes(text: str) -> str:
 
 
 def agieval(data: str, config_source: str, **_: Any) -> Splits:
-    """Reads agieval/NAME.jsonl: passage, question, options, label.
+    """Reads one task of AGIEval from agieval/NAME.jsonl.
 
-    Cloze questions have an answer instead of options and a label.
+    Its fields are passage, question, options and label. Cloze questions have an answer instead of
+    options and a label.
     """
     name = pathlib.Path(config_source).stem
     rows = _read_jsonl(data, f"agieval/{name}.jsonl")
@@ -113,10 +128,11 @@ def agieval(data: str, config_source: str, **_: Any) -> Splits:
 
 
 def _agieval_row(row: dict) -> dict:
-    """Returns a question with AGIEval's own prompt."""
+    """Returns the document for a row of AGIEval: its own prompt, with choices and right answer."""
     passage = row["passage"] or ""
     if not row["options"]:
-        # The only cloze task among ours is in Chinese: "Question: ...\nAnswer:".
+        # The only cloze task (no choices to choose an answer from) is in Chinese, so the prompt is:
+        # the characters mean "Question: ...\nAnswer:".
         prompt = f"{passage}\u95ee\u9898\uff1a{row['question']}\n\u7b54\u6848\uff1a"
         return {"query": prompt, "answer": row["answer"]}
     letters = "ABCDEFG"[: len(row["options"])]

@@ -12,14 +12,14 @@ from modse_jax.evaluation import result_files, text_table
 from modse_jax.evaluation.benchmarks import task_runner
 from modse_jax.evaluation.text_table import Column
 
-# A perplexity is not a mean over documents. The log-probability of the documents is compared
-# instead.
+# A perplexity is not a mean over documents, so it cannot be compared document by document. For
+# these metrics the log-probabilities of the documents are compared instead.
 LOG_PROBABILITY_METRICS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 
-MAX_NAME_CHARACTERS = 12  # of a run's name at the head of its column
+MAX_NAME_CHARACTERS = 12  # a column is headed by this many last characters of the run's name
 
 Metric = tuple[str, str]  # metric, filter of the answers
-DocumentScores = dict[tuple[str, int], tuple[str, float]]  # (task, document): (hash, value)
+DocumentScores = dict[tuple[str, int], tuple[str, float]]  # {(task, document): (hash, score)}
 
 
 class RunResults(NamedTuple):
@@ -28,7 +28,7 @@ class RunResults(NamedTuple):
     Attributes:
         path: The directory of the run.
         step: The evaluated step.
-        records: The records of its benchmarks, by name.
+        records: {name of a benchmark: its entry in eval/STEP.json}.
     """
 
     path: pathlib.Path
@@ -40,9 +40,9 @@ class PairedTest(NamedTuple):
     """The difference between two runs on the same documents.
 
     Attributes:
-        difference: Mean difference.
-        stderr: Standard error of the mean difference.
-        p: Two-sided p-value.
+        difference: Mean score of the other run minus that of the first run.
+        stderr: Standard error of the difference.
+        p: Two-sided p-value of the hypothesis that the runs do not differ.
     """
 
     difference: float
@@ -57,7 +57,7 @@ def compare_runs(workdirs: tuple[str, ...], step: int, names: tuple[str, ...], l
         workdirs: Directories of runs.
         step: An evaluated step; 0 for each run's newest with benchmark results.
         names: Names of benchmarks; empty for those that all runs have.
-        limit: The limit with which they were run.
+        limit: The --limit with which the benchmarks were run; 0 for all documents.
 
     Raises:
         UserError: A result is missing, or the runs have different documents or shots.
@@ -81,7 +81,13 @@ def compare_runs(workdirs: tuple[str, ...], step: int, names: tuple[str, ...], l
 
 
 def _read_run(path: pathlib.Path, step: int, limit: int) -> RunResults:
-    """Reads the records of the given or the newest step with benchmark results."""
+    """Reads the benchmark results of a step of a run, or of its newest step that has any.
+
+    Args:
+        path: The directory of the run.
+        step: The step; 0 for the newest.
+        limit: The limit with which the benchmarks were run; 0 for all documents.
+    """
     found = []
     for folder in (path / "eval").glob("*.tasks"):
         number = int(folder.name.split(".")[0])
@@ -100,7 +106,7 @@ def _read_run(path: pathlib.Path, step: int, limit: int) -> RunResults:
 
 
 def _format_scores(runs: list[RunResults], names: tuple[str, ...], limit: int) -> str:
-    """Returns the table of scores, with a block of rows per metric."""
+    """Returns the table of scores: for each metric, one line per run other than the first."""
     columns = [
         Column(26, "left", gap=0),  # task
         Column(32, "left"),  # metric
@@ -130,7 +136,16 @@ def _run_names(runs: list[RunResults]) -> list[str]:
 
 
 def _comparison_rows(name: str, metric: Metric, values: list[np.ndarray]) -> list[list[str]]:
-    """Returns a row for each run but the first. Only the first row repeats the means."""
+    """Returns the rows of one metric in the table of scores.
+
+    There is a row for each run other than the first, with its difference to the first run. The
+    first of these rows also shows the mean scores of all runs.
+
+    Args:
+        name: The name of the benchmark.
+        metric: The metric.
+        values: The scores of the documents, for each run.
+    """
     title = task_runner.format_metric({"metric": metric[0], "filter": metric[1]})
     means = [f"{scores.mean():.4f}" for scores in values]
     start = [name, title, str(len(values[0])), *means]
@@ -143,7 +158,7 @@ def _comparison_rows(name: str, metric: Metric, values: list[np.ndarray]) -> lis
 
 
 def _format_seconds(runs: list[RunResults], names: tuple[str, ...]) -> str:
-    """Returns the table of computing times, and their ratios to the first run's."""
+    """Returns the table of computing times, with those of the other runs over the first run's."""
     num_ratios = len(runs) - 1
     columns = [Column(69, "left", gap=0), *[Column(12)] * len(runs), *[Column(11)] * num_ratios]
     rows = [["seconds of computing", *_run_names(runs), "ratio"]]
@@ -159,6 +174,10 @@ def paired_test(first: np.ndarray, other: np.ndarray) -> PairedTest:
 
     If all scores are 0 or 1, this is the exact sign test on the documents that differ (McNemar);
     otherwise it is the paired t-test.
+
+    Args:
+        first: The scores of the first run, one per document.
+        other: The scores of the other run on the same documents. The difference is other - first.
     """
     differences = other.astype(float) - first
     count = len(differences)
@@ -178,7 +197,7 @@ def paired_test(first: np.ndarray, other: np.ndarray) -> PairedTest:
 def _read_scores(path: pathlib.Path) -> dict[Metric, DocumentScores]:
     """Reads the scores of a benchmark's documents, by metric.
 
-    Metrics that are not a number per document are left out (f1 has a pair per document).
+    Metrics without a single number per document are left out; f1, for example, has two numbers.
     """
     if not path.is_file():
         raise UserError(
@@ -205,10 +224,17 @@ def _align_scores(
     name: str,
     run: RunResults,
 ) -> np.ndarray:
-    """Returns the scores of a run in the order of the reference's documents.
+    """Returns the scores of a run in the order of the first run's documents.
+
+    Args:
+        table: The scores of the run.
+        reference: The scores of the first run.
+        metric: The metric.
+        name: The name of the benchmark, for error messages.
+        run: The run, for error messages.
 
     Raises:
-        UserError: The run has other documents than the reference, or other prompts.
+        UserError: The run has other documents than the first run, or other prompts.
     """
     scores = table.get(metric, {})
     wanted = reference[metric]

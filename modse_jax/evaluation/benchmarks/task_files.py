@@ -19,8 +19,8 @@ from modse_jax.errors import UserError
 
 TASKS_FOLDER = pathlib.Path(__file__).parents[3] / "configs" / "tasks"
 
-# The stock tasks from which our groups are built. To read these takes seconds; to read all of the
-# harness's tasks takes much longer.
+# The folders of the harness that our own groups of tasks include. Reading only these takes seconds;
+# reading all tasks of the harness takes much longer.
 STOCK_FOLDERS = ("mmlu/default", "agieval", "hendrycks_math")
 
 MAX_FILE_BYTES = 2**20  # larger files of a task folder are data, and are not copied
@@ -36,9 +36,12 @@ OFFLINE_ADVICE = (
 class Task(NamedTuple):
     """A requested benchmark.
 
+    A name may stand for one task of the harness, for a group of tasks such as MMLU with its
+    subjects, or for all tasks with a tag.
+
     Attributes:
         name: The name on the command line.
-        built: The objects of the harness: a group, a task, or the tasks of a tag.
+        built: The harness's objects for it: one group, one task, or the tasks with the tag.
         parts: The names of its tasks, for example the subjects of MMLU.
     """
 
@@ -48,14 +51,24 @@ class Task(NamedTuple):
 
 
 class LoadedTasks(NamedTuple):
-    """The harness's task manager and the requested benchmarks, with their data read."""
+    """The requested benchmarks, whose data has been read, and the harness's object that read them.
+
+    Attributes:
+        manager: The harness's TaskManager.
+        tasks: The benchmarks.
+    """
 
     manager: Any
     tasks: list[Task]
 
 
 class TaskFolders(NamedTuple):
-    """Copies of the task folders, and a message for each file that cannot be read."""
+    """Copies of the task folders.
+
+    Attributes:
+        folders: The copies: of this project's folder, and of --tasks_dir if it is given.
+        unreadable: A message for each task file that is invalid YAML.
+    """
 
     folders: list[pathlib.Path]
     unreadable: list[str]
@@ -87,7 +100,7 @@ def load(names: tuple[str, ...], tasks_dir: str) -> LoadedTasks:
         for name in names:
             if name not in manager.all_tasks:
                 _raise_unknown(name, manager.all_tasks, own_names, copies.unreadable)
-        # A name that is given twice is evaluated once.
+        # dict.fromkeys removes repeated names and keeps the order.
         return LoadedTasks(manager, [_load_task(manager, name) for name in dict.fromkeys(names)])
 
 
@@ -103,7 +116,10 @@ def _raise_unknown(
 
 
 def _load_task(manager: Any, name: str) -> Task:
-    """Builds a task and its first prompt, so that problems are found before anything is run."""
+    """Loads a benchmark and builds its first prompt.
+
+    Problems with its files or data are thus found before the first benchmark is run.
+    """
     try:
         loaded = manager.load([name])
     except UserError:
@@ -134,7 +150,9 @@ def _describe_error(name: str, error: Exception) -> str:
 def copy_task_folders(
     target: pathlib.Path, harness_folder: pathlib.Path, tasks_dir: str
 ) -> TaskFolders:
-    """Copies our task files and those of `tasks_dir`, with `$` names and `# local` resolved.
+    """Copies the task files of this project and of `tasks_dir`, in the harness's own format.
+
+    `$` names and `# local` lines are resolved; see the description of this module.
 
     Args:
         target: The folder that receives the copies.
@@ -165,19 +183,27 @@ def _copy_task_folder(source: pathlib.Path, target: pathlib.Path, values: dict[s
 
 
 def _resolve_task_file(text: str, values: dict[str, str]) -> str:
-    """Returns a task file in the harness's format."""
+    """Returns the text of a task file with `$` names and `# local` lines resolved.
+
+    Args:
+        text: The text of the file.
+        values: {name without "$": text}; "data" is "" if there is no --tasks_dir.
+    """
     has_local_data = bool(values["data"])
     lines = [line for line in text.splitlines() if has_local_data or not line.endswith("# local")]
     text = re.sub(r"\$(harness|tasks|data)\b", lambda match: values[match[1]], "\n".join(lines))
-    # An included task passes on its tags. Inherited, a tag would name the derived task only, and
-    # hide the stock tasks with that tag.
+    # A task inherits the tags of the task that it includes. With an inherited tag, the tag would
+    # stand for the derived task only and hide the harness's tasks with that tag.
     if re.search("^include:", text, re.M) and not re.search("^tag:", text, re.M):
         text += "\ntag: []"
     return text
 
 
 def _find_unreadable(folder: pathlib.Path) -> list[str]:
-    """Returns a message for every invalid YAML file. The harness silently ignores such files."""
+    """Returns a message for every invalid YAML file in a folder.
+
+    The harness silently ignores such files, and would only report that a task is unknown.
+    """
     # The harness has no public function to read a task file.
     from lm_eval.tasks._yaml_loader import load_yaml
 

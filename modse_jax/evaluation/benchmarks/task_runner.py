@@ -47,8 +47,8 @@ class TaskResult(NamedTuple):
     """The results of a benchmark.
 
     Attributes:
-        record: Its entry in eval/STEP.json.
-        documents: A dictionary per document: metrics, target and answer.
+        record: Its entry in eval/STEP.json: scores, counts and times.
+        documents: A dictionary per document with its metrics, target and answer.
     """
 
     record: dict
@@ -56,7 +56,7 @@ class TaskResult(NamedTuple):
 
 
 def show_nothing(text: str) -> None:
-    """Discards a piece of console output."""
+    """Discards console output; the default for `show` arguments."""
 
 
 def run_tasks(
@@ -68,11 +68,11 @@ def run_tasks(
     batch_size: int,
     show: Show = show_nothing,
 ) -> list[dict]:
-    """Runs benchmarks on a step of each workdir.
+    """Runs benchmarks on a checkpoint of each workdir.
 
-    The results are added to eval/STEP.json (or eval/STEP.firstN.json), and those of single
-    documents to the folder STEP.tasks beside it. All workdirs and tasks are checked before the
-    first task is run.
+    The results are added to eval/STEP.json (or eval/STEP.firstN.json with a limit of N), and those
+    of single documents to the folder STEP.tasks beside it. All workdirs and tasks are checked
+    before the first task is run.
 
     Args:
         workdirs: Directories of runs.
@@ -81,11 +81,11 @@ def run_tasks(
         tasks_dir: A folder with task files and data; "" for the Hugging Face hub.
         limit: Documents of each task; 0 for all.
         batch_size: Sequences per batch; 0 for as many as fit in memory.
-        show: Receives the console output.
+        show: Called with each piece of console output.
 
     Returns:
-        The content of the result file of each workdir; empty dictionaries on other processes than
-        the main one.
+        The content of the result file of each workdir; on processes other than the main one, an
+        empty dictionary for each.
     """
     tasks_dir = str(pathlib.Path(tasks_dir).expanduser().absolute()) if tasks_dir else ""
     _prepare_harness(tasks_dir)
@@ -104,7 +104,10 @@ def run_tasks(
 
 
 def _prepare_harness(tasks_dir: str) -> None:
-    """Checks that the harness is installed, and sets the variables that it reads on import."""
+    """Checks that the harness is installed, and sets environment variables that it reads.
+
+    It reads them when it is imported, so this must be called before.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             "the suite tasks needs lm-evaluation-harness: pip install -r requirements-eval.txt"
@@ -122,7 +125,11 @@ def _prepare_harness(tasks_dir: str) -> None:
 def _evaluate(
     workdir: pathlib.Path, step: int, loaded: LoadedTasks, limit: int, batch_size: int, show: Show
 ) -> dict:
-    """Evaluates one checkpoint. Processes other than the main one run its programs."""
+    """Runs all benchmarks on one checkpoint; returns the content of the result file.
+
+    The main process runs the harness. The other processes take part in its computations and return
+    an empty dictionary.
+    """
     from modse_jax.evaluation.benchmarks.harness_adapter import Adapter
 
     model = model_loading.load_model(workdir, step, batch_size or len(jax.devices()))
@@ -152,7 +159,7 @@ def _evaluate_tasks(
     limit: int,
     show: Show,
 ) -> dict:
-    """Evaluates all tasks, and writes the results of each one as soon as they are complete.
+    """Runs all benchmarks on the main process, and writes the results after each of them.
 
     Returns:
         The content of the result file.
@@ -190,7 +197,7 @@ def _evaluate_task(adapter: "Adapter", manager: Any, task: Task, limit: int) -> 
         ) from None
     is_group = task.name in evaluated.get("groups", {})
     shown = [task.name] if is_group else list(task.parts)
-    scores = []
+    scores: list[dict] = []
     for part in dict.fromkeys([*shown, *task.parts]):
         scores += _list_scores(part, evaluated)
     shots = sorted({evaluated["n-shot"][part] for part in task.parts})
@@ -227,7 +234,15 @@ def _list_scores(part: str, evaluated: dict) -> Iterator[dict]:
 
 
 def _document_result(part: str, row: dict) -> dict:
-    """Returns the result of one document. Its hash identifies document, prompt and target."""
+    """Returns the result of one document as a dictionary, which is written as a line of JSON.
+
+    Its hash identifies document, prompt and target, so that a comparison can check that two runs
+    were asked the same question.
+
+    Args:
+        part: The name of the document's task.
+        row: The harness's result for the document.
+    """
     identity = row["doc_hash"] + row["prompt_hash"] + row["target_hash"]
     return {
         "task": part,
@@ -247,8 +262,13 @@ def _write_documents(path: pathlib.Path, documents: list[dict]) -> None:
 
 
 def format_record(name: str, record: dict) -> str:
-    """Returns a benchmark's rows of the table under HEADER."""
-    rows = []
+    """Returns the lines that the console table shows for a benchmark, below HEADER.
+
+    Args:
+        name: The name of the benchmark.
+        record: Its entry in eval/STEP.json.
+    """
+    rows: list[list[str]] = []
     for score in record["scores"]:
         if score["task"] not in record["shown"]:
             continue
@@ -270,7 +290,11 @@ def format_record(name: str, record: dict) -> str:
 
 
 def format_metric(score: dict) -> str:
-    """Returns the name of a metric, with the filter of the answers if there is one."""
+    """Returns the name of a metric for tables, such as "acc" or "exact_match (strict-match)".
+
+    The name in parentheses is that of the harness's filter, which extracts the answer from the
+    generated text.
+    """
     if score["filter"] == "none":
         return score["metric"]
     return f"{score['metric']} ({score['filter']})"

@@ -16,16 +16,18 @@ from jax.sharding import Mesh
 
 from modse_jax.config.options import ModelConfig
 from modse_jax.model.attention.blocked import attend_packed
-from modse_jax.model.attention.cpu_matmul import matmul
 from modse_jax.model.attention.cudnn_attention import attend_cudnn
 from modse_jax.model.attention.reference import attend
 from modse_jax.model.attention.rotary import rotary_tables, rotate
 from modse_jax.model.attention.selection import select_attention
 from modse_jax.model.attention.splash_attention import attend_splash
+from modse_jax.model.cpu_matmul import matmul
+from modse_jax.model.initialization import draw_normal
+from modse_jax.model.normalization import RMSNorm
 from modse_jax.runtime import sharding
 
-# On CPU, the softmax weights of sequences up to this length are saved for the backward pass. They
-# take less memory than the activations of an expert. Those of longer sequences are recomputed.
+# On CPU, the softmax weights of sequences up to this length are saved for the backward pass, where
+# they take less memory than the activations of an expert. For longer sequences they are recomputed.
 MAX_SAVED_LENGTH = 1024
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values, [B, S, G, C]; [layers, ...] for a model
@@ -44,10 +46,14 @@ class AttentionInputs(NamedTuple):
 
 
 def packed_inputs(segments_BL: jax.Array, config: ModelConfig) -> AttentionInputs:
-    """Returns the inputs for packed rows.
+    """Returns the attention inputs for packed rows, each of which may hold several documents.
 
-    Positions count from the start of the row, not of the document: rotary attention depends on
-    differences of positions only.
+    Positions count from the start of the row, not of the document. That gives the same result,
+    because rotary attention depends on differences of positions only.
+
+    Args:
+        segments_BL: the document number of every token, 0 for padding.
+        config: the model's config.
     """
     L = segments_BL.shape[1]
     sin_LH, cos_LH = rotary_tables(L, config)
@@ -62,9 +68,14 @@ def packed_inputs(segments_BL: jax.Array, config: ModelConfig) -> AttentionInput
 def cached_inputs(
     positions_BL: jax.Array, cache_length: int, config: ModelConfig
 ) -> AttentionInputs:
-    """Returns the inputs for one document per row, with a cache of S positions.
+    """Returns the attention inputs for decoding: one document per row, and a key/value cache.
 
-    A token attends to all positions up to its own.
+    A token attends to all positions of the cache up to its own.
+
+    Args:
+        positions_BL: the position of every token in its document.
+        cache_length: the number S of positions of the cache.
+        config: the model's config.
     """
     mask_BLS = jnp.arange(cache_length)[None, None, :] <= positions_BL[:, :, None]
     sin_SH, cos_SH = rotary_tables(cache_length, config)
@@ -91,22 +102,35 @@ class Attention(nnx.Module):
         D, A = config.dim, config.num_heads
         G = config.num_kv_heads or A
         C = D // A
-        self.w_query = nnx.Param(_draw_normal(rngs, (D, A, C), D**-0.5))
-        self.w_key = nnx.Param(_draw_normal(rngs, (D, G, C), D**-0.5))
-        self.w_value = nnx.Param(_draw_normal(rngs, (D, G, C), D**-0.5))
+        in_std = config.init_std or D**-0.5
+        self.w_query = nnx.Param(draw_normal(rngs, (D, A, C), in_std))
+        self.w_key = nnx.Param(draw_normal(rngs, (D, G, C), in_std))
+        self.w_value = nnx.Param(draw_normal(rngs, (D, G, C), in_std))
         # The output of a residual branch is initialized 1 / sqrt(2 * num_layers) as large.
-        out_std = D**-0.5 / (2 * config.num_layers) ** 0.5
-        self.w_out = nnx.Param(_draw_normal(rngs, (A, C, D), out_std))
+        out_std = config.init_std or D**-0.5 / (2 * config.num_layers) ** 0.5
+        self.w_out = nnx.Param(draw_normal(rngs, (A, C, D), out_std))
+        self.normalizes_queries_and_keys = config.qk_norm == "full"
+        if self.normalizes_queries_and_keys:
+            self.query_norm = RMSNorm(A * C, config.norm_eps)
+            self.key_norm = RMSNorm(G * C, config.norm_eps)
 
     def __call__(
         self, x_BLD: jax.Array, attention_inputs: AttentionInputs, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """Returns (y_BLD, the cache with the keys and values of these tokens).
+        """Runs the layer.
 
         Args:
-            cache: keys and values of the tokens so far; None for packed rows.
+            x_BLD: the input of the layer.
+            attention_inputs: from `packed_inputs`, or from `cached_inputs` if there is a cache.
+            cache: keys and values of earlier tokens; None for packed rows.
+
+        Returns:
+            y_BLD, and the cache with the keys and values of these tokens added, or None.
         """
         query_BLAC, key_BLGC, value_BLGC = self._project(x_BLD)
+        if self.normalizes_queries_and_keys:
+            query_BLAC = _normalize_all_heads(self.query_norm, query_BLAC)
+            key_BLGC = _normalize_all_heads(self.key_norm, key_BLGC)
         query_BLAC = rotate(query_BLAC, *attention_inputs.rotary_BL1H)
         key_BLGC = rotate(key_BLGC, *attention_inputs.rotary_BL1H)
         if cache is None:
@@ -123,7 +147,10 @@ class Attention(nnx.Module):
         return y_BLD, cache
 
     def _project(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns (query_BLAC, key_BLGC, value_BLGC) by one matmul with the joined weights."""
+        """Returns (query_BLAC, key_BLGC, value_BLGC), without rotation.
+
+        The three weights are concatenated, so that one matmul computes all of them.
+        """
         weights = (self.w_query, self.w_key, self.w_value)
         w_DXC = jnp.concatenate([w[...].astype(self.dtype) for w in weights], axis=1)
         D, X, C = w_DXC.shape
@@ -140,7 +167,7 @@ class Attention(nnx.Module):
         value_BLGC: jax.Array,
         segments_BL: jax.Array,
     ) -> jax.Array:
-        """Attends over packed rows by the implementation for this chip."""
+        """Attends within the documents of packed rows, by the implementation for this chip."""
         chip = self._chip()
         kind = select_attention(self.kind, query_BLAC.shape, chip, str(self.dtype))
         arrays = (query_BLAC, key_BLGC, value_BLGC, segments_BL)
@@ -164,18 +191,22 @@ class Attention(nnx.Module):
         return sharding.chip_name(self.mesh)
 
 
+def _normalize_all_heads(norm: RMSNorm, x_BLAC: jax.Array) -> jax.Array:
+    """Normalizes the heads of every token together, not each on its own (OLMo 2, OLMoE)."""
+    x_BLD = x_BLAC.reshape(*x_BLAC.shape[:2], -1)
+    return norm(x_BLD).reshape(x_BLAC.shape)
+
+
 def _write_cache(
     cache: Cache, key_BLGC: jax.Array, value_BLGC: jax.Array, positions_BL: jax.Array
 ) -> Cache:
-    """Returns the cache with keys and values at some positions; positions >= S are dropped."""
+    """Returns the cache with new keys and values written at the given positions.
+
+    Those at positions past the end of the cache (>= S) are not written.
+    """
     cached_key_BSGC, cached_value_BSGC = cache
     row_B1 = jnp.arange(key_BLGC.shape[0])[:, None]
     return (
         cached_key_BSGC.at[row_B1, positions_BL].set(key_BLGC, mode="drop"),
         cached_value_BSGC.at[row_B1, positions_BL].set(value_BLGC, mode="drop"),
     )
-
-
-def _draw_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
-    """Returns normal numbers truncated at 3 standard deviations, float32."""
-    return std * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)

@@ -1,11 +1,11 @@
 """Attention over packed rows in blocks of queries, in plain XLA, with a hand-written gradient.
 
-A block of queries attends to no more keys than end with it, so about half of the matmuls with
-masked scores are left out. Scores are stored as [keys, queries]: then no matmul has to transpose a
-large operand, which halves its speed in XLA for CPU. On CPU, forward and backward take about half
-of the time of `jax.nn.dot_product_attention` (126-149 ms against 266 ms, LOG.md, 2026-11-22). The
-file can be deleted when that function, under XLA, is as fast; `reference.attend` is the plain
-version.
+The queries of a row are divided into at most 8 blocks. A block is only multiplied with keys up to
+its own end, because later keys are masked by causality; this leaves out about half of the work.
+Scores are stored as [keys, queries]: then no matmul has to transpose a large operand, which halves
+its speed in XLA for CPU. On CPU, forward and backward take about half of the time of
+`jax.nn.dot_product_attention` (126-149 ms against 266 ms, LOG.md, 2026-11-22). The file can be
+deleted when that function, under XLA, is as fast; `reference.attend` is the plain version.
 
 Legend: B batch, L length, S keys up to the end of a block, A query heads, G key/value heads,
 R = A / G query heads that share a key head, C head size, Q = R * queries of a block.
@@ -50,7 +50,7 @@ class SavedForBackward(NamedTuple):
     segments_BL: jax.Array
     out_BLAC: jax.Array
     sum_BLA1: jax.Array  # denominators of the softmax
-    blocks: list[jax.Array]  # per block: weights_BGSQ if they are saved, else max_BG1Q
+    blocks: list[jax.Array]  # per block: softmax weights if saved, else the maximum score per query
 
 
 class BlockGradients(NamedTuple):
@@ -70,12 +70,15 @@ def attend_packed(
     save_weights: bool = False,
     min_block: int = 128,
 ) -> jax.Array:
-    """Returns `reference.attend` under `packed_mask(segments_BL)`, [B, L, A, C].
+    """Returns causal attention within every document of packed rows, [B, L, A, C].
+
+    The result is that of `reference.attend` with the mask `packed_mask(segments_BL)`.
 
     Args:
+        query_BLAC, key_BLGC, value_BLGC: queries, keys and values, with rotary positions.
         segments_BL: the document number of every token, 0 for padding.
-        save_weights: saves the softmax weights for the backward pass, about half of [L, L] per
-            head; else the scores are recomputed there.
+        save_weights: saves the softmax weights for the backward pass, about L * L / 2 numbers per
+            head; otherwise they are recomputed there.
         min_block: the smallest number of queries of a block; there are at most MAX_BLOCKS blocks.
     """
     out_BLAC, _ = _attend_forward(
@@ -124,7 +127,8 @@ def _attend_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     dtype = saved.query_BLAC.dtype
     num_groups = saved.key_BLGC.shape[2]
-    # The output gradient is divided by the denominators of the softmax, instead of every weight.
+    # The saved softmax weights are not normalized. The output gradient is divided by the
+    # denominators instead, because it has fewer elements than the weights.
     dout_BLAC = (dout_BLAC / saved.sum_BLA1).astype(dtype)
     inner_BLAC = dout_BLAC.astype(jnp.float32) * saved.out_BLAC.astype(jnp.float32)
     inner_BLA1 = jnp.sum(inner_BLAC, axis=3, keepdims=True)
@@ -182,6 +186,8 @@ def _block_gradients(
         weights_BGSQ: softmax weights before the division by their sum.
         dout_BGCQ, dout_BGRLC: the output gradient divided by that sum, in two layouts.
         inner_BG1RL: sum over C of the divided output gradient times the output.
+        query_BGRLC: the queries of the block.
+        key_BGCS, value_BGSC: keys and values up to the end of the block.
     """
     dweights_BGSQ = _matmul("bgsc,bgcq->bgsq", value_BGSC, dout_BGCQ)
     dscores_BGSQ = weights_BGSQ * (dweights_BGSQ - _bgcrl_to_bgcq(inner_BG1RL))
@@ -195,7 +201,7 @@ def _block_gradients(
 
 
 def block_ranges(length: int, min_block: int) -> list[tuple[int, int]]:
-    """Returns (first, stop) of every block of queries: at most MAX_BLOCKS blocks."""
+    """Divides `length` queries into at most MAX_BLOCKS blocks; returns (first, stop) of each."""
     size = max(min_block, -(-length // MAX_BLOCKS))
     return [(first, min(first + size, length)) for first in range(0, length, size)]
 
@@ -213,7 +219,14 @@ def scale_queries(query_BLAC: jax.Array) -> jax.Array:
 def _compute_scores(
     query_BGCRL: jax.Array, key_BGSC: jax.Array, segments_BL: jax.Array, first: int
 ) -> jax.Array:
-    """Returns scores_BGSQ of queries that begin at position `first`, float32; -1e30 if masked."""
+    """Returns the scores q k of a block, scores_BGSQ in float32; -1e30 where they are masked.
+
+    Args:
+        query_BGCRL: the queries of the block, scaled.
+        key_BGSC: the keys up to the end of the block.
+        segments_BL: the document number of every token of the rows.
+        first: the position of the first query of the block.
+    """
     S = key_BGSC.shape[2]
     mask_BLS = packed_mask(segments_BL[:, :S], first)
     mask_BSQ = jnp.tile(mask_BLS.swapaxes(1, 2), (1, 1, query_BGCRL.shape[3]))
@@ -223,9 +236,11 @@ def _compute_scores(
 
 
 def _sum_of_prefixes(parts: Sequence[jax.Array]) -> jax.Array:
-    """Returns the sum of arrays [B, G, S, C] of rising S, each as if it were padded with zeros.
+    """Sums the gradients of keys (or values) over the blocks of queries, [B, G, L, C].
 
-    Each range of keys is summed over the blocks that reach it, so no padding is computed.
+    Args:
+        parts: for each block of queries, the gradients of the keys up to the end of the block,
+            [B, G, S, C] with rising S. Keys after the end of a block get none from it.
     """
     ends = [0] + [part.shape[2] for part in parts]
     sums = []

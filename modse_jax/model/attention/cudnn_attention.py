@@ -15,7 +15,7 @@ from modse_jax.model.attention.masks import packed_mask
 from modse_jax.model.attention.reference import attend
 
 MAX_TEST_LENGTH = 512
-MAX_TEST_ERROR = 0.02  # relative to the norm of the reference; explained by bfloat16
+MAX_TEST_ERROR = 0.02  # norm of the error over that of the reference; bfloat16 explains less
 
 
 def cudnn_version() -> int:
@@ -39,9 +39,10 @@ def attend_cudnn(
     segments_BL: jax.Array,
     implementation: str = "cudnn",
 ) -> jax.Array:
-    """Returns what `blocked.attend_packed` returns, computed by cuDNN's flash attention.
+    """Returns causal attention within every document of packed rows, by cuDNN's flash attention.
 
-    A mask separates the documents of a row. cuDNN takes it as a bias, of 2 L bytes per token.
+    See `blocked.attend_packed` for the other arguments and the result. A mask keeps documents of a
+    row apart. jax passes it to cuDNN as a bias, which takes 2 L bytes per token.
 
     Args:
         implementation: see jax.nn.dot_product_attention; tests use "xla".
@@ -60,11 +61,11 @@ def attend_cudnn(
 
 @contextlib.contextmanager
 def _without_mask_gradient() -> Iterator[None]:
-    """Keeps cuDNN from writing a gradient of the mask, [B, 1, L, S].
+    """Keeps cuDNN from computing a gradient of the mask, [B, 1, L, S], which nothing reads.
 
-    jax 0.10 requests the gradient of every bias, and so of every mask; nothing reads it, and there
-    is no public switch. jax 0.11 requests it only if a bias can have one, and no longer has the
-    function replaced here. Delete this when jax 0.10 is no longer supported.
+    jax 0.10 requests the gradient of every bias, and a mask is passed as a bias; there is no public
+    switch, so a private function of jax is replaced inside this context. jax 0.11 no longer
+    requests it, and no longer has that function. Delete this when jax 0.10 is no longer supported.
     """
     from jax._src.cudnn import fused_attention_stablehlo
 
@@ -92,7 +93,8 @@ def check_cudnn(
         attend_by: the function to check.
 
     Raises:
-        UserError: it cannot run, or differs by more than MAX_TEST_ERROR.
+        UserError: the function cannot run, or differs from the reference by more than
+            MAX_TEST_ERROR.
     """
     segments_BL = _test_segments(min(length, MAX_TEST_LENGTH))
     arrays = _test_arrays(shape, segments_BL.shape)
@@ -118,7 +120,10 @@ def check_cudnn(
 
 
 def _test_segments(length: int) -> jax.Array:
-    """Returns one row of two documents and padding (0), and one row of a single document."""
+    """Returns the document numbers of two test rows, [2, L].
+
+    The first row has two documents and padding (0), the second a single document.
+    """
     position_L = jnp.arange(length)
     second_or_padding_L = jnp.where(position_L < length - length // 5, 2, 0)
     packed_L = jnp.where(position_L < length // 3, 1, second_or_padding_L)

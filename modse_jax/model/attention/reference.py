@@ -15,8 +15,12 @@ def attend(
 ) -> jax.Array:
     """Returns softmax(q k / sqrt(C)) v over the keys that the mask allows, [B, L, A, C].
 
-    The softmax is in float32, and the result has the type of the queries. A / G query heads share
-    a key head.
+    The softmax is computed in float32, and the result has the dtype of the queries. A / G query
+    heads share a key head.
+
+    Args:
+        query_BLAC, key_BSGC, value_BSGC: queries, keys and values, with rotary positions.
+        mask_BLS: True where a query may attend to a key.
     """
     B, L, A, C = query_BLAC.shape
     query_BLGRC = query_BLAC.reshape(B, L, key_BSGC.shape[2], -1, C)

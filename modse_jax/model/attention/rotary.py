@@ -13,8 +13,8 @@ from modse_jax.config.options import ModelConfig
 def rotary_tables(length: int, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """Returns (sine, cosine) of the rotary angles of positions 0 to length - 1, float32 [L, H].
 
-    They are computed before compilation. XLA for CPU would fuse sines into the operations that
-    read them, and would then compute them again for every head.
+    They are computed with numpy, so that they are constants of the compiled code. XLA for CPU would
+    otherwise fuse sines into the operations that read them, and compute them again for every head.
     """
     num_pairs = config.dim // config.num_heads // 2
     frequency_H = config.rope_base ** (-np.arange(num_pairs) / num_pairs)
@@ -23,10 +23,14 @@ def rotary_tables(length: int, config: ModelConfig) -> tuple[np.ndarray, np.ndar
 
 
 def rotate(x_BLAC: jax.Array, sin_BL1H: jax.Array, cos_BL1H: jax.Array) -> jax.Array:
-    """Returns the rotated queries or keys, in the type of x_BLAC; computed in float32.
+    """Applies rotary positions to queries or keys, in float32; returns the dtype of x_BLAC.
 
     Element i of the first half of a head is rotated with element i of its second half, as in
     Llama 2 checkpoints in the format of Hugging Face.
+
+    Args:
+        x_BLAC: queries or keys.
+        sin_BL1H, cos_BL1H: sine and cosine of the rotary angles of the positions; B may be 1.
     """
     first_BLAH, second_BLAH = jnp.split(x_BLAC.astype(jnp.float32), 2, axis=-1)
     rotated_first_BLAH = first_BLAH * cos_BL1H - second_BLAH * sin_BL1H

@@ -1,4 +1,4 @@
-"""The choice of the attention implementation: the "auto" rule of `model.attention`.
+"""The choice of the implementation of attention, by the option `model.attention`.
 
 Legend: B batch, L length, A query heads, C head size.
 """
@@ -11,14 +11,14 @@ from modse_jax.runtime import chips
 def select_attention(kind: str, shape: tuple[int, int, int, int], chip: str, dtype: str) -> str:
     """Returns the implementation of attention over packed rows: "blocks", "splash" or "cudnn".
 
-    "auto" is splash on TPUs and cuDNN on GPUs if they take the shape and type and are installed,
-    and else blocks.
+    "auto" chooses splash on TPUs and cuDNN on GPUs if they support the shape and dtype and are
+    installed. Otherwise it chooses blocks, which is plain XLA and runs anywhere.
 
     Args:
         kind: the option model.attention.
         shape: the shape of the queries, [B, L, A, C].
         chip: the name of the chip; see chips.chip_name.
-        dtype: the compute type.
+        dtype: the compute dtype.
 
     Raises:
         UserError: the requested implementation cannot run.
@@ -60,6 +60,9 @@ def takes_splash(length: int, head_size: int, chip: str) -> bool:
 
 
 def takes_cudnn(length: int, head_size: int, chip: str, dtype: str) -> bool:
-    """Returns whether cuDNN's attention takes this chip, type and shapes, if it is installed."""
+    """Returns whether cuDNN's attention supports this chip, dtype and shapes.
+
+    Whether cuDNN is installed is not checked.
+    """
     takes_shape = length % 2 == 0 and head_size % 8 == 0 and head_size <= 128
     return chip in chips.GPUS and dtype == "bfloat16" and takes_shape

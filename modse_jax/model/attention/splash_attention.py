@@ -17,7 +17,9 @@ def attend_splash(
     segments_BL: jax.Array,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns what `blocked.attend_packed` returns, computed by the splash kernels.
+    """Returns causal attention within every document of packed rows, by the splash kernels.
+
+    See `blocked.attend_packed` for the other arguments and the result.
 
     Args:
         interpret: runs the kernels in interpret mode, which needs no TPU.

@@ -1,19 +1,20 @@
-"""The block sizes of the `blocked` backend.
+"""The block sizes of the `blocked` backend, which computes an expert's tokens block by block.
 
-This module imports no array library, so that reading options is fast.
+This module imports no array library, because reading a config imports it and must be fast.
 """
 
 from typing import NamedTuple
 
 
 class Blocks(NamedTuple):
-    """The block sizes that the rows of an expert are divided into.
+    """Sizes of the blocks into which the rows (routed tokens) of an expert are divided.
 
     Attributes:
         body: the largest number of rows in a block.
         tail: the smallest number of rows in a block.
-        saved: size of the buffer of saved hidden activations, as a multiple of what balanced
-            routing needs. What does not fit is recomputed in the backward pass. 0: none.
+        saved: size of the buffer of gate and up activations that are saved for the backward pass,
+            relative to what balanced routing needs. Activations that do not fit are recomputed.
+            0 saves none.
     """
 
     body: int

@@ -1,13 +1,15 @@
 """The expert FFN in plain XLA, for every device: loops over blocks of an expert's routed tokens.
 
+A row is one routed token, and a block is a range of consecutive rows that one matmul processes.
+
     rows of x_ND, sorted by expert   | expert 0    |1| expert 2                   | padding  |
     expert 0: a single block         [single_block---]
     expert 1: no rows, no block
     expert 2: several blocks                         [full-----][full-----][tail-----]
                                                                                    ^^^ masked
 
-There is one loop per size class (experts of one width), so that 1,024 experts compile like 8.
-Inside it is a loop over those experts of the class that have routed tokens.
+Shapes are static inside a loop, so experts of one width (a size class) share one compiled loop. It
+runs over those experts of the class that have routed tokens. 1,024 experts compile as fast as 8.
 
 *   An expert with about an even share of the rows is a single block, of the smallest of a few
     static sizes that holds its rows. Its weight gradients are written once, in place.
@@ -19,9 +21,9 @@ A block may extend past its expert's rows into the next expert's. Those rows are
 left unchanged on output. The backward pass recomputes the gate and up activations, except for those
 that fit in a buffer of a given size.
 
-Two constructs recur because XLA updates the carry of a loop in place, but copies the operands of a
-conditional: a `fori_loop` of at most one iteration stands for a `cond`, and weights are sliced
-inside the loops.
+XLA updates the carry of a loop in place, but copies the operands of a conditional. Therefore a
+`fori_loop` of at most one iteration replaces a `cond` everywhere in this file, and weights are
+sliced inside the loops.
 
 Legend: N routed tokens (rows), D model dimension, E experts, W width of one expert, B rows of one
 block, S elements of the buffer of saved activations, X any dimension.
@@ -58,8 +60,9 @@ class BlockSizes(NamedTuple):
     """Static block sizes, in rows.
 
     Attributes:
-        single_block: sizes for experts that are one block, in rising order; may be empty.
-        multi_block: sizes for experts that are several blocks, in falling order.
+        single_block: sizes for experts whose rows are processed as one block, in rising order.
+            Empty if no expert is.
+        multi_block: sizes for experts whose rows are processed as several blocks, in falling order.
     """
 
     single_block: tuple[int, ...]
@@ -67,7 +70,7 @@ class BlockSizes(NamedTuple):
 
 
 class Static(NamedTuple):
-    """Values that are known when the program is traced."""
+    """Values that are constants of the compiled code, the same for all experts."""
 
     num_rows: int
     placement: expert_placement.Placement
@@ -76,48 +79,63 @@ class Static(NamedTuple):
 
 
 class Expert(NamedTuple):
-    """The expert that one iteration works on."""
+    """The expert that one iteration of the loop over experts processes."""
 
     first_row: jax.Array
     num_rows: jax.Array
-    first_hidden: jax.Array  # its first hidden unit among those of the shard
-    width: int
+    first_hidden: jax.Array  # its first hidden unit on the flat hidden axis of the shard
+    width: int  # its number of hidden units
 
 
 class SavedRange(NamedTuple):
-    """The part of the buffer of saved activations that an expert uses."""
+    """The range of the buffer of saved gate and up activations that belongs to one expert.
 
-    is_saved: jax.Array  # False if the expert's activations do not fit, and are recomputed
-    offset: jax.Array  # the first element; the scratch space at the end if nothing is saved
-    next_offset: jax.Array  # the first element of the next expert
+    Activations that do not fit are recomputed in the backward pass, into scratch space at the end
+    of the buffer that all such experts share.
+    """
+
+    is_saved: jax.Array  # False if the expert's activations do not fit
+    offset: jax.Array  # the first element of the range, or of the scratch space if not saved
+    next_offset: jax.Array  # the first element of the next expert's range
 
 
 class ForwardCarry(NamedTuple):
-    """The carry of the forward pass's loops over blocks."""
+    """The arrays that the forward pass's loops over blocks update."""
 
     y_ND: jax.Array
-    saved_S: jax.Array
+    saved_S: jax.Array  # buffer of gate and up activations for the backward pass
 
 
 class BackwardCarry(NamedTuple):
-    """The carry of the backward pass's loops over blocks."""
+    """The arrays that the backward pass's loops over blocks update."""
 
     dx_ND: jax.Array
-    dweights: Arrays  # of all experts, or float32 sums of the present one
-    saved_S: jax.Array
+    dweights: Arrays  # of all experts; within one expert's loop over blocks, its float32 sums
+    saved_S: jax.Array  # buffer of saved activations, whose scratch space is overwritten
 
 
 class ExpertCarry(NamedTuple):
-    """The carry of the loops over experts."""
+    """The loop carry of the loops over experts."""
 
     arrays: Any  # a ForwardCarry or a BackwardCarry
     offset: jax.Array  # the first free element of the buffer of saved activations
 
 
 class BlockRows:
-    """The rows of one block: reads, masks and writes them.
+    """Reads, masks and writes the rows of one block, a range of rows that one matmul processes.
 
-    A block that would end past the last of all rows begins earlier, over rows that are masked.
+    A block has a static size and may therefore hold rows that it must not process:
+    *   rows of the next expert at its end;
+    *   rows of earlier blocks at its beginning, if it begins before `start` because it would
+        otherwise extend past the last row of the array.
+    These rows are masked on input and left unchanged on output.
+
+    Args:
+        num_rows: the number of rows of the array.
+        start: the first row that the block has to process.
+        size: the number of rows of the block.
+        is_full: True if the block has no such rows, so that no mask is needed.
+        expert: the expert.
     """
 
     def __init__(
@@ -131,22 +149,22 @@ class BlockRows:
         self.is_own_B1 = (row_B1 >= start) & (row_B1 < end)
 
     def read(self, a_ND: jax.Array) -> jax.Array:
-        """Returns all rows of the block, other experts' rows included."""
+        """Returns all rows of the block, also those that it must not process."""
         return lax.dynamic_slice_in_dim(a_ND, self.first_row, self.size)
 
     def masked(self, a_BX: jax.Array) -> jax.Array:
-        """Sets the rows of other experts to 0."""
+        """Returns the rows of a block with 0 in those that it must not process."""
         return a_BX if self.is_full else jnp.where(self.is_own_B1, a_BX, 0)
 
     def write(self, out_ND: jax.Array, new_BD: jax.Array) -> jax.Array:
-        """Replaces the expert's own rows of out_ND, and leaves the other rows unchanged."""
+        """Returns out_ND with the rows replaced that the block has to process, and no others."""
         new_BD = new_BD.astype(out_ND.dtype)
         if not self.is_full:
             new_BD = jnp.where(self.is_own_B1, new_BD, self.read(out_ND))
         return lax.dynamic_update_slice_in_dim(out_ND, new_BD, self.first_row, 0)
 
 
-# RunBlock(carry, first row, rows, is_full) -> carry: one block of an expert.
+# RunBlock(carry, first row, number of rows, is_full) -> carry: processes one block of an expert.
 RunBlock = Callable[[Any, jax.Array, int, bool], Any]
 
 
@@ -162,7 +180,7 @@ def blocked(
     blocks: Blocks,
     chip: str,
 ) -> jax.Array:
-    """Returns y_ND, every row through its own expert. See select.expert_ffn.
+    """Returns y_ND, the output of every row's own expert. See select.expert_ffn.
 
     Args:
         shard: int32 scalar, the shard of the placement that rows_E and the weights belong to.
@@ -223,7 +241,10 @@ def _run_forward(
     blocks: Blocks,
     chip: str,
 ) -> ForwardCarry:
-    """Returns y_ND and the saved gate and up activations; S is 0 if none are to be saved."""
+    """Runs the forward pass; returns y_ND and the gate and up activations for the backward pass.
+
+    The buffer of activations is empty if blocks.saved is 0.
+    """
     num_rows = x_ND.shape[0]
     sizes = choose_block_sizes(blocks, num_rows, placement.num_experts, chip)
     static = Static(num_rows, placement, sizes, chip)
@@ -261,7 +282,7 @@ def _forward_block(
     size: int,
     is_full: bool,
 ) -> ForwardCarry:
-    """Computes the output of one block, and saves its gate and up activations."""
+    """Computes the output of one block, writes it to y_ND, and saves gate and up activations."""
     w_gate, w_up, w_down = expert_weights
     rows = BlockRows(static.num_rows, start, size, is_full, expert)
     x_BD = rows.read(x_ND)
@@ -306,7 +327,7 @@ def _backward_single_block(
     size: int,
     is_full: bool,
 ) -> BackwardCarry:
-    """Runs an expert's single block, and writes its weight gradients in place."""
+    """Processes an expert that is one block, and writes its weight gradients in place."""
     block = run_block(carry, start, size, is_full)
     return block._replace(dweights=_write_weights(carry.dweights, block.dweights, expert))
 
@@ -318,7 +339,7 @@ def _backward_multi_block(
     sizes: BlockSizes,
     carry: BackwardCarry,
 ) -> BackwardCarry:
-    """Runs an expert's blocks, sums their weight gradients in float32, and writes the sums."""
+    """Processes an expert's blocks, sums their weight gradients in float32, and writes the sums."""
 
     def add_block(sums: BackwardCarry, start: jax.Array, size: int, is_full: bool) -> BackwardCarry:
         block = run_block(sums, start, size, is_full)
@@ -341,7 +362,12 @@ def _backward_block(
     size: int,
     is_full: bool,
 ) -> BackwardCarry:
-    """Returns the carry with the block's rows of dx, and the block's own weight gradients."""
+    """Computes the gradients of one block.
+
+    Returns:
+        dx_ND with the block's rows written; the weight gradients of this block alone, which the
+        caller writes or sums; and the buffer of saved activations.
+    """
     w_gate, w_up, w_down = expert_weights
     rows = BlockRows(static.num_rows, start, size, is_full, expert)
     x_BD = rows.masked(rows.read(x_ND))
@@ -353,7 +379,8 @@ def _backward_block(
             saved_S, x_ND, expert_weights, expert, saved_range, offset, start, size, is_full
         )
         gate_BW, up_BW = _load(saved_S, size, expert.width, offset)
-        # Other experts' rows were computed from rows that may hold anything.
+        # Activations are saved for all rows of a block. Those of rows that do not belong to this
+        # expert may be NaN, and would spoil the weight gradients, which sum over rows.
         gate_BW, up_BW = rows.masked(gate_BW), rows.masked(up_BW)
     else:
         gate_BW, up_BW = _gate_and_up(x_BD, w_gate, w_up)
@@ -382,10 +409,12 @@ def _recompute_missing(
     size: int,
     is_full: bool,
 ) -> jax.Array:
-    """Recomputes the activations of a block into the scratch space, unless they were saved.
+    """Recomputes the gate and up activations of a block unless the forward pass saved them.
 
-    It is a loop of at most one iteration: `lax.cond` would copy all of the buffer. The first row
-    depends on the loop index, so that XLA does not hoist the matmuls out of the loop.
+    They are written to the scratch space at the end of the buffer, which is returned. This is a
+    loop of at most one iteration, because `lax.cond` would copy the whole buffer. The first row
+    depends on the loop index; otherwise XLA would hoist the matmuls out of the loop and always run
+    them.
     """
     w_gate, w_up, _ = expert_weights
 
@@ -398,19 +427,19 @@ def _recompute_missing(
 
 
 def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, rows_E: jax.Array) -> jax.Array:
-    """Returns zeros that depend on data of this layer.
+    """Returns zeros that XLA cannot treat as a constant, because they depend on rows_E.
 
-    XLA would create constant zeros once for several layers and copy them in each, which doubles the
-    memory traffic.
+    XLA would create constant zeros once for several layers and copy them in each layer, which
+    doubles the memory traffic.
     """
     return jnp.broadcast_to(jnp.minimum(rows_E[0], 0).astype(dtype), shape)
 
 
 def _unwritten(shape: tuple[int, ...], dtype: jnp.dtype, rows_E: jax.Array, chip: str) -> jax.Array:
-    """Returns an array whose elements are written before they are read.
+    """Returns an array for data that is written before it is read, so its content does not matter.
 
-    They may hold anything at first, and on GPU the array is not initialized: zeros for the saved
-    activations of 300Mx8 are 2.6 GB of writes per layer and pass. On CPU, XLA writes zeros for
+    On GPU the array is not initialized, because zeros for the saved activations of 300Mx8 would be
+    2.6 GB of writes per layer and pass. Elsewhere it holds zeros: on CPU, XLA writes zeros for
     jax.lax.empty as well, and TPUs have not been measured.
     """
     if not chips.is_gpu(chip):
@@ -430,11 +459,14 @@ def _loop_over_experts(
     shard: jax.Array,
     placement: expert_placement.Placement,
 ) -> ExpertCarry:
-    """Calls run_expert(carry, expert) for every expert of the shard that has routed tokens.
+    """Calls carry = run_expert(carry, expert) for every expert of the shard that has routed tokens.
 
-    The differences between shards are data, so that all shards run one program.
+    All devices run the same compiled code, so whatever differs between shards is looked up in
+    arrays by `shard`. A slot is the position of an expert among the experts of its shard.
     """
-    rows_E = jnp.append(rows_E, 0)  # entry `slots` fills up the lists of shards with fewer experts
+    # Shards with fewer experts of a width have slot `placement.slots` in their lists instead. This
+    # entry gives it no rows, so that it is skipped.
+    rows_E = jnp.append(rows_E, 0)
     first_row_E = jnp.cumsum(rows_E) - rows_E
     classes = expert_placement.size_classes(placement)
     slots = np.concatenate([c.slots for c in classes], axis=1, dtype=np.int32)
@@ -443,7 +475,8 @@ def _loop_over_experts(
     first_hidden_E = jnp.asarray(offsets)[shard]
     class_E = np.repeat(np.arange(len(classes)), [len(c.slots[0]) for c in classes])
     is_busy_E = rows_E[slots_E] > 0
-    # Class by class, and within a class the experts with rows first.
+    # Experts are ordered by size class, and within a class those with rows come first, so that the
+    # loop over a class can stop after them.
     order_E = jnp.argsort(2 * class_E + ~is_busy_E, stable=True)
     slots_E = slots_E[order_E]
     first_hidden_E = first_hidden_E[order_E]
@@ -470,7 +503,10 @@ def _is_single_block(num_rows: jax.Array, sizes: BlockSizes) -> jax.Array:
 def _run_single_block(
     run_block: RunBlock, carry: NamedTuple, expert: Expert, sizes: BlockSizes
 ) -> NamedTuple:
-    """Runs the expert as one block of the smallest size that holds it, if there is one.
+    """Processes the expert as one block, of the smallest single-block size that holds its rows.
+
+    Returns the carry unchanged if the expert is too large for every size, or so small that the
+    smallest size would be mostly masked; `_if_multi_block` then processes it.
 
     Each size is a `fori_loop` of at most one iteration instead of a `cond`, because XLA updates
     loop carries in place but copies the operands of a conditional. The start row depends on the
@@ -494,7 +530,7 @@ def _if_multi_block(
     expert: Expert,
     sizes: BlockSizes,
 ) -> NamedTuple:
-    """Returns function(carry) if the expert is not a single block, else the carry."""
+    """Returns function(carry) if the expert is processed as several blocks, else the carry."""
     if not sizes.single_block:
         return function(carry)
     iterations = (~_is_single_block(expert.num_rows, sizes)).astype(jnp.int32)
@@ -504,7 +540,10 @@ def _if_multi_block(
 def _loop_over_blocks(
     run_block: RunBlock, expert: Expert, sizes: BlockSizes, carry: NamedTuple
 ) -> NamedTuple:
-    """Runs as many full blocks of each size as the expert's rows fill, then one for the rest."""
+    """Runs as many full blocks of each size as the expert's rows fill, the largest size first.
+
+    The rows that are left fill blocks of the smallest size, of which the last may be partly filled.
+    """
 
     def run(
         carry: NamedTuple, start: jax.Array, count: jax.Array, size: int, is_full: bool
@@ -526,12 +565,15 @@ def _loop_over_blocks(
 
 
 def choose_block_sizes(blocks: Blocks, num_rows: int, num_experts: int, chip: str) -> BlockSizes:
-    """Returns the block sizes for a number of rows over all experts.
+    """Returns the block sizes to compile for this many rows (routed tokens of all experts).
 
-    No block is larger than the rows can fill, and none but the largest is smaller than the tail.
-    There are no sizes for single blocks if an even share is too large for one block, since they
-    would be compiled for nothing. There are none off CPU either, where each size is one more loop
-    whose trip count is read back by the host.
+    The largest block is about an even share of the rows (num_rows / num_experts), but at most
+    blocks.body rows. The smaller ones are a half and an eighth of it, if that is at least
+    blocks.tail.
+
+    Sizes for experts that are a single block exist only on CPU, because elsewhere each size is one
+    more loop whose trip count the host has to read back. There are none either if an even share is
+    too large for one block: they would be compiled but hardly ever used.
     """
     even_share = max(8, -(-num_rows // num_experts))
     body = min(blocks.body, -(-even_share // 16) * 16, num_rows)
@@ -546,9 +588,10 @@ def choose_block_sizes(blocks: Blocks, num_rows: int, num_experts: int, chip: st
 def saved_buffer_size(
     blocks: Blocks, num_rows: int, placement: expert_placement.Placement, sizes: BlockSizes
 ) -> int:
-    """Returns the elements of the buffer of saved activations, at most what int32 can index.
+    """Returns the number of elements of the buffer of saved activations; 0 if none are saved.
 
-    They are the budget, and scratch space for the activations of a block that do not fit.
+    The buffer has room for blocks.saved times what balanced routing needs, and scratch space for
+    one block whose activations do not fit there. Its size is limited to what int32 can index.
     """
     if not blocks.saved:
         return 0
@@ -558,13 +601,16 @@ def saved_buffer_size(
 
 
 def _scratch_size(placement: expert_placement.Placement, sizes: BlockSizes) -> int:
-    """Returns the gate and up activations of the largest block of the widest expert."""
+    """Returns the number of gate and up activations of the largest block of the widest expert."""
     largest = max(sizes.single_block + sizes.multi_block)
     return 2 * largest * max(map(max, placement.widths))
 
 
 def _rows_of_blocks(num_rows: jax.Array, sizes: BlockSizes) -> jax.Array:
-    """Returns the rows of all blocks of an expert, masked rows included."""
+    """Returns the total size of the blocks of an expert with num_rows rows, masked rows included.
+
+    It is larger than num_rows if the last block is only partly filled.
+    """
     total = 0
     remaining = num_rows
     *full_sizes, tail_size = sizes.multi_block
@@ -587,23 +633,37 @@ def find_saved_range(
     expert: Expert,
     offset: jax.Array,
 ) -> SavedRange:
-    """Returns the range of the buffer for an expert's activations, given the first free element."""
+    """Returns the range of the buffer of saved activations that an expert uses.
+
+    Args:
+        buffer_size: elements of the buffer, with the scratch space at its end.
+        placement, sizes: determine the size of the scratch space.
+        expert: the expert.
+        offset: the first free element of the buffer.
+    """
     scratch = buffer_size - _scratch_size(placement, sizes)
     num_rows = _rows_of_blocks(expert.num_rows, sizes)
-    # Compared as a quotient: rows times width may not fit in 32 bits.
+    # num_rows * 2 * width may exceed 32 bits, so the comparison divides instead.
     is_saved = num_rows <= (scratch - offset) // (2 * expert.width)
     next_offset = jnp.where(is_saved, offset + 2 * expert.width * num_rows, offset)
     return SavedRange(is_saved, jnp.where(is_saved, offset, scratch), next_offset)
 
 
 def _block_offset(saved_range: SavedRange, expert: Expert, start: jax.Array) -> jax.Array:
-    """Returns the first element of the saved activations of the block that begins at a row."""
+    """Returns where the saved activations of the block that begins at row `start` begin.
+
+    It is an index into the buffer of saved activations. Blocks that are not saved all use the
+    scratch space.
+    """
     within = 2 * expert.width * (start - expert.first_row)
     return saved_range.offset + jnp.where(saved_range.is_saved, within, 0)
 
 
 def _save(saved_S: jax.Array, parts: Arrays, offset: jax.Array) -> jax.Array:
-    """Writes the parts into the buffer, one after another; does nothing if it is empty."""
+    """Returns the buffer with arrays written into it, one after another, from `offset` on.
+
+    An empty buffer is returned unchanged; then no activations are saved.
+    """
     if not saved_S.size:
         return saved_S
     for part_BW in parts:
@@ -614,7 +674,14 @@ def _save(saved_S: jax.Array, parts: Arrays, offset: jax.Array) -> jax.Array:
 
 
 def _load(saved_S: jax.Array, size: int, width: int, offset: jax.Array) -> Arrays:
-    """Returns the gate and up activations of a block, float32."""
+    """Returns the gate and up activations of a block that `_save` wrote, as float32.
+
+    Args:
+        saved_S: the buffer.
+        size: rows of the block.
+        width: hidden units of the expert.
+        offset: the first element of the block's activations.
+    """
     parts = []
     for i in range(2):
         part_S = lax.dynamic_slice_in_dim(saved_S, offset + i * size * width, size * width)

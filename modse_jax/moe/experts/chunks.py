@@ -1,25 +1,25 @@
-"""Runs a module of expert FFN kernels as one differentiable function, in chunks of rows.
+"""Runs the GPU expert kernels as one differentiable function, in chunks of rows to bound memory.
 
-With expert parallelism the sorted rows [N, D] of a shard have room for every token of every
-shard, although balanced routing fills only N / shards of them. Buffers of hidden activations
-[N, M] would be several times too large. The rows are therefore processed in chunks of C rows,
-where C is a quarter more than balanced routing fills. Usually all routed tokens are in the first
-chunk, and the kernels of the other chunks have no tasks. Memory is bounded for every routing, and
-no routed token is dropped.
+Rows are routed tokens sorted by expert. With expert parallelism the rows [N, D] of a shard have
+room for every token of every shard, although balanced routing fills only N / shards of them. Hidden
+activations [N, M] for all rows would be several times larger than needed. The rows are therefore
+processed in chunks of C rows, where C is a quarter more than balanced routing fills. Usually all
+routed tokens are in the first chunk, and the kernels find nothing to do in the other chunks. Memory
+is bounded for every routing, and no routed token is dropped.
 
-A kernel module has two functions:
+A kernel module (pallas_gpu or pallas_triton) has two functions:
 
     forward(x_ND, rows_E, weights, shard, placement, tiles, interpret, save) -> (y_ND, saved)
     backward(x_ND, rows_E, weights, shard, saved, dy_ND, placement, tiles, interpret)
         -> (dx_ND, dw_gate, dw_up, dw_down)
 
     x_ND     rows sorted by expert
-    rows_E   int32, rows of every expert of the shard
+    rows_E   int32, the number of rows of every expert of the shard
     weights  w_gate [D, H], w_up [D, H] and w_down [H, D], in the dtype of x_ND
     shard    int32 [], the shard of the placement
-    tiles    static; tiles.rows is the number of rows of a row tile
-    saved     a pytree of the arrays that `backward` reuses (activations, task lists); None unless
-             `save` is set
+    tiles    static tile sizes; tiles.rows is the number of rows of a row tile
+    saved    a pytree of the arrays that `backward` reuses (activations, lists of tiles); None
+             unless `save` is set
 
 Padding rows after those of the last expert may hold anything, NaN included, in x_ND and dy_ND. They
 are 0 in y_ND and dx_ND.
@@ -40,23 +40,29 @@ from jax import lax
 from modse_jax.moe import expert_placement
 
 # A chunk has room for this many times the rows that a shard receives with balanced routing. More
-# would waste memory. With less, mild load imbalance would fill the second chunk too, whose
-# activations are recomputed.
+# would waste memory. With less, mild load imbalance would fill part of the second chunk, which is
+# slower, because only the activations of the first chunk are saved for the backward pass.
 ROOM = 1.25
 
-# Weights of a shard, or their gradients: gate, up, down.
+# (w_gate, w_up, w_down) of a shard, or their gradients.
 Weights = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def chunk_rows(num_rows: int, placement: expert_placement.Placement, tile_rows: int) -> int:
-    """Returns the number of rows of a chunk: full row tiles, or num_rows if one chunk suffices."""
+    """Returns the number of rows of a chunk, a multiple of tile_rows, but at most num_rows."""
     even_share = num_rows * placement.slots / placement.num_experts
     rows = max(1, -int(-ROOM * even_share // tile_rows)) * tile_rows
     return min(rows, num_rows)
 
 
 def rows_in_chunk(rows_E: jax.Array, first: jax.Array | int, rows: int) -> jax.Array:
-    """Returns how many of every expert's rows are among first : first + rows."""
+    """Returns how many rows each expert has in the chunk that begins at row `first`.
+
+    Args:
+      rows_E: the number of rows of each expert, which follow one another.
+      first: the first row of the chunk.
+      rows: the number of rows of the chunk.
+    """
     end_E = jnp.cumsum(rows_E).astype(rows_E.dtype)
     start_E = end_E - rows_E
     return jnp.maximum(0, jnp.minimum(end_E, first + rows) - jnp.maximum(start_E, first))
@@ -77,7 +83,8 @@ def run_in_chunks(
 ) -> jax.Array:
     """Computes the expert FFN of every row with the kernels of a module.
 
-    Args: see the description of this module.
+    `kernels` is the kernel module, and `interpret` runs its kernels in Pallas's interpreter. See
+    the description of this module for the other arguments.
 
     Returns:
       y_ND, 0 in padding rows.
@@ -99,7 +106,7 @@ def _forward(
     tiles: Any,
     interpret: Any,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Returns y_ND, and the arguments of the backward pass."""
+    """Returns y_ND, and the arrays that `_backward` needs."""
     weights = (w_gate, w_up, w_down)
     static = (kernels, placement, tiles, interpret)
     y_ND, saved = _forward_chunks(x_ND, rows_E, weights, shard, *static, save=True)
@@ -135,7 +142,12 @@ def _forward_chunks(
     interpret: Any,
     save: bool,
 ) -> tuple[jax.Array, Any]:
-    """Returns y_ND, and the arrays of the first chunk that the backward pass reuses."""
+    """Runs the forward pass chunk by chunk.
+
+    Returns:
+      y_ND, and the arrays that the backward pass reuses. Only the first chunk saves any; later
+      chunks are recomputed in the backward pass.
+    """
     N = x_ND.shape[0]
     C = chunk_rows(N, placement, tiles.rows)
 
@@ -168,7 +180,7 @@ def _backward_chunks(
     tiles: Any,
     interpret: Any,
 ) -> tuple[jax.Array, ...]:
-    """Returns the gradients of x_ND and of the three weights.
+    """Returns (dx_ND, dw_gate, dw_up, dw_down).
 
     Activations of all chunks but the first are recomputed. The weight gradients of the chunks are
     summed in float32.
@@ -204,10 +216,16 @@ def _backward_chunks(
 
 
 def _loop_over_later_chunks(run: Callable, carry: Any, num_rows: int, chunk: int) -> Any:
-    """Returns the carry after carry = run(first row, size, carry) for every chunk but the first.
+    """Calls carry = run(first row, size, carry) for every chunk but the first; returns the carry.
 
     The loop has a static number of iterations, so that a GPU runs it without waiting for the host.
-    A shorter last chunk is processed after the loop.
+    If the last chunk is shorter than the others, it is processed after the loop.
+
+    Args:
+      run: processes one chunk.
+      carry: the initial value of the loop carry.
+      num_rows: the number of rows of all chunks.
+      chunk: the number of rows of one chunk.
     """
     num_full_chunks, num_remaining_rows = divmod(num_rows, chunk)
 
@@ -222,11 +240,14 @@ def _loop_over_later_chunks(run: Callable, carry: Any, num_rows: int, chunk: int
 
 
 def _slice_rows(x_ND: jax.Array, first: jax.Array | int, size: int, chunk: int) -> jax.Array:
-    """Returns `size` rows, padded to a full chunk, so that the kernels compile for one shape."""
+    """Returns `size` rows from row `first` on, padded with zeros to the `chunk` rows of a chunk.
+
+    All chunks thus have one shape, for which the kernels are compiled once.
+    """
     x_CD = lax.dynamic_slice_in_dim(x_ND, first, size)
     return jnp.pad(x_CD, ((0, chunk - size), (0, 0)))
 
 
 def _update_rows(y_ND: jax.Array, y_CD: jax.Array, first: jax.Array | int) -> jax.Array:
-    """Returns y_ND with the rows of one chunk replaced."""
+    """Returns y_ND with the rows from row `first` on replaced by y_CD."""
     return lax.dynamic_update_slice_in_dim(y_ND, y_CD, first, axis=0)

@@ -1,4 +1,4 @@
-"""The weights of the experts of one layer, or of one shard of them."""
+"""The tuple of expert weights that all backends of the expert FFN take."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,10 @@ import jax
 
 
 class ExpertWeights(NamedTuple):
-    """SwiGLU weights of all experts, side by side along one flat hidden axis H.
+    """SwiGLU weights of all experts of a layer, or of those that one shard of it holds.
 
-    H is the sum of the experts' widths, so that no memory is spent on padding.
+    The hidden units of the experts lie one after another on one flat hidden axis H. H is the sum of
+    the experts' widths, so no memory is spent on padding to the widest expert.
     """
 
     w_gate: jax.Array  # [D, H]

@@ -1,9 +1,10 @@
-"""Pads the hidden units of experts, so that kernels that work in full tiles take any width.
+"""Pads experts to more hidden units, so that kernels that only compute full tiles take any width.
 
-Every expert's width is rounded up to a multiple of the kernels' unit, in a copy of the weights that
-is made each step. The added hidden units have weights of 0, so they add exactly 0 to the output and
-to the gradient of the input; their own gradients are dropped. The copy is a gather, and so is its
-gradient: every stored hidden unit occurs exactly once among the padded ones.
+Every expert's width is rounded up to a multiple of the number of hidden units in a tile (the unit),
+in a copy of the weights that is made each step. The added hidden units have weights of 0, so they
+add exactly 0 to the output and to the gradient of the input; their own gradients are dropped. The
+copy is a gather, and so is its gradient, because every stored hidden unit occurs exactly once among
+the padded ones.
 
 Legend: D model dimension, E experts of a shard, H hidden units of all experts of a shard, P the
 same with padding.
@@ -26,24 +27,29 @@ def pad_width(width: int, unit: int) -> int:
 
 
 def flops_ratio(widths: Sequence[int], unit: int) -> float:
-    """Returns the FLOPs of padded experts relative to the exact widths, with balanced routing."""
+    """Returns the FLOPs of padded experts divided by those of exact widths, with balanced routing.
+
+    1.1 means that padding costs 10% more.
+    """
     return sum(pad_width(w, unit) for w in widths) / sum(widths)
 
 
 def pad_placement(placement: expert_placement.Placement, unit: int) -> expert_placement.Placement:
-    """Rounds every width up to a multiple of the unit.
+    """Returns the placement with every width rounded up to a multiple of the unit.
 
-    Shards whose sums then differ are filled up with one more expert, to which no token is routed.
+    All shards must have equally many hidden units. If the rounded widths of a shard sum to less
+    than those of another shard, it gets one more expert, to which no token is routed.
     """
     if all(w % unit == 0 for widths in placement.widths for w in widths):
         return placement
     padded = [tuple(pad_width(w, unit) for w in widths) for widths in placement.widths]
     largest = max(map(sum, padded))
+    added_expert = 1 + max(expert for shard in placement.experts for expert in shard)
     experts = []
     widths = []
     for shard_experts, shard_widths in zip(placement.experts, padded):
         missing = largest - sum(shard_widths)
-        experts.append((*shard_experts, placement.num_experts) if missing else shard_experts)
+        experts.append((*shard_experts, added_expert) if missing else shard_experts)
         widths.append((*shard_widths, missing) if missing else shard_widths)
     return expert_placement.Placement(tuple(experts), tuple(widths))
 
@@ -55,14 +61,18 @@ def pad_experts(
     placement: expert_placement.Placement,
     unit: int,
 ) -> tuple[jax.Array, tuple[jax.Array, ...], expert_placement.Placement]:
-    """Pads every expert's width to a multiple of the unit.
+    """Pads every expert's width to a multiple of the unit, by a copy of the weights.
 
-    Nothing is copied if the widths are multiples already.
+    If all widths are multiples already, the arguments are returned and nothing is copied.
 
     Args:
-      rows_E: tokens routed to each expert of the shard, filled up with 0 to placement.slots.
+      rows_E: tokens routed to each expert of the shard. All shards have arrays of one length,
+        placement.slots; a shard with fewer experts has zeros at the end.
       weights: w_gate [D, H], w_up [D, H], w_down [H, D] of the shard.
-      shard: int32 scalar. The tables of all shards are constants of one program.
+      shard: int32 scalar, the shard that this device holds. All devices run the same compiled
+        program, so the tables of all shards are constants in it, indexed by `shard`.
+      placement: the experts and widths of all shards.
+      unit: the number of hidden units of which every width becomes a multiple.
 
     Returns:
       (rows_E, weights, placement) of the padded experts.
@@ -80,12 +90,12 @@ def pad_experts(
 
 
 class _Tables(NamedTuple):
-    """The correspondence of stored and padded hidden units, for every shard.
+    """Positions of the hidden units of each shard before padding (stored) and after it (padded).
 
     Attributes:
-      source: [shards, P], the stored hidden unit of every padded one; H, which is out of range, for
-        those that padding adds.
-      target: [shards, H], the padded hidden unit of every stored one.
+      source: int32 [shards, P], the stored index of every padded hidden unit. It is H, which is out
+        of range, for the units that padding adds.
+      target: int32 [shards, H], the padded index of every stored hidden unit.
     """
 
     source: np.ndarray
@@ -112,10 +122,15 @@ def _make_tables(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _gather(w: jax.Array, source: jax.Array, target: jax.Array, axis: int) -> jax.Array:
-    """Gathers hidden units, 0 where the source is out of range.
+    """Returns the padded copy of a weight: w[source] along `axis`, 0 if the source is out of range.
 
     JAX would derive a scatter as the gradient, which is slow on GPUs, and slower if it has to be
-    deterministic. With `target` it is another gather.
+    deterministic. The custom gradient is another gather, dw[target].
+
+    Args:
+      w: a weight with H hidden units along `axis`.
+      source, target: the rows of `_Tables` for one shard.
+      axis: the hidden axis of w.
     """
     return jnp.take(w, source, axis=axis, mode="fill", fill_value=0)
 

@@ -1,8 +1,9 @@
 """The grouped expert FFN as Pallas Mosaic GPU kernels for Hopper (sm90), in tiles of routed tokens.
 
-The tokens are sorted by expert. Three kernels do all matmuls of the forward and backward passes. A
-*visit* is the part of one row tile that belongs to one expert; a row tile that several experts
-share is visited by each of them.
+Rows are routed tokens, sorted by expert and divided into row tiles of equal size. A *visit* is one
+(expert, row tile) pair in which the expert has rows; a row tile that several experts share is
+visited by each of them. Three kernels do all matmuls of the forward and backward passes. The tiles
+marked # are those of one task, which a kernel computes at a time.
 
     A  hidden-out: one visit x 64 hidden units of its expert      [rows, D] x [D, 64]
        forward: gate and up, followed by SwiGLU; backward: the gradient of the hidden
@@ -30,14 +31,16 @@ share is visited by each of them.
      rows |##|    |^T  x    rows |##|    |  ->  [128, wide] or [wide, 128]
           +--+----+              +--+----+
 
-The kernels are persistent: one block per multiprocessor, which takes every n-th task of a list
-that is built on the device from the routing (tile_lists.py), once per layer. Weights are read
-through one descriptor of the flat hidden axis. Operands that a matmul needs transposed are
-transposed as they are read from shared memory, so no transposed copy is made of any array.
+The kernels are persistent: there is one thread block on each of the n multiprocessors, and it takes
+every n-th task of a list. The list is built on the device from the routing (tile_lists.py), once
+per layer. Weights are read through one descriptor of the flat hidden axis. Operands that a matmul
+needs transposed are transposed as they are read from shared memory, so no transposed copy is made
+of any array.
 
-Each visit stores only its own rows, in pieces whose sizes are powers of two. In kernel C the
-rows of neighboring experts are set to 0 by a select before they are summed. Rows after those of
-the last expert, and hidden units after those of a narrow expert, may therefore hold NaN.
+A row tile may hold rows of other experts than the one that a task is for. Kernels A and B store
+only the rows of that expert. Kernel C sets the others to 0 by a select before they are summed.
+Rows after those of the last expert, and hidden units after those of a narrow expert, may therefore
+hold NaN.
 
 The kernels are tested in interpret mode, which does not model asynchronous copies, and are
 compiled to machine code for an H100. They have not run on hardware (LOG.md).
@@ -59,22 +62,24 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from modse_jax.moe import expert_placement
 from modse_jax.moe.experts import hidden_unit_padding, swiglu, tile_lists
 
-# Multiprocessors of each chip.
+# Number of multiprocessors of each chip.
 CHIPS = {"h100": 132, "h200": 132}
 
 DTYPES = ("bfloat16", "float16")
 
-# The depth of one pipeline step, and the hidden units of a tile of kernel A, which has two sums.
+# The length of one pipeline step of a contraction. It is also the number of hidden units in a tile
+# of the hidden-out kernel (A), which is small because that kernel has two sums in registers.
 UNIT = 64
 
-# The model dimensions of a tile of kernels B and C.
+# The model dimensions in a tile of the hidden-in (B) and weights (C) kernels.
 MODEL = 128
 
 MAX_TASKS = 2**24
 
-# With 10 visits in a group, 132 tasks of kernel A at a time read 10 tiles of rows (3.9 MB at
-# D=1536) and about 14 tiles of both weights (5.5 MB), which stay in the 50 MB L2 cache. One tile
-# of rows through all hidden units would stream 42 MB of weights per wave at 300Mx8.
+# Tasks of the hidden-out kernel (A) are ordered in groups of visits, so that those that run at the
+# same time read the same data from the 50 MB L2 cache. With 10 visits in a group, 132 tasks read 10
+# tiles of rows (3.9 MB at D=1536) and about 14 tiles of both weights (5.5 MB). If each tile of rows
+# went through all hidden units first, they would read 42 MB of weights at 300Mx8.
 VISITS_PER_GROUP = 10
 
 # A Pallas reference to an array in global or shared memory, or to an accumulator in registers.
@@ -83,14 +88,14 @@ Ref = Any
 
 
 class Tiles(NamedTuple):
-    """Tile sizes.
+    """Tile sizes and launch parameters of the three kernels.
 
     Attributes:
-      rows: rows of a row tile.
-      hidden: hidden units of a tile of kernel A.
-      wide: hidden units of a tile of kernel C.
-      stages: pipeline steps in flight.
-      blocks: blocks of a kernel, one per multiprocessor.
+      rows: routed tokens in a row tile.
+      hidden: hidden units in a tile of the hidden-out kernel (A).
+      wide: hidden units in a tile of the weights kernel (C).
+      stages: pipeline steps whose loads are in flight.
+      blocks: thread blocks of a kernel, one per multiprocessor.
     """
 
     rows: int = 128
@@ -101,29 +106,40 @@ class Tiles(NamedTuple):
 
 
 class HiddenOutTasks(NamedTuple):
-    """The tasks of kernel A. Entries from `num_tasks` on never run."""
+    """The tasks of the hidden-out kernel (A): one visit and one tile of hidden units each.
 
-    num_tasks: jax.Array  # int32 [1]
-    start_T: jax.Array  # first row of the visit within the row tile
-    end_T: jax.Array  # the row after its last one
+    A visit is an expert and a row tile in which it has rows. Entries from `num_tasks` on are filler
+    that never runs. All arrays are int32.
+    """
+
+    num_tasks: jax.Array  # [1]
+    start_T: jax.Array  # first row of the expert, counted within the row tile
+    end_T: jax.Array  # the row after its last one, within the row tile
     row_tile_T: jax.Array
     column_tile_T: jax.Array  # tile of the expert's own hidden units
     flat_tile_T: jax.Array  # the same tile on the flat hidden axis
 
 
 class HiddenInTasks(NamedTuple):
-    """The visits of kernel B, the widest expert first. Entries from `num_visits` on never run."""
+    """The tasks of the hidden-in kernel (B): the visits, those of the widest expert first.
 
-    num_visits: jax.Array  # int32 [1]
-    start_V: jax.Array
-    end_V: jax.Array
+    A visit is an expert and a row tile in which it has rows. Entries from `num_visits` on are
+    filler that never runs. All arrays are int32.
+    """
+
+    num_visits: jax.Array  # [1]
+    start_V: jax.Array  # first row of the expert, counted within the row tile
+    end_V: jax.Array  # the row after its last one, within the row tile
     row_tile_V: jax.Array
-    steps_V: jax.Array  # tiles of hidden units of the expert
+    steps_V: jax.Array  # number of tiles of hidden units of the expert
     first_flat_tile_V: jax.Array  # its first tile on the flat hidden axis
 
 
 class WeightTasks(NamedTuple):
-    """The tiles of the flat hidden axis for kernel C, the expert with most rows first."""
+    """The tasks of the weights kernel (C): one tile of the flat hidden axis each.
+
+    Tiles of the expert with the most rows come first. All arrays are int32.
+    """
 
     start_C: jax.Array  # first row of the expert
     end_C: jax.Array  # the row after its last one
@@ -132,16 +148,16 @@ class WeightTasks(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """The task lists of one routing."""
+    """The task lists of the three kernels for one routing of tokens to experts."""
 
     hidden_out: HiddenOutTasks
     hidden_in: HiddenInTasks
     weights: WeightTasks
-    num_rows: jax.Array  # int32 []: routed tokens of all experts
+    num_rows: jax.Array  # int32 []: routed tokens of all experts, without padding rows
 
 
 class Saved(NamedTuple):
-    """The arrays that the backward pass reuses from the forward pass."""
+    """The arrays that the forward pass saves for the backward pass."""
 
     gate_NM: jax.Array
     up_NM: jax.Array
@@ -149,7 +165,7 @@ class Saved(NamedTuple):
 
 
 def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
-    """Returns the tiles for a chip.
+    """Returns the tile sizes for experts of these widths on a chip.
 
     Raises:
       ValueError: the chip, the dtype or the model dimension is not supported. The message names
@@ -178,24 +194,26 @@ def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
 def unit_for(widths: Sequence[int], chip: str, dtype: str) -> int:
     """Returns the number of hidden units of which every expert's width must be a multiple.
 
-    See hidden_unit_padding.py.
+    Other widths are padded; see hidden_unit_padding.py.
     """
     return UNIT
 
 
 def _count_multiprocessors(chip: str) -> int:
-    """Returns the number of multiprocessors of this machine's GPU, or of the chip without one.
+    """Returns the number of multiprocessors of this machine's GPU.
 
-    A GPU may have fewer multiprocessors than others of its name.
+    It is read from the device, because GPUs of one name may differ in it. Without a GPU it is the
+    usual number of the chip that is compiled for.
     """
     device = jax.local_devices()[0]
     return device.core_count if device.platform == "gpu" else CHIPS[chip]
 
 
 def check_rows(tiles: Tiles) -> int:
-    """Returns a number of rows of one expert that exercises every path of the kernels.
+    """Returns how many rows an expert needs in a self-test to exercise every path of the kernels.
 
-    These are full row tiles, more steps than are in flight, and a remainder.
+    They fill more than one row tile and part of another one, and need more pipeline steps than are
+    in flight at a time.
     """
     return 2 * tiles.rows + (tiles.stages + 2) * UNIT + 5
 
@@ -224,10 +242,10 @@ def forward(
     interpret: Any,
     save: bool,
 ) -> tuple[jax.Array, Saved | None]:
-    """Computes the expert FFN of every row. See chunks.py for the interface.
+    """Computes the expert FFN of every row. See chunks.py for the arguments and results.
 
-    Every width is divisible by 64 and D by 128, the dtype is bfloat16 or float16, and the number of
-    rows passes check_tasks.
+    Every width must be divisible by 64 and D by 128, the dtype must be bfloat16 or float16, and the
+    number of rows must pass check_tasks.
     """
     w_gate, w_up, w_down = weights
     x = _pad_rows(x_ND, tiles)
@@ -260,7 +278,7 @@ def backward(
     tiles: Tiles,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Computes the gradients of x_ND and of the three weights. See chunks.py."""
+    """Returns (dx_ND, dw_gate, dw_up, dw_down). See chunks.py for the arguments."""
     w_gate, w_up, w_down = weights
     x = _pad_rows(x_ND, tiles)
     dy = _pad_rows(dy_ND, tiles)
@@ -294,17 +312,17 @@ def backward(
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
-    """Epilogue of kernel A in the forward pass."""
+    """Epilogue of the hidden-out kernel (A) in a forward pass that saves nothing: SwiGLU."""
     return (swiglu.swiglu(gate, up),)
 
 
 def _swiglu_and_inputs(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
-    """Epilogue of kernel A in the forward pass of training."""
+    """Epilogue of the hidden-out kernel (A) in training: SwiGLU, and gate and up to be saved."""
     return swiglu.swiglu(gate, up), gate, up
 
 
 def _swiglu_backward(dhidden: jax.Array, gate: jax.Array, up: jax.Array) -> swiglu.SwigluBackward:
-    """Epilogue of kernel A in the backward pass."""
+    """Epilogue of the hidden-out kernel (A) in the backward pass: the gradient of SwiGLU."""
     return swiglu.swiglu_backward(gate, up, dhidden)
 
 
@@ -313,14 +331,17 @@ def _widest(placement: expert_placement.Placement) -> int:
 
 
 def _pad_rows(x_ND: jax.Array, tiles: Tiles) -> jax.Array:
-    """Pads to at least one full row tile."""
+    """Returns rows padded to a multiple of the row tile size, to one row tile at least."""
     num_row_tiles = max(1, -(-x_ND.shape[0] // tiles.rows))
     num_rows = num_row_tiles * tiles.rows
     return jnp.pad(x_ND, ((0, num_rows - x_ND.shape[0]), (0, 0)))
 
 
 def _clear_padding(y_ND: jax.Array, num_rows: int, lists: Lists) -> jax.Array:
-    """Sets padding rows to 0. The kernels leave arbitrary values there."""
+    """Returns the first num_rows rows, with 0 in those that belong to no expert.
+
+    The kernels leave arbitrary values there.
+    """
     routed_N1 = (jnp.arange(num_rows) < lists.num_rows)[:, None]
     return jnp.where(routed_N1, y_ND[:num_rows], 0)
 
@@ -335,10 +356,14 @@ def build_lists(
     placement: expert_placement.Placement,
     tiles: Tiles,
 ) -> Lists:
-    """Builds the task lists of all kernels for one routing.
+    """Builds the task lists of all kernels for one routing of tokens to experts.
 
     Args:
+      rows_E: the number of rows of every expert of the shard.
+      shard: the shard that this device holds.
       num_rows: routed tokens and padding rows, a multiple of tiles.rows.
+      placement: the experts of all shards.
+      tiles: the tile sizes.
     """
     columns = tile_lists.list_column_tiles(placement, shard, num_rows, tiles)
     end_E = jnp.cumsum(rows_E).astype(jnp.int32)
@@ -354,7 +379,16 @@ def build_lists(
 def _find_own_rows(
     start_E: jax.Array, end_E: jax.Array, expert_X: jax.Array, row_tile_X: jax.Array, tiles: Tiles
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the start and the end of an expert's rows within each row tile."""
+    """Returns which rows of each row tile belong to the expert that visits it.
+
+    Args:
+      start_E, end_E: the first row of every expert, and the row after its last one.
+      expert_X, row_tile_X: the visits.
+      tiles: the tile sizes.
+
+    Returns:
+      (start_X, end_X), counted from the first row of the row tile.
+    """
     first_row_X = row_tile_X * tiles.rows
     start_X = jnp.maximum(start_E[expert_X] - first_row_X, 0)
     end_X = jnp.minimum(end_E[expert_X] - first_row_X, tiles.rows)
@@ -387,7 +421,11 @@ def _list_hidden_in_tasks(
     tiles: Tiles,
     num_rows: int,
 ) -> HiddenInTasks:
-    """Lists the visits, longest sum first, because the longest must not be the last to start."""
+    """Lists the visits (an expert and a row tile each), those of the widest expert first.
+
+    A task takes longer for a wider expert. The longest tasks start first, so that no multiprocessor
+    is left with one at the end.
+    """
     visits = tile_lists.list_visits(rows_E, tiles, num_rows // tiles.rows)
     steps_V = jnp.where(visits.is_visit_V, columns.count_E[visits.expert_V], 0)
     order_V = jnp.argsort(-steps_V, stable=True)
@@ -407,7 +445,7 @@ def _list_weight_tasks(
     columns: tile_lists.ColumnTiles,
     tiles: Tiles,
 ) -> WeightTasks:
-    # Kernel C has wider tiles than `columns`.
+    # The weights kernel (C) may have wider tiles than those of `columns`.
     scale = tiles.wide // tiles.hidden
     expert_C = columns.expert_C[::scale]
     flat_tile_C = jnp.arange(expert_C.shape[0], dtype=jnp.int32)
@@ -417,7 +455,7 @@ def _list_weight_tasks(
     return WeightTasks(start_E[expert_C], end_E[expert_C], column_tile_C[order_C], order_C)
 
 
-# ---- kernel A ----
+# ---- kernel A: hidden-out ----
 
 
 def run_hidden_out(
@@ -432,16 +470,24 @@ def run_hidden_out(
     tiles: Tiles,
     interpret: Any,
 ) -> Sequence[jax.Array]:
-    """Launches kernel A: multiplies rows by their expert's weights and applies an epilogue.
+    """Launches the hidden-out kernel (A): rows times their expert's weights, then an epilogue.
 
     Args:
+      rows_ND: rows sorted by expert.
       weights: [D, H] each, or [H, D] if transposed.
+      transposed: whether the weights are transposed.
       epilogue: takes the matmul with each of the weights, and each of the `saved` arrays, all in
-        float32, and returns the outputs, which are rounded once.
-      saved: [N, M] arrays of the forward pass.
+        float32, and returns the outputs, which are then rounded to the dtype of rows_ND.
+      num_outputs: the number of outputs.
+      saved: [N, M] arrays of the forward pass; may be empty.
+      tasks: the task list.
+      widest: M, the number of hidden units of the widest expert.
+      tiles: the tile sizes.
+      interpret: runs the kernel in Pallas's interpreter.
 
     Returns:
-      num_outputs arrays [N, M].
+      num_outputs arrays [N, M]. Only an expert's own hidden units in its own rows are written; the
+      other elements are undefined.
     """
     dtype = rows_ND.dtype
     first_saved = len(weights)
@@ -490,7 +536,7 @@ def _multiply_hidden_out(
     tiles: Tiles,
     interpret: Any,
 ) -> Sequence[jax.Array]:
-    """Multiplies a row tile by one tile of hidden units of each of the weights, in float32."""
+    """Multiplies a row tile by one tile of hidden units of each weight; returns float32 sums."""
     dim = x_gmem.shape[1]
     weights_block = (tiles.hidden, UNIT) if transposed else (UNIT, tiles.hidden)
 
@@ -504,7 +550,7 @@ def _multiply_hidden_out(
         def hidden_out_step(_: Any, x_smem: Ref, *w_smem: Ref) -> None:
             for accumulator, tile in zip(accumulators, w_smem):
                 _multiply_add(accumulator, x_smem, tile, interpret, right_t=transposed)
-            # The previous step has finished: delay_release=1 frees its tiles.
+            # Waits for the matmuls of the previous step, whose tiles delay_release=1 frees now.
             plgpu.wgmma_wait(len(accumulators))
 
         plgpu.emit_pipeline(
@@ -519,7 +565,7 @@ def _multiply_hidden_out(
     return pl.run_scoped(multiply, *[accumulator_type] * len(w_gmem))
 
 
-# ---- kernel B ----
+# ---- kernel B: hidden-in ----
 
 
 def run_hidden_in(
@@ -529,13 +575,18 @@ def run_hidden_in(
     tiles: Tiles,
     interpret: Any,
 ) -> jax.Array:
-    """Launches kernel B: sums matmuls of hidden activations with their expert's weights.
+    """Launches the hidden-in kernel (B): hidden activations times their expert's weights.
 
     Args:
-      pairs: hidden activations [N, M] and weights [H, D], or [D, H] if transposed.
+      pairs: one pair for the down projection, two for the gradient of the input. Each is hidden
+        activations [N, M] and weights [H, D], or [D, H] if transposed.
+      transposed: whether the weights are transposed.
+      tasks: the task list.
+      tiles: the tile sizes.
+      interpret: runs the kernel in Pallas's interpreter.
 
     Returns:
-      The sum over the pairs, [N, D].
+      The sum of the matmuls of all pairs, [N, D]. Rows that belong to no expert are undefined.
     """
     hidden_NM, weights = pairs[0]
     num_padded_rows = hidden_NM.shape[0]
@@ -581,7 +632,11 @@ def _multiply_hidden_in(
     tiles: Tiles,
     interpret: Any,
 ) -> jax.Array:
-    """Sums over an expert's hidden units and over the pairs of operands, in float32."""
+    """Returns the float32 output tile of one visit (an expert and a row tile).
+
+    It is the sum, over all pairs of hidden activations and weights, of their matmul over the
+    expert's hidden units.
+    """
     first_flat_tile = lists.first_flat_tile_V[visit]
     weights_block = (MODEL, UNIT) if transposed else (UNIT, MODEL)
 
@@ -604,14 +659,14 @@ def _multiply_hidden_in(
                 max_concurrent_steps=tiles.stages,
                 in_specs=[hidden_spec, w_spec],
             )(hidden_gmem, w_gmem)
-            # The next pipeline starts by overwriting the tiles of this one.
+            # The next pipeline overwrites the tiles of this one, so all matmuls must have ended.
             plgpu.wgmma_wait(0)
         return accumulator[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((tiles.rows, MODEL)))
 
 
-# ---- kernel C ----
+# ---- kernel C: weights ----
 
 
 def run_weights(
@@ -623,10 +678,21 @@ def run_weights(
     tiles: Tiles,
     interpret: Any,
 ) -> jax.Array:
-    """Launches kernel C: multiplies rows by hidden activations, summed over each expert's rows.
+    """Launches the weights kernel (C), which computes a weight gradient.
+
+    For every expert it multiplies rows by hidden activations, summed over the expert's rows.
+
+    Args:
+      rows_ND: the inputs of the experts, or the gradients of their outputs.
+      hidden_NM: hidden activations or their gradients.
+      hidden_first: True for w_down [H, D], False for w_gate and w_up [D, H].
+      num_hidden: H, the hidden units of all experts of the shard.
+      tasks: the task list.
+      tiles: the tile sizes.
+      interpret: runs the kernel in Pallas's interpreter.
 
     Returns:
-      The matmul [H, D] if hidden_first, else [D, H].
+      The weight gradient: [H, D] if hidden_first, else [D, H].
     """
     dim = rows_ND.shape[1]
     dtype = rows_ND.dtype
@@ -674,10 +740,10 @@ def _multiply_weights(
     tiles: Tiles,
     interpret: Any,
 ) -> jax.Array:
-    """Sums over the rows of the expert of one task, in float32.
+    """Returns the float32 gradient tile of one task: the sum over the rows of its expert.
 
     Args:
-      task: scalars, the entries of one task.
+      task: the entries of one task, all scalars.
     """
     start, end = task.start_C, task.end_C
     first_step = lax.div(start, UNIT)
@@ -728,7 +794,7 @@ def _multiply_weights(
 
 
 def _make_kernel(kernel: Callable, out_type: Any, tiles: Tiles, interpret: Any) -> Callable:
-    """Returns a function that launches a persistent kernel, one block per multiprocessor."""
+    """Returns a function that launches a kernel with one thread block per multiprocessor."""
     options = {"interpret": interpret} if interpret else {}
     return plgpu.kernel(
         kernel,
@@ -746,7 +812,10 @@ def _load_tiles(
     dtype: jnp.dtype,
     use: Callable[[Sequence[jax.Array]], None],
 ) -> None:
-    """Loads tiles through shared memory and calls `use` with their values in float32."""
+    """Loads tiles through shared memory and calls `use` with their values in float32.
+
+    It is a callback because the shared memory is released when it returns.
+    """
     if not tiles_gmem:
         use([])
         return
@@ -772,10 +841,10 @@ def _multiply_add(
     """Adds left x right to the accumulator.
 
     Args:
-      left_t, right_t: whether to use the transpose of the tile, of one of them at most.
+      left_t, right_t: use the transpose of the left or of the right tile; at most one may be set.
 
-    wgmma reads 16-bit operands from shared memory in either order. The interpreter of jax before
-    0.11 does not, so there a transposed copy of the tile is made.
+    wgmma can read a 16-bit operand transposed from shared memory. Pallas's interpreter of jax
+    before 0.11 cannot, so a transposed copy of the tile is made for it.
     """
     if not (left_t or right_t):
         plgpu.wgmma(accumulator, left_smem, right_smem)
@@ -797,17 +866,17 @@ def _multiply_add(
 
 
 def _clear_rows_outside(tile_smem: Ref, start: jax.Array, end: jax.Array) -> None:
-    """Sets the rows of a tile in shared memory outside start:end to 0."""
+    """Sets all rows of a tile in shared memory to 0, except for rows start to end - 1."""
     row = lax.broadcasted_iota(jnp.int32, tile_smem.shape, 0)
     value = tile_smem[...]
     tile_smem[...] = jnp.where((row >= start) & (row < end), value, jnp.zeros_like(value))
 
 
 def _swizzled(dtype: jnp.dtype) -> tuple:
-    """Returns a layout of tiles in shared memory without bank conflicts.
+    """Returns a layout of tiles in shared memory that has no bank conflicts.
 
-    It has 128 bytes of a row, whose order changes from row to row. Registers and asynchronous
-    copies can both access it.
+    A tile is stored in strips of 128 bytes per row, and the order of the bytes in a strip changes
+    from row to row. Registers and asynchronous copies can both access it.
     """
     swizzle = plgpu.find_swizzle(UNIT * dtype.itemsize * 8)
     return plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)
@@ -821,15 +890,20 @@ def _store_rows(
     end: jax.Array,
     columns: pl.Slice,
 ) -> None:
-    """Stores rows start:end of tiles in registers.
+    """Stores rows start to end - 1 of tiles in registers to arrays in global memory.
 
-    Nearly all visits own all rows of their tile, and are stored through a swizzled tile in shared
-    memory. A part of a tile may begin at any row, at which a swizzled tile cannot be divided. It is
-    stored through a plain tile, whose bank conflicts cost about a quarter of kernel A's time.
+    In nearly all row tiles all rows belong to one expert. They are stored through a tile in shared
+    memory with a swizzled layout (`_swizzled`). If only some rows belong to the expert, they may
+    begin at any row, where a swizzled tile cannot be divided. They are stored through a tile with a
+    plain layout. Its bank conflicts would take about a quarter of the hidden-out kernel's time (an
+    estimate) if all tiles were stored so.
 
     Args:
-      first_row: the first row of the row tile.
-      columns: the columns of the outputs that the tiles cover.
+      values: the tiles, one for each output.
+      outputs_gmem: the arrays.
+      first_row: the row of the arrays at which the tiles begin.
+      start, end: the rows to store, counted within the tiles.
+      columns: the columns of the arrays that the tiles cover.
     """
     shape = values[0].shape
     dtype = values[0].dtype
@@ -846,7 +920,8 @@ def _store_rows(
         for smem, value in zip(tiles_smem, values):
             smem[...] = value
         plgpu.commit_smem()
-        # A copy has a static number of rows: pieces of all powers of two below a full tile.
+        # A copy has a static number of rows, but end - start is dynamic. It is copied as a sum of
+        # powers of two: for each power below a full tile there is one conditional copy.
         done, size = start, shape[0] // 2
         while size:
 

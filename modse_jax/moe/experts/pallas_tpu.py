@@ -1,8 +1,9 @@
 """The grouped expert FFN as Pallas TPU kernels, over tiles of routed tokens sorted by expert.
 
-Three kernels do all matmuls of the forward and backward passes. A *visit* is the part of one row
-tile that belongs to one expert; a row tile that several experts share is visited by each of them
-(tile_lists.py). One task reads and writes the tiles marked #.
+Three kernels do all matmuls of the forward and backward passes. Rows are routed tokens, divided
+into row tiles of equal size. A *visit* is one (expert, row tile) pair in which the expert has rows;
+a row tile that several experts share is visited by each of them (tile_lists.py). A *task* is what a
+kernel computes at a time. One task reads and writes the tiles marked #.
 
     A  hidden-out: one visit x one tile of its expert's hidden units, summed over the model axis
        in steps of `inner`; gate and up, followed by SwiGLU, or its gradient
@@ -31,13 +32,13 @@ tile that belongs to one expert; a row tile that several experts share is visite
           +--+----+              +--+----+        +------+--+------+
           outer                  hidden                   H
 
-The task lists are built on the device from the routing and are read from scalar memory. Their
+The lists of tasks are built on the device from the routing and are read from scalar memory. Their
 length is a dynamic bound of the grid.
 
-Kernels A and B store only the rows of the visiting expert and leave the others unchanged. Kernel C
-replaces the rows of neighboring experts by 0 with a select, before they are summed. No value is
-masked by a multiplication by 0. Padding rows, and hidden activations past an expert's width, may
-therefore hold NaN.
+A row tile may hold rows of other experts than the one that a task is for. Kernels A and B store
+only the rows of that expert and leave the others unchanged. Kernel C replaces the others by 0 with
+a select, before they are summed. No value is masked by a multiplication by 0, which would keep a
+NaN. Padding rows, and hidden activations past an expert's width, may therefore hold NaN.
 
 The kernels are tested in interpret mode, and are compiled for v4, v5e, v5p and v6e. They have never
 run on hardware (LOG.md).
@@ -61,8 +62,8 @@ from jax.experimental.pallas import tpu as pltpu
 from modse_jax.moe import expert_placement
 from modse_jax.moe.experts import hidden_unit_padding, swiglu, tile_lists
 
-# Scalar memory is 1 MiB, and the longest list has five int32 per task (kernel B). Some memory is
-# left for the compiler.
+# The lists of tasks must fit in scalar memory, which is 1 MiB. The longest list, that of the
+# hidden-in kernel (B), has five int32 per task. Some memory is left for the compiler.
 MAX_TASKS = 1_000_000 // (5 * 4)
 
 # On v4 the limit is 16 MiB, whatever is requested; this is why its tiles are smaller.
@@ -73,14 +74,14 @@ Ref = Any
 
 
 class Tiles(NamedTuple):
-    """Tile sizes.
+    """Tile sizes of the three kernels.
 
     Attributes:
-      rows: rows of a row tile.
-      hidden: hidden units of a flat tile; divides every expert's width.
-      inner: step along the model axis where it is summed over (kernel A).
-      outer: tile of the model axis where it is part of the output (kernels B and C).
-      cores: TensorCores that share a kernel, 2 if the chip runs as a megacore.
+      rows: routed tokens in a row tile.
+      hidden: hidden units in a tile; divides every expert's width.
+      inner: model dimensions in one step of the sum over the model axis (kernel A).
+      outer: model dimensions in a tile of the output (kernels B and C).
+      cores: TensorCores that share a kernel: 2 if the chip runs as a megacore, else 1.
     """
 
     rows: int
@@ -91,14 +92,14 @@ class Tiles(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """The limits from which the tiles for a chip are derived.
+    """The limits from which `tiles_for` derives the tile sizes for one kind of chip.
 
     Attributes:
-      rows: rows of a row tile.
-      hidden: largest tile of hidden units in bfloat16; half as many in float32.
-      model: largest tile of the model axis in bfloat16; half as many in float32.
-      unit: every tile of hidden units is a multiple of it.
-      cores: TensorCores that share a kernel.
+      rows: routed tokens in a row tile.
+      hidden: most hidden units in a tile in bfloat16; half as many in float32.
+      model: most model dimensions in a tile in bfloat16; half as many in float32.
+      unit: the hidden units in a tile must be a multiple of it.
+      cores: TensorCores that share a kernel: 2 if the chip runs as a megacore, else 1.
     """
 
     rows: int
@@ -110,9 +111,10 @@ class Tiling(NamedTuple):
 
 # 512 rows: with 8 experts and 131,072 rows, the row tiles that two experts share cost 2.7% more
 # FLOPs; 1,024 rows would cost 5.5%. With the entire model axis in one tile, a tile of the weights
-# stays in place from one row tile to the next. Kernels B and C divide the model axis by the number
-# of cores, because this is the axis that the cores share there; kernel A's tasks are divided by
-# `split_tasks`. With tiles of 256 hidden units, the kernels are bound by arithmetic on v5e and v5p
+# stays in place from one row tile to the next. Two cores divide the work of the hidden-in (B) and
+# weights (C) kernels along the model axis, so it has at least two tiles there; they divide the
+# tasks of the hidden-out kernel (A) with `split_tasks`. With tiles of 256 hidden units, the kernels
+# are bound by arithmetic, not by memory traffic, on v5e and v5p
 # (benchmarks/tpu_report.py) and compile in half the time of 768. The matrix units of v6e are
 # 256 x 256; it needs 768, otherwise rows are loaded too often.
 TILINGS = {
@@ -126,10 +128,10 @@ TILINGS = {
 class Job(NamedTuple):
     """The arguments that the kernels of one forward or backward pass share."""
 
-    rows_E: jax.Array  # int32: rows of every expert
+    rows_E: jax.Array  # int32: number of rows of every expert
     bounds_B: jax.Array  # int32: first row of every expert, then the end of the last one's rows
-    shard: jax.Array  # int32 []: the shard of the placement
-    num_rows: int  # routed tokens and padding rows, without padding to full row tiles
+    shard: jax.Array  # int32 []: the shard of the placement that this device holds
+    num_rows: int  # rows of the caller's arrays, before _pad_rows pads them to full row tiles
     placement: expert_placement.Placement
     tiles: Tiles
     interpret: bool
@@ -140,15 +142,15 @@ class Job(NamedTuple):
 
 
 class HiddenOutMatmul(NamedTuple):
-    """One matmul of kernel A: rows [N, D] x weights."""
+    """One matmul of the hidden-out kernel (A): rows [N, D] x weights -> hidden units [N, M]."""
 
-    rows_index: int  # which of the arrays of rows is the left operand
+    rows_index: int  # index of the left operand in the kernel's list of arrays of rows
     weights: jax.Array  # [D, H], or [H, D] if transposed
     transposed: bool
 
 
 class HiddenInMatmul(NamedTuple):
-    """One matmul of kernel B: hidden activations x weights."""
+    """One matmul of the hidden-in kernel (B): hidden activations x weights -> rows [N, D]."""
 
     hidden_NM: jax.Array
     weights: jax.Array  # [H, D], or [D, H] if transposed
@@ -156,29 +158,29 @@ class HiddenInMatmul(NamedTuple):
 
 
 class CoreTasks(NamedTuple):
-    """The tasks of every TensorCore: those from first to end of the list of kernel A."""
+    """The range of each TensorCore in the list of tasks of the hidden-out kernel (A)."""
 
-    first_P: jax.Array  # int32
-    end_P: jax.Array  # int32
+    first_P: jax.Array  # int32: index of the core's first task
+    end_P: jax.Array  # int32: index after its last task
 
 
 class HiddenOutScalars(NamedTuple):
-    """The arrays that kernel A reads from scalar memory."""
+    """The arrays that the hidden-out kernel (A) reads from scalar memory."""
 
-    bounds: Ref
-    first: Ref  # first task of each core
-    end: Ref  # the end of its tasks
-    expert: Ref
+    bounds: Ref  # Job.bounds_B
+    first: Ref  # CoreTasks.first_P
+    end: Ref  # CoreTasks.end_P
+    expert: Ref  # this and the rest: the tasks, see tile_lists.TaskList
     row_tile: Ref
     column_tile: Ref
     flat_tile: Ref
 
 
 class TaskScalars(NamedTuple):
-    """The arrays that kernels B and C read from scalar memory."""
+    """The arrays that the hidden-in (B) and weights (C) kernels read from scalar memory."""
 
-    bounds: Ref
-    expert: Ref
+    bounds: Ref  # Job.bounds_B
+    expert: Ref  # this and the rest: the tasks, see tile_lists.TaskList
     row_tile: Ref
     column_tile: Ref
     flat_tile: Ref
@@ -189,7 +191,7 @@ class TaskScalars(NamedTuple):
 
 
 def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
-    """Returns the tiles for a chip and dtype.
+    """Returns the tile sizes for experts of these widths, on a chip and in a dtype.
 
     Raises:
       ValueError: there are no tiles for the chip, or the model dimension cannot be divided into
@@ -224,7 +226,7 @@ def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
 def unit_for(widths: Sequence[int], chip: str, dtype: str) -> int:
     """Returns the number of hidden units of which every expert's width must be a multiple.
 
-    See hidden_unit_padding.py.
+    Other widths are padded; see hidden_unit_padding.py.
     """
     return TILINGS[chip].unit
 
@@ -241,15 +243,15 @@ def check_tasks(num_rows: int, placement: expert_placement.Placement, tiles: Til
 
 
 def check_rows(tiles: Tiles) -> int:
-    """Returns a number of rows of one expert that exercises every path of the kernels.
+    """Returns how many rows an expert needs in a self-test to exercise every path of the kernels.
 
-    These are full row tiles and a remainder.
+    They fill more than one row tile, and part of another one.
     """
     return 2 * tiles.rows + 5
 
 
 def _largest_divisor(number: int, unit: int, largest: int) -> int:
-    """Returns the largest divisor of a number that is a multiple of `unit`, at most `largest`."""
+    """Returns the largest divisor of a number that is a multiple of `unit` and <= `largest`."""
     candidates = range(unit, min(number, largest) + 1, unit)
     return max(d for d in candidates if number % d == 0)
 
@@ -269,15 +271,16 @@ def pallas_tpu(
     tiles: Tiles,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes the expert FFN of every row.
+    """Computes the expert FFN of every row, differentiably.
 
     Args:
-      x_ND: rows sorted by expert. Padding rows after those of the last expert may hold anything.
-      rows_E: int32, rows of every expert of the shard.
-      w_gate: [D, H], in the dtype of x_ND, as are the others.
+      x_ND: routed tokens sorted by expert. Padding rows after those of the last expert may hold
+        anything.
+      rows_E: int32, the number of rows of every expert of the shard.
+      w_gate: [D, H], in the dtype of x_ND, as are the other weights.
       w_up: [D, H].
       w_down: [H, D].
-      shard: int32 scalar, the shard of the placement.
+      shard: int32 scalar, the shard of the placement that this device holds.
       placement: the experts of all shards. Every width is divisible by tiles.hidden, D by
         tiles.inner and tiles.outer, and the number of rows passes check_tasks.
       tiles: tile sizes.
@@ -301,7 +304,7 @@ def _forward(
     tiles: Tiles,
     interpret: bool,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Returns y_ND, and the arguments that the backward pass needs again."""
+    """Returns y_ND, and the arguments for `_backward`, which recomputes the activations."""
     job = make_job(x_ND, rows_E, shard, placement, tiles, interpret)
     x = _pad_rows(x_ND, job)
     matmuls = [HiddenOutMatmul(0, w_gate, False), HiddenOutMatmul(0, w_up, False)]
@@ -342,7 +345,7 @@ pallas_tpu.defvjp(_forward, _backward)
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
-    """Epilogue of kernel A in the forward pass."""
+    """Epilogue of the hidden-out kernel (A) in the forward pass: SwiGLU of its two matmuls."""
     return (swiglu.swiglu(gate, up),)
 
 
@@ -354,22 +357,22 @@ def make_job(
     tiles: Tiles,
     interpret: bool,
 ) -> Job:
-    """Returns the arguments that the kernels share. x_ND: rows that are not padded to row tiles."""
+    """Returns the arguments that the kernels share. Of x_ND only the number of rows is used."""
     end_E = jnp.cumsum(rows_E).astype(jnp.int32)
     bounds_B = jnp.concatenate((jnp.zeros(1, jnp.int32), end_E))
     return Job(rows_E, bounds_B, shard, x_ND.shape[0], placement, tiles, interpret)
 
 
 def _pad_rows(x_ND: jax.Array, job: Job) -> jax.Array:
-    """Pads to at least one full row tile."""
+    """Returns rows padded to a multiple of the row tile size, to one row tile at least."""
     missing = job.num_row_tiles * job.tiles.rows - job.num_rows
     return jnp.pad(x_ND, ((0, missing), (0, 0)))
 
 
 def _clear_padding(y_ND: jax.Array, job: Job) -> jax.Array:
-    """Removes the rows that _pad_rows added, and sets padding rows to 0.
+    """Removes the rows that _pad_rows added, and sets the padding rows of the caller to 0.
 
-    The kernels leave arbitrary values in padding rows.
+    The kernels leave arbitrary values in rows that belong to no expert.
     """
     y_ND = y_ND[: job.num_rows]
     is_routed_N = jnp.arange(job.num_rows) < job.bounds_B[-1]
@@ -388,14 +391,16 @@ def list_column_tiles(job: Job) -> tile_lists.ColumnTiles:
 def list_hidden_out_tasks(
     rows_E: jax.Array, columns: tile_lists.ColumnTiles, tiles: Tiles, num_row_tiles: int
 ) -> tile_lists.TaskList:
-    """Returns the tasks of kernel A, ordered by column tile, then visit.
+    """Returns the tasks of the hidden-out kernel (A).
 
-    In this order the visits to one output block are consecutive: the block stays in vector memory,
-    where each visit replaces its own rows.
+    A task is one visit (an expert and a row tile) and one tile of the expert's hidden units, the
+    column tile. Tasks are ordered by column tile, then visit. Experts that share a row tile write
+    the same output block; in this order these visits are consecutive. The block then stays in
+    vector memory, where each visit replaces the rows of its expert.
     """
     visits = tile_lists.list_visits(rows_E, tiles, num_row_tiles)
     max_num_visits = visits.expert_V.shape[0]
-    # A table of column tiles x visits. An expert's visits have as many column tiles as it has.
+    # A table of all column tiles x all visits, True if the visiting expert has that column tile.
     column_tile_K1 = jnp.arange(columns.max_count)[:, None]
     count_1V = columns.count_E[visits.expert_V][None, :]
     is_task_KV = visits.is_visit_V[None, :] & (column_tile_K1 < count_1V)
@@ -416,9 +421,12 @@ def list_hidden_out_tasks(
 def list_weight_tasks(
     rows_E: jax.Array, columns: tile_lists.ColumnTiles, tiles: Tiles, num_row_tiles: int
 ) -> tile_lists.TaskList:
-    """Returns the tasks of kernel C, ordered by flat tile, then row tile.
+    """Returns the tasks of the weights kernel (C), which computes the weight gradients.
 
-    An expert without rows has one task per flat tile, which writes gradients of 0.
+    A task is one tile of hidden units and one row tile in which the expert that owns them has rows.
+    Tasks are ordered by tile of hidden units, then row tile, so that the row tiles that are summed
+    into one gradient tile are consecutive. For an expert without rows there is one task per tile of
+    hidden units, which writes gradients of 0.
     """
     count_E, first_row_tile_E = tile_lists.count_visits(
         rows_E, tiles, num_row_tiles, count_empty=True
@@ -439,9 +447,10 @@ def list_weight_tasks(
 
 
 def split_tasks(tasks: tile_lists.TaskList, cores: int) -> CoreTasks:
-    """Divides the tasks of kernel A among TensorCores, in nearly equal shares.
+    """Divides the tasks of the hidden-out kernel (A) among TensorCores, in nearly equal shares.
 
-    An output block is never divided: each core begins with the first task of a block.
+    Consecutive tasks may write rows of the same output block. They must run on one core, so each
+    core begins with the first task of a block.
     """
     position_T = jnp.arange(tasks.expert_T.shape[0])
     block_2T = jnp.stack((tasks.column_tile_T, tasks.row_tile_T))
@@ -455,8 +464,8 @@ def split_tasks(tasks: tile_lists.TaskList, cores: int) -> CoreTasks:
     bounds = jnp.minimum(jnp.stack([*starts, num_tasks]), num_tasks).astype(jnp.int32)
     first_P = bounds[:-1]
     end_P = bounds[1:]
-    # A core without tasks still writes an output block at the end of its grid. To keep that write
-    # correct, it recomputes the last block.
+    # A core without tasks still writes some output block at the end of its grid. To keep that write
+    # correct, it is given the tasks of the last block, which both cores then compute.
     starts_real_block_T = starts_block_T & (position_T < num_tasks)
     last_block = jnp.max(jnp.where(starts_real_block_T, position_T, 0)).astype(jnp.int32)
     is_idle_P = first_P == end_P
@@ -465,7 +474,7 @@ def split_tasks(tasks: tile_lists.TaskList, cores: int) -> CoreTasks:
     )
 
 
-# ---- kernel A ----
+# ---- kernel A: hidden-out ----
 
 
 def run_hidden_out(
@@ -475,14 +484,18 @@ def run_hidden_out(
     epilogue: Callable[..., tuple[jax.Array, ...]],
     num_outputs: int,
 ) -> Sequence[jax.Array]:
-    """Launches kernel A: multiplies rows by their expert's weights and applies an epilogue.
+    """Launches the hidden-out kernel (A): rows times their expert's weights, then an epilogue.
 
     Args:
-      row_arrays: [N, D] each.
+      job: the arguments that all kernels share.
+      row_arrays: the arrays of rows, [N, D] each, that the matmuls refer to by index.
+      matmuls: the matmuls to compute.
       epilogue: takes the results of the matmuls in float32 and returns the outputs.
+      num_outputs: the number of arrays that the epilogue returns.
 
     Returns:
-      num_outputs arrays [N, M]. Only an expert's own hidden units in its own rows are written.
+      num_outputs arrays [N, M]. Only an expert's own hidden units in its own rows are written; the
+      other elements are undefined.
     """
     tiles = job.tiles
     num_padded_rows, dim = row_arrays[0].shape
@@ -531,7 +544,11 @@ def run_hidden_out(
 
 
 def _find_task(core: jax.Array, step: jax.Array, scalars: HiddenOutScalars) -> jax.Array:
-    """Returns the task of a core. A core with fewer tasks than others stays at its last one."""
+    """Returns the index of the task of a core in a grid step.
+
+    All cores have equally many grid steps. A core with fewer tasks stays at its last one, which the
+    kernel does not run again.
+    """
     task = scalars.first[core] + step
     last_task = jnp.maximum(scalars.end[core] - 1, 0)
     return jnp.minimum(task, last_task)
@@ -572,11 +589,17 @@ def _hidden_out_kernel(
     tiles: Tiles,
     num_steps: int,
 ) -> None:
-    """Computes one step along the model axis of one task.
+    """Computes one grid step: adds one step along the model axis to the sums of one task.
+
+    The last step of a task applies the epilogue and stores the rows of the task's expert.
 
     Args:
-      refs: scalars, rows, weights, outputs, and one sum in scratch memory per matmul.
-      matmuls: the index of the rows, and whether the weights are transposed.
+      refs: scalars, rows, weights, outputs, and one float32 sum in scratch memory per matmul.
+      num_row_arrays: the number of arrays of rows among the refs.
+      matmuls: for each matmul the index of its array of rows, and True for transposed weights.
+      epilogue: see run_hidden_out.
+      tiles: the tile sizes.
+      num_steps: steps along the model axis.
     """
     num_scalars = len(HiddenOutScalars._fields)
     scalars = HiddenOutScalars(*refs[:num_scalars])
@@ -603,14 +626,18 @@ def _hidden_out_kernel(
                 _store_rows(out_ref, value, own_R1)
 
 
-# ---- kernel B ----
+# ---- kernel B: hidden-in ----
 
 
 def run_hidden_in(job: Job, matmuls: Sequence[HiddenInMatmul]) -> jax.Array:
-    """Launches kernel B: sums matmuls of hidden activations with their expert's weights.
+    """Launches the hidden-in kernel (B): hidden activations times their expert's weights.
+
+    Args:
+      job: the arguments that all kernels share.
+      matmuls: one matmul for the down projection, two for the gradient of the input.
 
     Returns:
-      The sum [N, D]. Only the rows of experts are written.
+      The sum of the matmuls, [N, D]. Rows that belong to no expert are undefined.
     """
     tiles = job.tiles
     first = matmuls[0]
@@ -653,12 +680,15 @@ def run_hidden_in(job: Job, matmuls: Sequence[HiddenInMatmul]) -> jax.Array:
 
 
 def _hidden_in_kernel(*refs: Ref, transposed: Sequence[bool], tiles: Tiles) -> None:
-    """Computes one task: one column tile of a visit.
+    """Computes one task: adds one tile of the expert's hidden units to the sum of a visit.
+
+    The last task of a visit (an expert and a row tile) stores the rows of the expert.
 
     Args:
-      refs: scalars, hidden activations and weights of each matmul, the output, and the sum in
-        scratch memory.
-      transposed: whether the weights of each matmul are transposed.
+      refs: scalars, hidden activations and weights of each matmul, the output, and the float32 sum
+        in scratch memory.
+      transposed: for each matmul True if its weights are transposed.
+      tiles: the tile sizes.
     """
     num_scalars = len(TaskScalars._fields)
     scalars = TaskScalars(*refs[:num_scalars])
@@ -677,19 +707,24 @@ def _hidden_in_kernel(*refs: Ref, transposed: Sequence[bool], tiles: Tiles) -> N
         _store_rows(out_ref, sum_ref[...], _own_rows(scalars, task, tiles))
 
 
-# ---- kernel C ----
+# ---- kernel C: weights ----
 
 
 def run_weights(
     job: Job, rows_ND: jax.Array, hiddens: Sequence[jax.Array], hidden_first: bool
 ) -> Sequence[jax.Array]:
-    """Launches kernel C: multiplies rows by hidden activations, summed over each expert's rows.
+    """Launches the weights kernel (C), which computes weight gradients.
+
+    For every expert it multiplies rows by hidden activations, summed over the expert's rows.
 
     Args:
-      hiddens: [N, M] each.
+      job: the arguments that all kernels share.
+      rows_ND: the inputs of the experts, or the gradients of their outputs.
+      hiddens: hidden activations or their gradients, [N, M] each.
+      hidden_first: True for w_down [H, D], False for w_gate and w_up [D, H].
 
     Returns:
-      The matmul with each of `hiddens`: [H, D] if hidden_first, else [D, H].
+      One weight gradient for each of `hiddens`.
     """
     tiles = job.tiles
     dim = rows_ND.shape[1]
@@ -727,10 +762,16 @@ def run_weights(
 
 
 def _weights_kernel(*refs: Ref, hidden_first: bool, tiles: Tiles, num_outputs: int) -> None:
-    """Computes one task: one row tile of the sum over an expert's rows.
+    """Computes one task: adds one row tile to the sum over an expert's rows.
+
+    The last row tile of an expert stores the sums.
 
     Args:
-      refs: scalars, rows, hidden activations, outputs, and one sum in scratch memory per output.
+      refs: scalars, rows, hidden activations, outputs, and one float32 sum in scratch memory per
+        output.
+      hidden_first: see run_weights.
+      tiles: the tile sizes.
+      num_outputs: the number of outputs, and of arrays of hidden activations.
     """
     num_scalars = len(TaskScalars._fields)
     scalars = TaskScalars(*refs[:num_scalars])
@@ -766,12 +807,12 @@ def _task_scalars(job: Job, tasks: tile_lists.TaskList) -> TaskScalars:
 
 
 def _index_rows(q: jax.Array, task: jax.Array, *refs: Ref) -> tuple:
-    """Index map of an array [N, D] in kernels B and C."""
+    """Index map of an array [N, D] in the hidden-in (B) and weights (C) kernels."""
     return TaskScalars(*refs).row_tile[task], q
 
 
 def _index_hidden(q: jax.Array, task: jax.Array, *refs: Ref) -> tuple:
-    """Index map of hidden activations [N, M] in kernels B and C."""
+    """Index map of hidden activations [N, M] in the hidden-in (B) and weights (C) kernels."""
     scalars = TaskScalars(*refs)
     return scalars.row_tile[task], scalars.column_tile[task]
 
@@ -799,13 +840,19 @@ def _own_rows(scalars: HiddenOutScalars | TaskScalars, task: jax.Array, tiles: T
 
 
 def _load_own_rows(ref: Ref, own_R1: jax.Array) -> jax.Array:
-    """Returns a row tile with 0 in the rows of other experts, which may hold NaN."""
+    """Returns a row tile with 0 in the rows that do not belong to the task's expert.
+
+    Those rows may hold NaN, which would spoil a sum over rows.
+    """
     tile = ref[...].astype(jnp.float32)
     return jnp.where(own_R1, tile, 0).astype(ref.dtype)
 
 
 def _store_rows(ref: Ref, value: jax.Array, own_R1: jax.Array) -> None:
-    """Stores the rows of the task's expert, and leaves those of other experts unchanged."""
+    """Stores the rows of a tile that the mask selects, and leaves the others unchanged.
+
+    The others belong to experts that share the row tile, or to none.
+    """
     previous = ref[...].astype(jnp.float32)
     ref[...] = jnp.where(own_R1, value, previous).astype(ref.dtype)
 

@@ -1,24 +1,27 @@
 """The expert FFN as Pallas Triton kernels, for NVIDIA GPUs since Ampere (A100, H100, H200, B200).
 
 Routed tokens are sorted by expert and divided into row tiles. A row tile may hold tokens of several
-experts; every expert that has tokens in it *visits* it. There are three kinds of kernel:
+experts. A *visit* is one (expert, row tile) pair in which the expert has tokens. There are three
+kinds of kernel, called A, B and C below. One thread block computes:
 
-  A  one visit x one tile of the expert's hidden units, contracted over the model dimension: gate
-     and up followed by SwiGLU, or the gradients of gate and up
-  B  one visit x one tile of the model dimension, contracted over all hidden units of the expert:
-     the down projection; or dx, the sum of two such matmuls
-  C  one tile of hidden units x one tile of the model dimension, contracted over the tokens of the
-     expert: the gradients of the weights
+  A  hidden-out: one visit x one tile of the expert's hidden units, contracted over the model
+     dimension: gate and up followed by SwiGLU, or the gradients of gate and up
+  B  hidden-in: one visit x one tile of the model dimension, contracted over all hidden units of the
+     expert: the down projection; or dx, the sum of two such matmuls
+  C  weights: one tile of hidden units x one tile of the model dimension, contracted over the tokens
+     of the expert: the gradients of the weights
 
-Every kernel is launched with one program per tile and a static number of programs, because the
-routing is data; programs without work end at once. Rows that do not belong to the visiting expert
-are never stored (A, B) and are replaced by zeros when they are loaded (C), and no contraction runs
-past the expert's own hidden units. Padding rows and unused hidden units may therefore hold NaN.
+The number of visits depends on the routing, but the number of thread blocks (Triton's programs)
+must be static. Every kernel is launched with as many as any routing can need, and those without
+work end at once. Rows that do not belong to the visiting expert are never stored (A, B) and are
+replaced by zeros when they are loaded (C), and no contraction runs past the expert's own hidden
+units. Padding rows and unused hidden units may therefore hold NaN.
 
 Saved for the backward pass are the hidden activations and their derivatives with respect to gate
-and up. With gate and up saved instead, the backward kernel A spilled 560 bytes of registers a
-thread on an H100, and had to compute and write the hidden activations again. Triton reads
-transposed operands from shared memory, so neither pass transposes an array in global memory.
+and up. With gate and up saved instead, kernel A of the backward pass has to compute and write the
+hidden activations again, and spills 560 bytes of registers per thread when compiled for an H100.
+Triton reads transposed operands from shared memory, so neither pass transposes an array in global
+memory.
 
 The kernels are tested in interpret mode and by compiling for four GPUs without having one. They
 have never run on hardware. JAX deprecated Pallas Triton in 0.11.0.
@@ -44,7 +47,7 @@ from modse_jax.moe.experts import swiglu
 
 DTYPES = ("bfloat16", "float16")
 
-# The model dimension must be a multiple of it.
+# The model dimension must be a multiple of this.
 MODEL_UNIT = 128
 
 # The largest number of blocks of a CUDA grid.
@@ -58,8 +61,8 @@ class Launch(NamedTuple):
     """Launch parameters of one kernel.
 
     Attributes:
-      warps: warps of a program.
-      stages: loop iterations whose loads are in flight.
+      warps: warps of a thread block.
+      stages: loop iterations whose loads from memory are in flight.
     """
 
     warps: int = 8
@@ -67,19 +70,27 @@ class Launch(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Tile sizes and launch parameters.
+    """Tile sizes and launch parameters of the kernels.
+
+    The hidden-out kernel (A) outputs hidden units, the hidden-in kernel (B) contracts over them,
+    and the weights kernel (C) computes weight gradients.
 
     Attributes:
-      rows: routed tokens of a row tile.
-      hidden: hidden units of kernel C's tiles. Every expert's width is a multiple of it.
-      gate_up: hidden units of kernel A's tiles in the forward pass; divides `hidden`.
-      dhidden: the same in the backward pass.
-      model: largest tile of the model dimension in kernel B, and in kernel C for the down
-        projection.
-      gate_up_model: the same in kernel C for gate and up, which it computes side by side.
-      step: length of a contraction step; divides `hidden`.
-      group: row tiles that kernel A takes through all tiles of hidden units before it takes the
-        next ones, so that both operands of the programs that run at once stay in the L2 cache.
+      rows: routed tokens in a row tile.
+      hidden: hidden units in a tile of kernel C. Every expert's width is a multiple of it.
+      gate_up: hidden units in a tile of kernel A in the forward pass; divides `hidden`.
+      dhidden: hidden units in a tile of kernel A in the backward pass; divides `hidden`.
+      model: most model dimensions in a tile of kernel B, and of kernel C for w_down.
+      gate_up_model: most model dimensions in a tile of kernel C for w_gate and w_up, whose
+        gradients one thread block computes together.
+      step: length of one step of a contraction; divides `hidden`.
+      group: number of visits (an expert and a row tile each) that kernel A takes through all tiles
+        of hidden units before it takes the next ones. Thread blocks that run at the same time then
+        read the same data, which stays in the L2 cache.
+      launch_gate_up: launch parameters of kernel A in the forward pass.
+      launch_dhidden: launch parameters of kernel A in the backward pass.
+      launch_model: launch parameters of kernel B.
+      launch_weights: launch parameters of kernel C.
     """
 
     rows: int = 128
@@ -109,15 +120,15 @@ CHIPS = {
 def unit_for(widths: Sequence[int], chip: str, dtype: str) -> int:
     """Returns the number of hidden units of which every expert's width must be a multiple.
 
-    Tiles of 128 hidden units are the fastest. Tiles of 64 are used if they save more than 10% of
-    the FLOPs, as they do for experts narrower than 128.
+    Other widths are padded (hidden_unit_padding.py). It is 128, for which tiles are the fastest, or
+    64 if padding to 128 would cost more than 10% more FLOPs than padding to 64.
     """
     small, large = (sum(-(-w // unit) * unit for w in widths) for unit in (64, 128))
     return 64 if large > 1.1 * small else 128
 
 
 def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
-    """Returns the tiles for a chip.
+    """Returns the tile sizes for experts of these widths on a chip.
 
     Raises:
       ValueError: the chip, the dtype or the model dimension is not supported. The message names
@@ -146,15 +157,16 @@ def tiles_for(widths: Sequence[int], dim: int, chip: str, dtype: str) -> Tiles:
 
 
 def check_rows(tiles: Tiles) -> int:
-    """Returns a number of tokens of one expert that takes every path of the kernels.
+    """Returns how many tokens an expert needs in a self-test to take every path of the kernels.
 
-    These are full row tiles, more contraction steps than are in flight, and a partial tile.
+    They fill more than one row tile and part of another one, and need more contraction steps than
+    are in flight at a time.
     """
     return 2 * tiles.rows + (tiles.launch_weights.stages + 2) * tiles.step + 5
 
 
 def check_tasks(num_rows: int, placement: expert_placement.Placement, tiles: Tiles) -> None:
-    """Raises ValueError if the kernels would need more programs than a CUDA grid may have."""
+    """Raises ValueError if a kernel would need more thread blocks than a CUDA grid may have."""
     columns = max(map(max, placement.widths)) // min(tiles.gate_up, tiles.dhidden)
     programs = _num_visits(num_rows, placement, tiles) * columns
     if programs > MAX_PROGRAMS:
@@ -166,30 +178,34 @@ def check_tasks(num_rows: int, placement: expert_placement.Placement, tiles: Til
 
 
 class Visits(NamedTuple):
-    """The visits of a shard's experts to row tiles, widest experts first.
+    """The visits of a shard: (expert, row tile) pairs, those of the widest expert first.
 
-    The padding rows are visited by an expert of width 0, for which kernel B stores zeros. Entries
-    that are no visits have no rows and no width.
+    Padding rows count as an expert of width 0, so that the hidden-in kernel (B) stores zeros there.
+    The list has room for the most visits of any routing. The entries that are left over have no
+    rows and no width, so that a kernel stores nothing for them. All arrays are int32.
     """
 
     row_V: jax.Array  # first row of the row tile
     start_V: jax.Array  # first row of the expert
-    end_V: jax.Array  # end of the rows of the expert
-    width_V: jax.Array  # hidden units of the expert
+    end_V: jax.Array  # the row after the expert's last one
+    width_V: jax.Array  # number of hidden units of the expert
     offset_V: jax.Array  # its first hidden unit on the H axis
 
 
 class WeightTiles(NamedTuple):
-    """The tiles of hidden units of a shard, those of experts with the most tokens first."""
+    """The tiles of hidden units of a shard, those of the expert with the most tokens first.
 
-    start_C: jax.Array  # first row of the expert
-    end_C: jax.Array  # end of the rows of the expert
-    column_C: jax.Array  # first hidden unit within the expert
-    flat_C: jax.Array  # first hidden unit on the H axis
+    The weights kernel (C) computes their gradients. All arrays are int32.
+    """
+
+    start_C: jax.Array  # first row of the expert that owns the tile
+    end_C: jax.Array  # the row after the expert's last one
+    column_C: jax.Array  # first hidden unit of the tile, counted within the expert
+    flat_C: jax.Array  # the same hidden unit, counted on the H axis
 
 
 class Routing(NamedTuple):
-    """Everything that the kernels read about the routing. Built once per layer."""
+    """Everything that the kernels read about the routing; built once per layer and step."""
 
     visits: Visits
     weight_tiles: WeightTiles
@@ -201,11 +217,14 @@ class Saved(NamedTuple):
     routing: Routing
     hidden_NM: jax.Array
     by_gate_NM: jax.Array  # derivative of the hidden activations with respect to gate
-    by_up_NM: jax.Array
+    by_up_NM: jax.Array  # derivative of the hidden activations with respect to up
 
 
 def _num_visits(num_rows: int, placement: expert_placement.Placement, tiles: Tiles) -> int:
-    """Returns the largest number of visits, a multiple of `tiles.group`."""
+    """Returns the static length of the list of visits: (expert, row tile) pairs with tokens.
+
+    It is the largest number that any routing can give, rounded up to a multiple of `tiles.group`.
+    """
     visits = _num_row_tiles(num_rows, tiles) + placement.slots
     return -(-visits // tiles.group) * tiles.group
 
@@ -221,10 +240,17 @@ def route(
     tiles: Tiles,
     num_rows: int,
 ) -> Routing:
-    """Builds the tables that the kernels read.
+    """Builds the lists of tiles that the kernels read.
 
-    What differs from shard to shard is looked up in tables indexed by `shard`, so all shards run
-    one program.
+    All devices run the same compiled code, so whatever differs between shards is looked up in
+    constant tables by `shard`.
+
+    Args:
+      rows_E: the number of tokens routed to every expert of the shard.
+      shard: the shard that this device holds.
+      placement: the experts of all shards.
+      tiles: the tile sizes.
+      num_rows: routed tokens and padding rows.
     """
     end_E = jnp.cumsum(rows_E).astype(jnp.int32)
     start_E = end_E - rows_E
@@ -242,10 +268,12 @@ def _list_visits(
     tiles: Tiles,
     num_rows: int,
 ) -> Visits:
-    """Lists the visits by comparing every entry with every expert: a small reduction, no scatter.
+    """Lists the visits, the (expert, row tile) pairs with tokens, those of the widest expert first.
 
-    Widest first, because the programs of kernel B take as long as the expert is wide, and the
-    longest must not be the last to start.
+    A thread block of the hidden-in kernel (B) takes longer for a wider expert. The longest start
+    first, so that none is left to run alone at the end. The expert of an entry is found by
+    comparing the entry's index with the last index of every expert: a small reduction instead of a
+    scatter, which would be slow on GPU.
     """
     num_tiles = _num_row_tiles(num_rows, tiles)
     widths = np.zeros((len(placement.widths), placement.slots), np.int32)
@@ -254,7 +282,7 @@ def _list_visits(
         widths[s, : len(shard_widths)] = shard_widths
         offsets[s, : len(shard_widths)] = expert_widths.offsets(shard_widths)
     order = np.argsort(-widths, axis=1, kind="stable")
-    # The last entry stands for the padding rows.
+    # The last entry stands for the padding rows, as if they belonged to an expert of width 0.
     padding = np.zeros((len(widths), 1), np.int32)
     width_X, offset_X = (
         jnp.asarray(np.concatenate((np.take_along_axis(a, order, 1), padding), axis=1))[shard]
@@ -285,7 +313,10 @@ def _list_weight_tiles(
     placement: expert_placement.Placement,
     tiles: Tiles,
 ) -> WeightTiles:
-    """Lists the tiles of the H axis, longest contraction first."""
+    """Lists the tiles of the H axis, those of the expert with the most tokens first.
+
+    Their contraction over tokens takes longest, so they start first.
+    """
     expert, column = [], []
     for widths in placement.widths:
         counts = [w // tiles.hidden for w in widths]
@@ -308,7 +339,11 @@ def forward(
     interpret: bool,
     save: bool,
 ) -> tuple[jax.Array, Saved | None]:
-    """Returns (y_ND, what `backward` needs if `save`, else None)."""
+    """Computes the expert FFN of every row. See chunks.py for the arguments.
+
+    Returns:
+      y_ND, and the arrays that `backward` needs, or None unless `save` is set.
+    """
     w_gate, w_up, w_down = weights
     num_rows = x_ND.shape[0]
     routing = route(rows_E, shard, placement, tiles, num_rows)
@@ -330,7 +365,7 @@ def backward(
     tiles: Tiles,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients (dx_ND, dw_gate, dw_up, dw_down)."""
+    """Returns (dx_ND, dw_gate, dw_up, dw_down). See chunks.py for the arguments."""
     w_gate, w_up, w_down = weights
     kernels = _Kernels(saved.routing, placement, tiles, interpret)
     x = kernels.pad(x_ND)
@@ -351,17 +386,21 @@ def backward(
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
-    """Epilogue of kernel A in the forward pass."""
+    """Epilogue of the hidden-out kernel (A) in a forward pass that saves nothing: SwiGLU."""
     return (swiglu.swiglu(gate, up),)
 
 
 def _swiglu_and_derivatives(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns hidden = silu(gate) * up and its derivatives with respect to gate and up."""
+    """Returns (hidden, its derivative with respect to gate, its derivative with respect to up).
+
+    hidden is silu(gate) * up. The hidden-out kernel (A) applies this in the forward pass of
+    training.
+    """
     return swiglu.swiglu_backward(gate, up, jnp.ones_like(gate))
 
 
 class _Kernels:
-    """The kernels, launched for one routing."""
+    """Launches the kernels for one routing of tokens to experts."""
 
     def __init__(
         self, routing: Routing, placement: expert_placement.Placement, tiles: Tiles, interpret: bool
@@ -373,18 +412,22 @@ class _Kernels:
         self.num_hidden = sum(placement.widths[0])
 
     def pad(self, rows_ND: jax.Array) -> jax.Array:
-        """Pads to full row tiles. The values do not matter; without padding this is a no-op."""
+        """Returns rows padded to a multiple of the row tile size; the kernels ignore the padding.
+
+        If there is nothing to pad, no copy is made.
+        """
         num_rows = _num_row_tiles(rows_ND.shape[0], self.tiles) * self.tiles.rows
         return jnp.pad(rows_ND, ((0, num_rows - rows_ND.shape[0]), (0, 0)))
 
     def compute_hidden(
         self, rows_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, save: bool
     ) -> list[jax.Array]:
-        """Launches kernel A of the forward pass.
+        """Launches the hidden-out kernel (A) of the forward pass: gate and up matmuls and SwiGLU.
 
         Returns:
           The hidden activations [N, M] and, if `save`, their derivatives with respect to gate and
-          up. Only an expert's own hidden units in its own rows are written.
+          up. Only an expert's own hidden units in its own rows are written; the other elements are
+          undefined.
         """
         t = self.tiles
         epilogue = _swiglu_and_derivatives if save else _swiglu
@@ -404,7 +447,16 @@ class _Kernels:
     def compute_gate_up_gradients(
         self, dy_ND: jax.Array, w_down: jax.Array, by_gate_NM: jax.Array, by_up_NM: jax.Array
     ) -> list[jax.Array]:
-        """Launches kernel A of the backward pass. Returns the gradients of gate and up, [N, M]."""
+        """Launches the hidden-out kernel (A) of the backward pass.
+
+        Args:
+          dy_ND: the gradient of the output.
+          w_down: the weights of the down projection.
+          by_gate_NM, by_up_NM: the saved derivatives of the hidden activations.
+
+        Returns:
+          The gradients of gate and up, [N, M] each.
+        """
         t = self.tiles
         return self._call(
             functools.partial(_gate_up_gradients_kernel, tiles=t),
@@ -428,13 +480,16 @@ class _Kernels:
     def compute_model(
         self, name: str, pairs: list[tuple[jax.Array, jax.Array]], transposed: bool
     ) -> jax.Array:
-        """Launches kernel B.
+        """Launches the hidden-in kernel (B): hidden activations times their expert's weights.
 
         Args:
-          pairs: activations [N, M] and weights [H, D], or [D, H] if `transposed`.
+          name: the name of the kernel in profiles.
+          pairs: one pair for the down projection, two for the gradient of the input. Each is hidden
+            activations [N, M] and weights [H, D], or [D, H] if `transposed`.
+          transposed: whether the weights are transposed.
 
         Returns:
-          The sum of their matmuls, [N, D]; 0 in padding rows.
+          The sum of the matmuls of all pairs, [N, D]; 0 in padding rows.
         """
         hidden_NM, weights = pairs[0]
         D = weights.shape[0 if transposed else 1]
@@ -450,11 +505,18 @@ class _Kernels:
     def compute_weights(
         self, name: str, rows_ND: jax.Array, hiddens: tuple[jax.Array, ...], hidden_first: bool
     ) -> list[jax.Array]:
-        """Launches kernel C.
+        """Launches the weights kernel (C), which computes weight gradients.
+
+        For every expert it multiplies rows by hidden activations, summed over the expert's rows.
+
+        Args:
+          name: the name of the kernel in profiles.
+          rows_ND: the inputs of the experts, or the gradients of their outputs.
+          hiddens: hidden activations or their gradients, [N, M] each.
+          hidden_first: True for w_down [H, D], False for w_gate and w_up [D, H].
 
         Returns:
-          For each of `hiddens` [N, M] the matmul with rows_ND over every expert's tokens: [H, D] if
-          `hidden_first`, else [D, H].
+          One weight gradient for each of `hiddens`.
         """
         D = rows_ND.shape[1]
         H = self.num_hidden
@@ -490,7 +552,7 @@ class _Kernels:
         tables: Visits | WeightTiles,
         *operands: jax.Array,
     ) -> Any:
-        """Runs a kernel over the tables and operands. Returns arrays like `out_shape`."""
+        """Launches a kernel with `num_programs` thread blocks; returns arrays like `out_shape`."""
         return pl.pallas_call(
             kernel,
             out_shape=out_shape,
@@ -519,7 +581,10 @@ def _gate_up_kernel(
     epilogue: Callable[..., tuple[jax.Array, ...]],
     tiles: Tiles,
 ) -> None:
-    """Kernel A of the forward pass: epilogue(gate, up) of one visit and tile of hidden units."""
+    """The hidden-out kernel (A) of the forward pass: stores epilogue(gate, up) for one tile.
+
+    The tile is one visit (an expert and a row tile) x `tiles.gate_up` of the expert's hidden units.
+    """
     columns = tiles.gate_up
     visits = Visits(row_V, start_V, end_V, width_V, offset_V)
     visit, column = _visit_and_column(out_refs[0].shape[1], columns, tiles)
@@ -558,7 +623,11 @@ def _gate_up_gradients_kernel(
     *,
     tiles: Tiles,
 ) -> None:
-    """Kernel A of the backward pass: the hidden activations' gradient times their derivatives."""
+    """The hidden-out kernel (A) of the backward pass: stores the gradients of gate and up.
+
+    They are the gradient of the hidden activations, dy w_down^T, times the saved derivatives of the
+    hidden activations with respect to gate and up.
+    """
     columns = tiles.dhidden
     visits = Visits(row_V, start_V, end_V, width_V, offset_V)
     visit, column = _visit_and_column(dgate_ref.shape[1], columns, tiles)
@@ -574,7 +643,8 @@ def _gate_up_gradients_kernel(
 
         zeros = jnp.zeros(own.shape, jnp.float32)
         dhidden = lax.fori_loop(0, dy_ref.shape[1] // tiles.step, accumulate, zeros)
-        # One output after the other, so that at most one saved tile is held in registers.
+        # The outputs are computed one after the other, so that registers hold at most one tile of
+        # saved derivatives at a time.
         for derivative_ref, out_ref in ((by_gate_ref, dgate_ref), (by_up_ref, dup_ref)):
             block = rows, pl.ds(column, columns)
             value = dhidden * derivative_ref[block].astype(jnp.float32)
@@ -582,9 +652,18 @@ def _gate_up_gradients_kernel(
 
 
 def _visit_and_column(widest: int, columns: int, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
-    """Returns the visit and the first hidden unit of this program of kernel A.
+    """Returns what this thread block of the hidden-out kernel (A) computes.
 
-    Programs run by groups of visits, then tiles of hidden units, then visits of the group.
+    Consecutive thread blocks take the visits (an expert and a row tile) of one group for one tile
+    of hidden units, then the same visits for the next tile, then the next group of visits.
+
+    Args:
+      widest: the number of hidden units of the widest expert.
+      columns: the hidden units in a tile.
+      tiles: the tile sizes.
+
+    Returns:
+      The index of the visit, and the first hidden unit of the tile, counted within the expert.
     """
     group, in_group = _divide(pl.program_id(0), tiles.group * (widest // columns))
     column, visit = _divide(in_group, tiles.group)
@@ -594,9 +673,12 @@ def _visit_and_column(widest: int, columns: int, tiles: Tiles) -> tuple[jax.Arra
 def _find_tile(
     visits: Visits, visit: jax.Array, column: jax.Array, columns: int, tiles: Tiles
 ) -> tuple[pl.Slice, pl.Slice, jax.Array]:
-    """Returns the row tile, the hidden units on the H axis, and a mask of the expert's own rows."""
+    """Returns the slice of the row tile, the slice of hidden units on the H axis, and a mask.
+
+    The mask selects the rows of the tile that belong to the visiting expert.
+    """
     row = pl.multiple_of(visits.row_V[visit], tiles.rows)
-    # Without this hint, weights are loaded 2 bytes at a time.
+    # Without the hint `multiple_of`, Triton would load weights 2 bytes at a time.
     first = pl.multiple_of(visits.offset_V[visit] + column, columns)
     start = visits.start_V[visit]
     own = _own_rows(row, start, visits.end_V[visit], (tiles.rows, columns))
@@ -614,7 +696,11 @@ def _model_kernel(
     model: int,
     tiles: Tiles,
 ) -> None:
-    """Kernel B. All tiles of the model dimension of one visit run side by side."""
+    """The hidden-in kernel (B): one output tile, summed over the expert's hidden units.
+
+    The tile is one visit (an expert and a row tile) x `model` of the model dimensions. Consecutive
+    thread blocks compute the tiles of one visit, which read the same activations.
+    """
     *operands, out_ref = refs
     visit, q = _divide(pl.program_id(0), out_ref.shape[1] // model)
     row = pl.multiple_of(row_V[visit], tiles.rows)
@@ -653,7 +739,11 @@ def _weights_kernel(
     model: int,
     tiles: Tiles,
 ) -> None:
-    """Kernel C. All tiles of the model dimension of one tile of hidden units run side by side."""
+    """The weights kernel (C): one tile of weight gradients, summed over the expert's rows.
+
+    The tile is `tiles.hidden` hidden units x `model` of the model dimensions. Consecutive thread
+    blocks compute the tiles of the same hidden units, which read the same activations.
+    """
     hidden_refs = refs[:num_hiddens]
     out_refs = refs[num_hiddens:]
     tile, q = _divide(pl.program_id(0), rows_ref.shape[1] // model)
@@ -663,7 +753,7 @@ def _weights_kernel(
     model_dims = pl.ds(q * model, model)
 
     def accumulate(k: jax.Array, sums: tuple) -> tuple[jax.Array, ...]:
-        # Steps begin at the expert's first row, so that only its end has to be masked.
+        # Steps begin at the expert's first row, so only rows after its last one have to be masked.
         row = start + k * tiles.step
         step_rows = pl.ds(row, tiles.step)
         own = row + lax.iota(jnp.int32, tiles.step) < end
@@ -687,7 +777,7 @@ def _weights_kernel(
 
 
 def _divide(number: jax.Array, divisor: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the quotient and the remainder."""
+    """Returns the quotient and the remainder of a division by a static divisor, as int32."""
     divisor = jnp.int32(divisor)
     return lax.div(number, divisor), lax.rem(number, divisor)
 
@@ -700,7 +790,13 @@ def _dot(a: jax.Array, b: jax.Array, transposed_b: bool = False) -> jax.Array:
 def _own_rows(
     row: jax.Array, start: jax.Array, end: jax.Array, shape: tuple[int, int]
 ) -> jax.Array:
-    """Returns a mask [rows, columns] of the rows from `row` on that lie between start and end."""
+    """Returns the mask of a tile that selects the rows of one expert.
+
+    Args:
+      row: the first row of the tile.
+      start, end: the first row of the expert, and the row after its last one.
+      shape: the shape of the tile, and of the mask: (rows, columns).
+    """
     row_R = row + lax.iota(jnp.int32, shape[0])
     own_R = (row_R >= start) & (row_R < end)
     return jnp.broadcast_to(own_R[:, None], shape)

@@ -1,4 +1,7 @@
-"""The expert FFN over experts of unequal width: one signature, and the choice of a backend.
+"""The expert FFN over experts of unequal width, and the choice of the backend that computes it.
+
+A backend is an implementation of the expert FFN: plain JAX (`reference`, `blocked`) or Pallas
+kernels for one kind of chip (`pallas_tpu`, `pallas_gpu`, `pallas_triton`).
 
 Expert e owns the hidden units offset[e] : offset[e] + width[e] of the flat hidden axis H, the
 sum of all widths, so that there is no padding to the widest expert. Its output is SwiGLU without
@@ -26,12 +29,13 @@ from modse_jax.moe.experts.reference_ffn import reference
 
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "pallas_triton": pallas_triton}
 
-# "auto" chooses no kernels that need more than this many times the FLOPs because of padded widths.
+# Kernels pad the widths of experts to full tiles. "auto" chooses `blocked` instead if the padding
+# would multiply the FLOPs by more than this.
 MAX_PADDING = 1.5
 
-# The largest error of kernels in their self test, relative to the norm of the reference, and the
-# largest error of one element, relative to the root mean square of the reference. The second bound
-# finds a single wrong tile.
+# Bounds of the self-test of kernels: on the norm of the error relative to the norm of the
+# reference, and on the largest error of one element relative to the root mean square of the
+# reference. The second bound finds a single wrong tile, which hardly changes the norm.
 MAX_RELATIVE_ERROR = 0.02
 MAX_ELEMENT_ERROR = 0.3
 
@@ -45,17 +49,17 @@ def check_backend(
     chip: str,
     dtype: str,
 ) -> None:
-    """Checks that a backend can run a job.
+    """Checks that a backend supports these experts, shapes, chip and dtype.
 
     Args:
         backend: a value of moe.backend.
         placement: the widths of the experts of every shard.
-        shape: [N, D] of the routed tokens.
+        shape: (N, D), the shape of the routed tokens of one device.
         chip: the name of the chip; see sharding.chip_name.
         dtype: the compute dtype.
 
     Raises:
-        ValueError: it cannot. The message names an alternative.
+        ValueError: the backend does not support them. The message names an alternative.
     """
     if backend in KERNELS:
         checked_tiles(backend, placement, shape, chip, dtype)
@@ -68,12 +72,13 @@ def checked_tiles(
     chip: str,
     dtype: str,
 ) -> tuple[Any, int]:
-    """Returns (tiles, unit) of a kernel backend for a job; see check_backend for the arguments.
+    """Returns the tile sizes of a kernel backend, and the unit to which it pads widths.
 
-    Every width is padded to a multiple of the unit (hidden_unit_padding.py).
+    Every expert's width is padded to a multiple of the unit (hidden_unit_padding.py). See
+    check_backend for the arguments.
 
     Raises:
-        ValueError: the backend cannot run the job.
+        ValueError: the backend does not support these experts, shapes, chip or dtype.
     """
     module = KERNELS[backend]
     num_rows, dim = shape
@@ -96,9 +101,9 @@ def select_backend(
     chip: str,
     dtype: str,
 ) -> tuple[str, str]:
-    """Returns the backend for a job, and a note for the user.
+    """Returns the backend to use ("auto" resolved), and a note for the user.
 
-    See check_backend for the arguments. "auto" follows a written rule:
+    See check_backend for the arguments. "auto" follows this rule:
 
     *   TPUs: pallas_tpu, because `blocked` takes minutes to compile there (LOG.md).
     *   A100, H100, H200, B200 in bfloat16 or float16: pallas_triton. The rule comes from published
@@ -106,11 +111,11 @@ def select_backend(
         TFLOP/s forward and 460 to 595 for weight gradients through Triton, 410 to 480 and 100 to
         119 through Mosaic. Our own kernels have not been timed on hardware. A run checks them on
         its device before it uses them (self_test_kernels).
-    *   Otherwise, and if the kernels cannot run the job or need more than MAX_PADDING times the
-        FLOPs: blocked.
+    *   Otherwise, and if those kernels do not support the shapes, or need more than MAX_PADDING
+        times the FLOPs because they pad widths to full tiles: blocked.
 
-    The note says why "auto" does not choose the kernels that the chip has, or how much the kernels
-    pad. Otherwise it is empty.
+    The note says why "auto" chose `blocked` on a chip for which there are kernels, or how many more
+    FLOPs the chosen kernels need because of padding. Otherwise it is empty.
     """
     selected = _kernels_for_chip(chip) if backend == "auto" else backend
     if selected not in KERNELS:
@@ -142,13 +147,13 @@ def padding(
     chip: str,
     dtype: str,
 ) -> tuple[float, str]:
-    """Returns how much a kernel backend pads hidden units for a job, as a number and as text.
+    """Returns how much a kernel backend pads the hidden units of experts, as a number and as text.
 
-    See check_backend for the arguments. The number is the FLOPs over those of the exact widths, for
-    evenly routed tokens. The text is empty if nothing is padded.
+    The number is the FLOPs with padding divided by those of the exact widths, for evenly routed
+    tokens. The text is empty if nothing is padded. See check_backend for the arguments.
 
     Raises:
-        ValueError: the backend cannot run the job.
+        ValueError: the backend does not support these experts, shapes, chip or dtype.
     """
     _, unit = checked_tiles(backend, placement, shape, chip, dtype)
     ratio = hidden_unit_padding.flops_ratio(_all_widths(placement), unit)
@@ -167,13 +172,14 @@ def run_kernels(
     job: tuple[Any, int],
     interpret: Any = False,
 ) -> jax.Array:
-    """Returns y_ND by the kernels of a backend.
+    """Computes the expert FFN with the Pallas kernels of a backend; returns y_ND.
 
-    The TPU kernels are one differentiable function. GPU kernels run in chunks of rows.
+    See expert_ffn for the other arguments. GPU kernels run in chunks of rows (chunks.py); the TPU
+    kernels take all rows at once.
 
     Args:
-        job: (tiles, unit); see checked_tiles.
-        interpret: runs the kernels in Pallas's interpreter.
+        job: the result of checked_tiles: (tile sizes, unit to which widths are padded).
+        interpret: runs the kernels in Pallas's interpreter, on any device.
     """
     tiles, unit = job
     rows_E, weights, placement = hidden_unit_padding.pad_experts(
@@ -193,9 +199,10 @@ def self_test_kernels(
     dtype: str,
     interpret: Any = False,
 ) -> None:
-    """Compares a backend's kernels with the reference on this device, outputs and gradients.
+    """Runs a backend's kernels on this device and compares them with the plain reference.
 
-    The input is random. It has padding rows, an expert with many rows and one without.
+    Outputs and gradients are compared, for random inputs with padding rows, an expert with many
+    rows and an expert without rows. See check_backend for the arguments.
 
     Raises:
         RuntimeError: the kernels cannot be compiled or run, or the results differ by more than
@@ -232,10 +239,11 @@ def self_test_kernels(
 
 
 def _self_test_rows(backend: str, placement: expert_placement.Placement, tiles: Any) -> np.ndarray:
-    """Returns the rows of every expert of a self test.
+    """Returns the number of rows of every expert of a self-test, padded to placement.slots.
 
-    They cover the edge cases: no rows, a few, many rows that start in the middle of a tile, exactly
-    one tile, and a few again. The list is truncated to the number of experts.
+    They cover the edge cases: an expert without rows, one with a few rows, one with many rows that
+    start in the middle of a row tile, one with exactly as many rows as a tile, and the other
+    experts with a few rows. With fewer than 3 experts, the first cases are left out.
     """
     num_experts = len(placement.widths[0])
     many = KERNELS[backend].check_rows(tiles)
@@ -249,7 +257,10 @@ def _self_test_rows(backend: str, placement: expert_placement.Placement, tiles: 
 def _self_test_inputs(
     rows_E: np.ndarray, widths: tuple[int, ...], dim: int, dtype: str
 ) -> tuple[jax.Array, jax.Array, ExpertWeights]:
-    """Returns random (x_ND, dy_ND, weights); padding rows of x_ND are NaN."""
+    """Returns random (x_ND, dy_ND, weights).
+
+    Padding rows of x_ND are NaN, so that a kernel that lets them reach a result fails the test.
+    """
     num_rows = -(-int(rows_E.sum()) // 8) * 8 + 8
     num_hidden = sum(widths)
     keys = jax.random.split(jax.random.key(0), 5)
@@ -272,7 +283,7 @@ def _compare(backend: str, name: str, computed: jax.Array, expected: jax.Array) 
     norm = np.linalg.norm(want)
     error = np.linalg.norm(got - want) / norm
     largest = np.abs(got - want).max()
-    # A comparison with NaN is False, so that NaN does not pass.
+    # Written as "is within the bounds", because every comparison with NaN is False: NaN fails.
     is_equal = error < MAX_RELATIVE_ERROR and largest < MAX_ELEMENT_ERROR * norm / want.size**0.5
     if not is_equal:
         raise RuntimeError(
@@ -291,25 +302,28 @@ def expert_ffn(
     chip: str,
     shard: jax.Array | int = 0,
 ) -> jax.Array:
-    """Returns y_ND, every row through its own expert.
+    """Returns y_ND, the output of every row's own expert.
+
+    A row is one routed token: a token with one of the experts that it chose.
 
     Args:
-        x_ND: routed tokens sorted by expert.
-        rows_E: int32, the number of rows of every expert. Rows past their sum are padding rows:
-            they may hold anything, NaN included, and their outputs and gradients are 0.
-        weights: float32, or the dtype of x_ND. The matmuls run in the dtype of x_ND and accumulate
-            in float32.
-        placement: static, the experts of all shards; place_experts(widths, 1, "pairs") for one.
-            rows_E and the weights are those of `shard`: its experts in the placement's order, with
-            rows_E filled up with 0 to placement.slots.
+        x_ND: rows sorted by expert.
+        rows_E: int32, the number of rows of each expert of `shard`, in the placement's order. A
+            shard with fewer experts than placement.slots (the most of any shard) has zeros at the
+            end. Rows past the sum are padding rows: they may hold anything, NaN included, and their
+            outputs and gradients are 0.
+        weights: the weights of the experts of `shard`, in float32 or the dtype of x_ND. The matmuls
+            run in the dtype of x_ND and accumulate in float32.
+        placement: static, the experts of all shards. Without expert parallelism it is
+            place_experts(widths, 1, "whole").
         backend: a value of moe.backend; see select_backend for "auto".
         blocks: block sizes of the `blocked` backend.
         chip: the name of the chip; see sharding.chip_name.
-        shard: the shard of the placement.
+        shard: the shard that this device holds; may be traced.
 
     Raises:
-        ValueError: the widths do not sum to the flat hidden axis, or the backend cannot run this
-            job on the chip.
+        ValueError: the widths do not sum to the flat hidden axis, or the backend does not support
+            the shapes, the dtype or the chip.
     """
     num_hidden = weights.w_gate.shape[1]
     fits_weights = all(sum(widths) == num_hidden for widths in placement.widths)

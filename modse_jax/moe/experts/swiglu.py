@@ -1,6 +1,7 @@
-"""SwiGLU and its gradient, the activation between the matmuls of an expert.
+"""SwiGLU, the activation between the matmuls of an expert, and its gradient.
 
-Both functions are element-wise and run in float32, inside kernels and outside of them.
+Both functions are element-wise and take and return float32. They are called inside the Pallas
+kernels and in plain JAX code.
 
 Source: Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202.
 """
@@ -11,7 +12,7 @@ import jax
 
 
 class SwigluBackward(NamedTuple):
-    """The recomputed hidden activations and the gradients of SwiGLU's two inputs."""
+    """The result of `swiglu_backward`: hidden activations and the gradients of both inputs."""
 
     hidden: jax.Array
     dgate: jax.Array
@@ -24,15 +25,17 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def swiglu_backward(gate: jax.Array, up: jax.Array, dhidden: jax.Array) -> SwigluBackward:
-    """Returns the hidden activations and the gradients of gate and up.
+    """Returns the gradients of gate and up, and the hidden activations again.
+
+    The gradient of the down projection needs the hidden activations, which are not saved.
 
     Args:
       gate, up: the inputs of `swiglu`.
-      dhidden: the gradient of its output.
+      dhidden: the gradient with respect to its output.
     """
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
-    # The order of operations is part of the contract: results are compared bit for bit.
+    # Do not reorder these operations: tests compare the results of backends bit for bit.
     hidden = silu * up
     dgate = dhidden * up * (sigmoid + silu * (1 - sigmoid))
     dup = dhidden * silu

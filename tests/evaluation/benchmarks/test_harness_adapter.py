@@ -18,6 +18,7 @@ from modse_jax.data import tokenizers
 from modse_jax.evaluation import model_loading
 from modse_jax.evaluation.benchmarks import batch_engine, harness_adapter
 from modse_jax.model import kernel_selection, transformer
+from modse_jax.model.variables import Variables
 from modse_jax.runtime import processes, sharding
 from modse_jax.training import train_step
 from tests.helpers.configs import tiny_config
@@ -46,7 +47,7 @@ def load(config, devices=1, params=None):
     params = params or jax.jit(lambda: train_step.init_state(config))().params
     params = jax.device_put(params, sharding.replicated(mesh))
     data = types.SimpleNamespace(tokenizer=tokenizers.Bytes())
-    return model_loading.LoadedModel(config, data, mesh, 0, params)
+    return model_loading.LoadedModel(config, data, mesh, 0, Variables(params, {}))
 
 
 def make_adapter(model, devices=1, batch_size=0):

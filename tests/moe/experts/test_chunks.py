@@ -167,7 +167,7 @@ def test_chunk_has_room_for_a_quarter_more_than_balanced_routing(
     num_rows, num_shards, tile_rows, expected
 ):
     widths = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, 64)
-    placement = expert_placement.place_experts(widths, num_shards, "pairs")
+    placement = expert_placement.place_experts(widths, num_shards, "whole")
     assert chunks.chunk_rows(num_rows, placement, tile_rows) == expected
 
 

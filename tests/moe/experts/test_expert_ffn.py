@@ -60,7 +60,7 @@ def value_and_grads(x, rows, w, dy, widths, backend, saved=0.0, chip="cpu"):
             x,
             rows,
             expert_weights.ExpertWeights(**w),
-            expert_placement.place_experts(widths, 1, "pairs"),
+            expert_placement.place_experts(widths, 1, "whole"),
             backend,
             block_sizes.Blocks(8, 4, saved),
             chip,
@@ -130,7 +130,7 @@ def test_residuals_hold_no_empty_array(saved):
             x,
             jnp.asarray(rows),
             expert_weights.ExpertWeights(**w),
-            expert_placement.place_experts(widths, 1, "pairs"),
+            expert_placement.place_experts(widths, 1, "whole"),
             "blocked",
             block_sizes.Blocks(8, 4, saved),
             "cpu",
@@ -141,12 +141,12 @@ def test_residuals_hold_no_empty_array(saved):
 
 
 @pytest.mark.parametrize("saved", [0.0, 1.0])
-@pytest.mark.parametrize("kind, shards", [("pairs", 2), ("columns", 2)])
+@pytest.mark.parametrize("kind, shards", [("whole", 2), ("split", 2)])
 def test_all_shards_run_one_program(kind, shards, saved):
     """The shard is an argument of the compiled program. Padding rows are NaN."""
     placement = (
         expert_placement.place_experts((10, 2, 8, 4, 4, 4, 4), 2, kind)
-        if kind == "pairs"
+        if kind == "whole"
         else expert_placement.place_experts((8, 2, 4), 2, kind)
     )
     columns, rng = sum(placement.widths[0]), np.random.default_rng(0)
@@ -247,7 +247,7 @@ def test_many_experts_and_dense_routing_equal_numpy(experts, width, top, backend
 def test_saved_range_does_not_overflow_32_bits():
     """One expert has 2^20 rows and width 2^12. Its 2^33 elements would wrap to 0 in 32 bits."""
     expert = blocked.Expert(jnp.int32(0), jnp.int32(2**20), jnp.int32(0), 2**12)
-    size, placement = 2**28, expert_placement.place_experts((2**12,), 1, "pairs")
+    size, placement = 2**28, expert_placement.place_experts((2**12,), 1, "whole")
     sizes = blocked.BlockSizes((), (8, 4))
     fits, here, after = blocked.find_saved_range(size, placement, sizes, expert, jnp.int32(100))
     assert not fits and int(here) == size - 2 * 8 * 2**12 and int(after) == 100
@@ -267,7 +267,7 @@ def in_blocks(x, rows, w, dy, widths, blocks):
             x,
             rows,
             expert_weights.ExpertWeights(**w),
-            expert_placement.place_experts(widths, 1, "pairs"),
+            expert_placement.place_experts(widths, 1, "whole"),
             "blocked",
             blocks,
             "cpu",
@@ -373,7 +373,7 @@ def test_random_widths_and_routings_agree_with_the_reference(chip):
 
 def test_weights_are_sliced_only_for_experts_with_rows(compiled_with_care):
     """XLA must not hoist the slices: decoding would read the weights of all experts."""
-    placement = expert_placement.place_experts((9, 4, 5), 1, "pairs")
+    placement = expert_placement.place_experts((9, 4, 5), 1, "whole")
     shapes = [
         jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, D), (D, 18), (D, 18), (18, D))
     ]
@@ -399,7 +399,7 @@ def test_the_program_does_not_grow_with_the_number_of_experts():
 
     def lines(num_experts):
         widths = (16,) * num_experts
-        placement = expert_placement.place_experts(widths, 1, "pairs")
+        placement = expert_placement.place_experts(widths, 1, "whole")
         shapes = [
             jax.ShapeDtypeStruct(s, jnp.float32)
             for s in ((256, D), (D, sum(widths)), (D, sum(widths)), (sum(widths), D))
@@ -429,7 +429,7 @@ def test_widths_that_do_not_fit_the_weights_are_rejected():
             jnp.zeros((4, D)),
             jnp.zeros(2, jnp.int32),
             w,
-            expert_placement.place_experts((4, 5), 1, "pairs"),
+            expert_placement.place_experts((4, 5), 1, "whole"),
             "blocked",
             block_sizes.Blocks(8, 4),
             "cpu",

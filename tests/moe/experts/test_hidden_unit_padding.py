@@ -13,7 +13,7 @@ DIM = 32
 
 
 def test_shards_of_unequal_padded_width_get_an_expert_without_tokens():
-    placement = expert_placement.place_experts((40, 9, 24, 25), 2, "pairs")
+    placement = expert_placement.place_experts((40, 9, 24, 25), 2, "whole")
     assert placement.widths == ((40, 9), (24, 25))
     padded = hidden_unit_padding.pad_placement(placement, 16)
     assert padded.widths == ((48, 16), (32, 32))

@@ -64,7 +64,7 @@ def test_kernels_match_reference_for_every_routing(cores):
 
 def test_shards_with_different_experts_run_one_program():
     """Shards of 3 and of 2 experts: the second one has an empty slot. The shard is an argument."""
-    placement = expert_placement.place_experts((12, 4, 8, 16, 8), 2, "pairs")
+    placement = expert_placement.place_experts((12, 4, 8, 16, 8), 2, "whole")
     assert placement.widths == ((12, 4, 8), (16, 8))
     tiles = TILES._replace(outer=8, cores=2)
     for shard, rows in enumerate(((13, 0, 31), (9, 20, 0))):
@@ -96,7 +96,7 @@ def test_kernels_match_reference_for_equal_widths():
 
 def test_widths_that_are_not_multiples_of_the_unit_are_padded():
     """One odd width, and a shard that needs one more expert to be as wide as the other."""
-    placement = expert_placement.place_experts((12, 5, 5, 5, 7), 2, "pairs")
+    placement = expert_placement.place_experts((12, 5, 5, 5, 7), 2, "whole")
     job = TILES._replace(outer=8), 4
 
     @jax.jit
@@ -237,7 +237,7 @@ def test_self_test_finds_wrong_kernels(monkeypatch):
 
     placement = place_on_one_shard((128, 128, 256))
     self_test(placement, "bfloat16")
-    one_expert_per_device = expert_placement.place_experts((128, 128), 2, "pairs")
+    one_expert_per_device = expert_placement.place_experts((128, 128), 2, "whole")
     self_test(one_expert_per_device, "float32")
     correct = pallas_tpu.pallas_tpu
 

@@ -103,7 +103,7 @@ def test_kernels_match_reference_for_random_routings_over_odd_widths():
 
 def test_shards_run_one_program():
     """The shard is data. Shards of (40, 7) and (18, 15, 14) differ in experts and padded sums."""
-    placement = expert_placement.place_experts((40, 7, 18, 15, 14), 2, "pairs")
+    placement = expert_placement.place_experts((40, 7, 18, 15, 14), 2, "whole")
     for shard, widths in enumerate(placement.widths):
         rows = [13, 0, 20][: len(widths)]
         rows += [0] * (placement.slots - len(rows))

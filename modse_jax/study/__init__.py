@@ -1,0 +1,1 @@
+"""The design-space study: symbols, recipe, arms, scaling laws."""
