@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -239,5 +240,7 @@ def log_description(context: RunContext) -> None:
     console.log(model_table.format_model_table(context.config))
     for line in auxiliary_losses.description_lines(context.config):
         console.log(line)
+    for line in auxiliary_losses.router_warnings(context.config):
+        console.log(line, file=sys.stderr)
     console.log(context.setup.kernels.line())
     console.log(run_description.memory_line(program, context.setup.state_shapes, seconds))

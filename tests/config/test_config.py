@@ -61,6 +61,38 @@ def test_bad_values_are_refused_by_name(name, value, message):
         loading.from_dict(changed(**{name: value}))
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(moe__shared_width=64),
+            "moe.shared_width=64 needs a placement: set moe.shared_placement=in_layer",
+        ),
+        (
+            dict(moe__shared_placement="parallel"),
+            "moe.shared_placement=parallel needs a shared expert: set moe.shared_width above 0",
+        ),
+        (
+            dict(moe__shared_width=64, moe__shared_placement="in_layer", model__dense_width=512),
+            "moe.shared_width=64 needs MoE layers, but model.dense_width=512 replaces them",
+        ),
+        (dict(moe__shared_placement="parralel"), "must be one of none, in_layer, parallel"),
+        (dict(model__norm_position="middle"), "must be one of pre, post"),
+        (dict(model__qk_norm="head"), "must be one of none, full"),
+        (dict(model__init_std=-0.1), "model.init_std=-0.1 must be >= 0"),
+    ],
+)
+def test_bad_forms_of_a_block_are_refused(changes, message):
+    with pytest.raises(errors.UserError, match=re.escape(message)):
+        loading.from_dict(changed(**changes))
+
+
+def test_a_dense_model_has_no_experts():
+    config = loading.from_dict(changed(model__dense_width=512, moe__pairs=True))
+    assert (config.widths, config.pools, config.num_experts, config.top_k) == ((), (), 0, 0)
+    assert config.active_width == 512
+
+
 def test_pairs_that_do_not_sum_are_refused():
     values = changed(moe__widths=(9, 1, 8, 2, 6, 4, 5, 4), moe__width=5, moe__pairs=True)
     with pytest.raises(
