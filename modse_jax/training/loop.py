@@ -261,8 +261,9 @@ class Run:
         except Stopped:
             return None
         result, statistics = validation.together(scored)
-        result |= validation.summarize_sets(scored_sets)
-        if self._config.evaluation.capacity_factor:
+        has_capacity = self._config.evaluation.capacity_factor > 0
+        result |= validation.summarize_sets(scored_sets, has_capacity)
+        if has_capacity:
             result["dropped"] = metrics.count_dropped(statistics)
         layers = metrics.routing_by_layer(
             statistics, self._config.widths, self._context.setup.placement
