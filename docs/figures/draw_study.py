@@ -351,7 +351,7 @@ def compute_gates(gate: str, scale: float = 1.0) -> list[float]:
     sigmoid = [1 / (1 + math.exp(-logit)) for logit in LOGITS]
     scores = {"uniform": [0.5] * len(LOGITS)}.get(gate, sigmoid if "sigmoid" in gate else softmax)
     kept = [scores[e] if e in chosen else 0.0 for e in range(len(LOGITS))]
-    if gate == "top_k_softmax" or gate.endswith("renormalised"):
+    if gate == "top_k_softmax" or gate.endswith("renormalized"):
         kept = [value / sum(kept) for value in kept]
     return [scale * value for value in kept]
 
@@ -360,10 +360,10 @@ def draw_gates() -> None:
     """Draws the gates of one token for every value of moe.gate."""
     gates = (
         ("softmax_top_k", "Slicing and Dicing, OLMoE"),
-        ("softmax_top_k_renormalised", "Qwen"),
+        ("softmax_top_k_renormalized", "Qwen"),
         ("top_k_softmax", "MoDSE, Mixtral"),
         ("sigmoid", "of each logit alone"),
-        ("sigmoid_renormalised", "DeepSeek-V3, gate_scale = 2.5"),
+        ("sigmoid_renormalized", "DeepSeek-V3, gate_scale = 2.5"),
         ("uniform", "1/k, the control of s = 1"),
     )
     shapes: list[str] = []

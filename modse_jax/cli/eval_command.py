@@ -56,7 +56,9 @@ def define_flags() -> None:
         "prompt_file", "", "A text file that is one more prompt of the sample suite."
     )
     flags.DEFINE_list(
-        "baselines", [], "Workdirs of equal-width runs on the same data, for suite analysis."
+        "baselines",
+        [],
+        "Workdirs of dense or equal-width runs on the same data, for suite analysis.",
     )
     flags.DEFINE_integer(
         "earlier",

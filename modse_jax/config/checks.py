@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from fractions import Fraction
 from typing import Any
 
 from modse_jax.config.option_fields import fields_of, get_option
@@ -144,6 +145,33 @@ def check_shared_expert(config: Any) -> None:
             f"moe.shared_width={moe.shared_width} needs MoE layers, but model.dense_width="
             f"{config.model.dense_width} replaces them by a dense FFN: set one of the two to 0"
         )
+
+
+def check_flop_match(config: Any) -> None:
+    """Checks that a token uses as many hidden units as the dense FFN of moe.flop_matched_width."""
+    claimed = config.moe.flop_matched_width
+    if not claimed or config.active_width == claimed:
+        return
+    raise UserError(
+        f"moe.flop_matched_width={claimed}, but a token uses {config.active_width} hidden units "
+        f"per layer, which is {config.active_width / claimed} of it instead of 1: "
+        f"{_list_active_widths(config)}; change the widths or the experts per token, or set "
+        "moe.flop_matched_width=0"
+    )
+
+
+def _list_active_widths(config: Any) -> str:
+    """Returns where the hidden units of a token come from, as a sum."""
+    if config.is_dense:
+        return f"model.dense_width={config.model.dense_width}"
+    terms = [f"shared {config.moe.shared_width}"] if config.moe.shared_width else []
+    first = 0
+    for number, (experts, top_k) in enumerate(config.pools):
+        widths = config.widths[first : first + experts]
+        first += experts
+        name = f"pool {number}: " if len(config.pools) > 1 else ""
+        terms.append(f"{name}{top_k} of mean width {Fraction(sum(widths), experts)}")
+    return " + ".join(terms)
 
 
 def check_data(config: Any) -> None:

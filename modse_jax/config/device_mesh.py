@@ -67,10 +67,14 @@ def _sizes(config: Config, devices: Sequence[jax.Device]) -> list[int]:
 
 
 def place_experts_on_mesh(config: Config, mesh: Mesh | None) -> expert_placement.Placement:
-    """Returns how experts are sharded over the expert axis; ValueError if that is impossible."""
-    return expert_placement.place_experts(
-        config.widths, mesh.shape[EXPERT] if mesh is not None else 1, config.moe.placement
-    )
+    """Returns how experts are sharded over the expert axis; ValueError if that is impossible.
+
+    A dense model has no experts on any shard.
+    """
+    shards = mesh.shape[EXPERT] if mesh is not None else 1
+    if config.is_dense:
+        return expert_placement.Placement(experts=((),) * shards, widths=((),) * shards)
+    return expert_placement.place_experts(config.widths, shards, config.moe.placement)
 
 
 def request_determinism(config: Config) -> None:

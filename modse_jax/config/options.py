@@ -9,7 +9,14 @@ mean "off", because a command-line flag cannot be set to None.
 import dataclasses
 from fractions import Fraction
 
-from modse_jax.config.checks import check_data, check_fields, check_model, check_moe, check_training
+from modse_jax.config.checks import (
+    check_data,
+    check_fields,
+    check_flop_match,
+    check_model,
+    check_moe,
+    check_training,
+)
 from modse_jax.config.option_fields import fields_of, option
 from modse_jax.moe import expert_widths, layer_options
 from modse_jax.moe.experts.block_sizes import Blocks
@@ -107,6 +114,12 @@ class MoEConfig:
     )
     copy_experts: tuple[int, ...] = option(
         (), "numbers of the experts, of width 0, whose output is the input of the layer (MoE++)"
+    )
+    flop_matched_width: int = option(
+        0,
+        "width of the dense FFN whose FLOPs the layer is claimed to match: `shared_width` plus the "
+        "sum over pools of top_k times the mean width must equal it exactly. 0 = no claim",
+        minimum=0,
     )
     pairs: bool = option(
         False, "require that widths[2j] + widths[2j+1] = 2 * width (paper, Eq. 7-8)"
@@ -458,6 +471,7 @@ class Config:
     def __post_init__(self) -> None:
         for check in (check_fields, check_model, check_moe, check_data, check_training):
             check(self)
+        check_flop_match(self)
 
     @property
     def is_dense(self) -> bool:

@@ -228,7 +228,7 @@ def format_results(results: dict) -> str:
         if "sets" in loss:
             lines += ["", f"validation sets{part}", _format_sets(loss)]
     if "routing" in results:
-        lines += ["", "share of tokens per expert, %", _format_routing(results["routing"])]
+        lines += ["", _format_routing(results["routing"])]
     return "\n".join(lines)
 
 
@@ -259,7 +259,10 @@ def _format_routing(routing: dict) -> str:
     """Returns the table of the share of tokens per expert: a row per layer, a column per expert.
 
     Only the first SHOWN_EXPERTS experts have a column. Further columns are statistics of the layer.
+    A dense model has no table.
     """
+    if not routing["widths"]:
+        return "no routing: the model is dense"
     widths = routing["widths"][:SHOWN_EXPERTS]
     experts = [Column(7, gap=2)] + [Column(7, gap=0)] * (len(widths) - 1)
     columns = [Column(5, gap=2), *experts, Column(8, gap=3), Column(7, gap=2), Column(10, gap=2)]
@@ -276,4 +279,4 @@ def _format_routing(routing: dict) -> str:
                 f"{layer['count_weighted_width']:.1f}",
             ]
         )
-    return text_table.text_table(columns, rows)
+    return "share of tokens per expert, %\n" + text_table.text_table(columns, rows)

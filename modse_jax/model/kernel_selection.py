@@ -16,7 +16,7 @@ from modse_jax.runtime import sharding
 class SelectedKernels(NamedTuple):
     """The implementations that a run uses, with "auto" resolved."""
 
-    experts: str  # a value of moe.backend other than "auto"
+    experts: str  # a value of moe.backend other than "auto"; "none" for a dense model
     attention: str  # a value of model.attention other than "auto"
     # Why "auto" does not use the chip's kernels for experts, or how many FLOPs they add by padding;
     # else empty.
@@ -36,19 +36,24 @@ def select_kernels(config: Config, mesh: Mesh) -> SelectedKernels:
     """
     model = config.model
     chip = sharding.chip_name(mesh)
-    placement = device_mesh.place_experts_on_mesh(config, mesh)
-    shape_ND = (max_rows_per_device(config, mesh), model.dim)
-    try:
-        select.check_backend(config.moe.backend, placement, shape_ND, chip, model.dtype)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    experts, note = select.select_backend(
-        config.moe.backend, placement, shape_ND, chip, model.dtype
-    )
+    experts, note = ("none", "") if config.is_dense else _select_experts(config, mesh, chip)
     head_size = model.dim // model.num_heads
     query_shape = (1, config.data.sequence_length, model.num_heads, head_size)
     attention = selection.select_attention(model.attention, query_shape, chip, model.dtype)
     return SelectedKernels(experts, attention, note)
+
+
+def _select_experts(config: Config, mesh: Mesh, chip: str) -> tuple[str, str]:
+    """Returns the implementation of the experts, and a note on the choice."""
+    dtype = config.model.dtype
+    backend = config.moe.backend
+    placement = device_mesh.place_experts_on_mesh(config, mesh)
+    shape_ND = (max_rows_per_device(config, mesh), config.model.dim)
+    try:
+        select.check_backend(backend, placement, shape_ND, chip, dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return select.select_backend(backend, placement, shape_ND, chip, dtype)
 
 
 def check_kernels(config: Config, mesh: Mesh) -> SelectedKernels:

@@ -179,8 +179,9 @@ def install_command(folder: pathlib.Path | None) -> str:
         folder: the folder to install into; None for the environment itself.
     """
     pins = [f"{package}=={jax.__version__}" for package in PACKAGES]
-    pins = " ".join([*pins, *(f"'{package}'" for package in TOOL_PACKAGES)])
-    return f"pip install --no-deps --target={folder} {pins}" if folder else f"pip install {pins}"
+    packages = " ".join([*pins, *(f"'{package}'" for package in TOOL_PACKAGES)])
+    options = f"--no-deps --target={folder} " if folder else ""
+    return f"pip install {options}{packages}"
 
 
 def find_compiler() -> pathlib.Path | None:
@@ -260,9 +261,10 @@ def load_compiler() -> None:
         UserError: the compiler is missing or has another version than jax.
     """
     folder = find_compiler()
-    if not jax.config.jax_platforms or "cuda" in jax.config.jax_platforms:
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    if not platforms or "cuda" in platforms:
         raise UserError(
-            f"jax_platforms={jax.config.jax_platforms!r} while compiling for a GPU that is not "
+            f"jax_platforms={platforms!r} while compiling for a GPU that is not "
             "attached; set JAX_PLATFORMS=cpu"
         )
     if folder is not None:
@@ -275,7 +277,7 @@ def load_compiler() -> None:
     os.environ.update(CUDA_ROOT=tools, MOSAIC_GPU_CUDA_ROOT=tools)
     plugin = importlib.import_module("jax_cuda13_plugin")
     # Mosaic looks for its runtime library when it is imported, which may have been earlier.
-    runtime = pathlib.Path(plugin.__file__).parent / "libmosaic_gpu_runtime.so"
+    runtime = pathlib.Path(plugin.__path__[0]) / "libmosaic_gpu_runtime.so"
     os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(runtime)
     _register_with_jax()
 
@@ -474,7 +476,7 @@ def count_launches(thunks: str, metadata: str, hlo: str, iterations: float = 1.0
         iterations: see `read_launches`.
     """
     trip_counts = _read_trip_counts(metadata, hlo)
-    total = collections.Counter()
+    total: dict[str, float] = collections.defaultdict(float)
 
     def visit(thunk: _Thunk, times: float, in_graph: bool) -> None:
         if thunk.kind == "kWhile":
@@ -507,7 +509,7 @@ def count_launches(thunks: str, metadata: str, hlo: str, iterations: float = 1.0
         collectives=total["collectives"],
         graphs=total["graphs"],
         host_waits=total["host_waits"],
-        open_loops=total["open_loops"],
+        open_loops=int(total["open_loops"]),
         iterations=iterations,
     )
 

@@ -115,10 +115,10 @@ def find_collectives(hlo: str) -> FoundCollectives:
 
 
 def list_collectives(hlo: str) -> list[Collective]:
-    """Returns every collective of a compiled program, like `find_collectives`.
+    """Returns every collective (all-gather, all-reduce, ...) in the text of a compiled program.
 
     Raises:
-        ValueError: a collective cannot be counted.
+        ValueError: the number of bytes that a collective sends is not clear from the text.
     """
     found = find_collectives(hlo)
     if found.unknown:
@@ -128,10 +128,10 @@ def list_collectives(hlo: str) -> list[Collective]:
 
 def bytes_by_kind(collectives: Sequence[Collective]) -> dict[str, float]:
     """Returns {kind of collective: bytes that a device sends in one run of the program}."""
-    total: collections.Counter[str] = collections.Counter()
+    total: dict[str, float] = collections.defaultdict(float)
     for collective in collectives:
         total[collective.kind] += collective.bytes * collective.times
-    return {kind: float(total[kind]) for kind in KINDS if total[kind]}
+    return {kind: total[kind] for kind in KINDS if total[kind]}
 
 
 def bytes_between_hosts(collectives: Sequence[Collective], devices_per_host: int) -> float:
@@ -145,14 +145,14 @@ def bytes_between_hosts(collectives: Sequence[Collective], devices_per_host: int
         collectives: the collectives of the program.
         devices_per_host: device i is on host i // devices_per_host.
     """
-    total = 0
+    total = 0.0
     for collective in collectives:
         shares = [
             _share_between_hosts(collective.kind, group, devices_per_host)
             for group in collective.groups
         ]
         total += collective.bytes * collective.times * max(shares)
-    return float(total)
+    return total
 
 
 def crosses_hosts(collective: Collective, devices_per_host: int) -> bool:

@@ -126,7 +126,7 @@ def plan_step(config: Config, name: str) -> StepPlan:
     step = step_compilation.compile_step(config, mesh, topology)
     plan.compile_seconds = round(time.monotonic() - start, 1)
     plan.peak_bytes_per_device = step.peak_bytes
-    if not step.has_enough_memory:
+    if not step.has_enough_memory or step.peak_bytes is None:
         plan.fits = False
         return plan
     plan.activation_bytes_per_device = step.temporary_bytes

@@ -57,10 +57,14 @@ def compile_step(config: Config, mesh: Mesh, topology: Topology) -> CompiledStep
 
 
 def _describe(
-    compiled: jax.stages.Compiled, hlo: str, launches: gpu_compiler.Launches | None = None
+    compiled: jax.stages.Compiled, hlo: str | None, launches: gpu_compiler.Launches | None = None
 ) -> CompiledStep:
-    temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
-    return CompiledStep(memory_usage.peak_bytes(compiled), temporary_bytes, hlo, launches)
+    """Returns what a compiler reports. Those of CPU, GPU and TPU report memory and program."""
+    analysis = compiled.memory_analysis()
+    if analysis is None or hlo is None:
+        raise RuntimeError("the compiler reports neither memory nor the program")
+    peak_bytes = memory_usage.peak_bytes(compiled)
+    return CompiledStep(peak_bytes, analysis.temp_size_in_bytes, hlo, launches)
 
 
 def _compile_for_gpu(config: Config, mesh: Mesh, topology: Topology, folder: str) -> CompiledStep:
@@ -83,7 +87,7 @@ def _compile_for_gpu(config: Config, mesh: Mesh, topology: Topology, folder: str
 
 def _compile_for_tpu(config: Config, mesh: Mesh, folder: str) -> CompiledStep:
     # jaxlib cannot parse everything that libtpu returns, so libtpu writes the program to a file.
-    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    options: dict[str, str | int] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     try:
         compiled = train_step.compile_train_step(config, mesh, options)
     except jax.errors.JaxRuntimeError as error:

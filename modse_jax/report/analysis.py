@@ -1,8 +1,8 @@
 """The paper's routing analyses of a checkpoint: report/analysis/*.png, *.csv and text.html.
 
-The checkpoint is compared with an earlier step of the same run, and with baselines of equal expert
-widths that were trained on the same data. The numbers come from routing_statistics.py, the figures
-from analysis_plots.py.
+The checkpoint is compared with an earlier step of the same run, and with baselines that were
+trained on the same data and are dense or have equal expert widths. The numbers come from
+routing_statistics.py, the figures from analysis_plots.py.
 
 Legend: T tokens, Y layers, K choice ranks, E experts, S sources.
 """
@@ -45,7 +45,7 @@ Hover for the loss and every layer.</p>
 
 
 class Baseline(NamedTuple):
-    """A run with equal expert widths, with which the analyzed run is compared."""
+    """A dense run or one with equal expert widths, with which the analyzed run is compared."""
 
     name: str
     trace: Trace  # loss and routing of every validation token, the same tokens in the same order
@@ -103,8 +103,8 @@ def write(
     Args:
         workdir: The directory of the run.
         step: A saved step; 0 for the newest.
-        baselines: Directories of runs with equal expert widths. Their losses select the difficult
-            tokens; the loss of the first one is compared with this run's.
+        baselines: Directories of dense runs or of runs with equal expert widths. Their losses
+            select the difficult tokens; the loss of the first one is compared with this run's.
         earlier: A saved step of the same run to compare with; 0 for the oldest.
         limit: Number of validation records of each dataset; 0 for all.
         batch_size: Sequences per batch; 0 for `evaluation.batch_size` of the config.
@@ -113,10 +113,17 @@ def write(
         A summary to print.
 
     Raises:
-        UserError: A baseline was trained on other data.
+        UserError: The run is dense, so that it has no routing, or a baseline was trained on other
+            data.
     """
     directory = pathlib.Path(workdir).expanduser().absolute()
     config = model_loading.read_config(directory)
+    if config.is_dense:
+        raise UserError(
+            f"--suite=analysis needs experts, but {directory} is a dense model "
+            f"(model.dense_width={config.model.dense_width}); use the suites loss and sample, or "
+            f"compare another run with it by --baselines={directory}"
+        )
     batch_size = batch_size or config.evaluation.batch_size
     model = model_loading.load_model(directory, step, batch_size)
     late = trace(model, limit, batch_size)
@@ -333,12 +340,15 @@ def _write_specialists(path: pathlib.Path, late: Trace, model: LoadedModel) -> N
     They are those with the largest share of occurrences whose first choice is the same expert.
     """
     widths = model.config.widths
-    rows = [["layer", "width", "token", "share_of_first_choices", "count"]]
+    header = "layer", "width", "token", "share_of_first_choices", "count"
+    rows: list[Sequence] = [header]
     for layer in range(len(late.ids_YTK)):
         specialists = routing_statistics.find_specialists(late, len(widths), layer)
         for found in specialists[:MAX_SPECIALISTS]:
             text = repr(_decode(model, found.token))
-            rows.append([layer, widths[found.expert], text, f"{found.share:.3f}", found.count])
+            rows.append(
+                [layer, widths[found.expert], text, f"{found.share:.3f}", found.occurrences]
+            )
     _write_csv(path, rows)
 
 

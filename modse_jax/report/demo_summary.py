@@ -4,7 +4,6 @@ import argparse
 import gzip
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 
@@ -76,4 +75,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

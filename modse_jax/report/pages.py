@@ -40,27 +40,47 @@ def write(workdir: str) -> None:
     if not rows:
         return
     widths = model_loading.read_config(directory).widths
-    has_validation = any(layer["split"] == "validation" for layer in layers)
-    split = "validation" if has_validation else "train"
-    newest_step = max(layer["step"] for layer in layers if layer["split"] == split)
-    newest = [x for x in layers if x["split"] == split and x["step"] == newest_step]
-    newest.sort(key=lambda layer: layer["layer"])
-    when = f"{split}, step {newest_step}"
-    figures = {
-        "loss.png": run_plots.plot_loss(rows),
-        **_plot_sets(rows),
-        "expert_load.png": run_plots.plot_load_heatmap(newest, widths, when),
-        "load_by_width.png": run_plots.plot_load_by_width(newest, widths, when),
-        "balance.png": run_plots.plot_balance(layers),
-        "straggler.png": run_plots.plot_straggler(layers),
-    }
+    figures = {"loss.png": run_plots.plot_loss(rows), **_plot_sets(rows)}
+    stragglers = "no experts: the model is dense"
+    if widths:
+        newest = _newest_layers(layers)
+        figures |= _plot_routing(layers, newest, widths)
+        stragglers = straggler_table(newest)
     out = directory / "report"
     out.mkdir(exist_ok=True)
     for name, captioned in figures.items():
         plot_style.save_figure(out / name, captioned.figure)
     captions = {name: captioned.caption for name, captioned in figures.items()}
-    page = _format_page(directory, rows[-1], captions, straggler_table(newest))
+    page = _format_page(directory, rows[-1], captions, stragglers)
     (out / "index.html").write_text(page)
+
+
+def _newest_layers(layers: list[dict]) -> list[dict]:
+    """Returns the lines of routing.jsonl of the newest validation, or step if there is none."""
+    has_validation = any(layer["split"] == "validation" for layer in layers)
+    split = "validation" if has_validation else "train"
+    newest_step = max(layer["step"] for layer in layers if layer["split"] == split)
+    newest = [x for x in layers if x["split"] == split and x["step"] == newest_step]
+    return sorted(newest, key=lambda layer: layer["layer"])
+
+
+def _plot_routing(
+    layers: list[dict], newest: list[dict], widths: tuple[int, ...]
+) -> dict[str, CaptionedFigure]:
+    """Returns the figures of the experts' load.
+
+    Args:
+        layers: All lines of routing.jsonl.
+        newest: From `_newest_layers`.
+        widths: Hidden widths of the experts.
+    """
+    when = f"{newest[0]['split']}, step {newest[0]['step']}"
+    return {
+        "expert_load.png": run_plots.plot_load_heatmap(newest, widths, when),
+        "load_by_width.png": run_plots.plot_load_by_width(newest, widths, when),
+        "balance.png": run_plots.plot_balance(layers),
+        "straggler.png": run_plots.plot_straggler(layers),
+    }
 
 
 def _plot_sets(rows: list[dict]) -> dict[str, CaptionedFigure]:

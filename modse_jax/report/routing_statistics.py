@@ -83,13 +83,13 @@ class Specialist(NamedTuple):
         expert: That expert.
         token: The token id.
         share: Fraction of the token's occurrences whose first choice is that expert.
-        count: Number of occurrences of the token.
+        occurrences: Number of occurrences of the token.
     """
 
     expert: int
     token: int
     share: float
-    count: int
+    occurrences: int
 
 
 def read_csv(path: pathlib.Path) -> Counts:

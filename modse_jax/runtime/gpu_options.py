@@ -6,6 +6,7 @@ unknown flag.
 
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ OPTIONS = {
 }
 
 
-def compiler_options(device: jax.Device) -> dict[str, str | int]:
+def compiler_options(device: jax.Device) -> dict[str, Any]:
     """Returns the compiler options to compile for a device with, {} unless it is a GPU.
 
     Options that the installed XLA does not know are left out, and so are options that the user sets
@@ -44,7 +45,7 @@ def compiler_options(device: jax.Device) -> dict[str, str | int]:
 
 
 @functools.cache
-def _is_known(device: jax.Device, name: str, value: str | int) -> bool:
+def _is_known(device: jax.Device, name: str, value: Any) -> bool:
     """Returns whether XLA accepts an option and its value, by compiling a tiny program with it."""
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
     try:

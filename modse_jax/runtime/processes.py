@@ -136,18 +136,18 @@ def on_all_processes(function: Callable[[], Result], *, first_alone: bool = Fals
     if not is_multi_process():
         return function()
     rounds = [is_main_process(), not is_main_process()] if first_alone else [True]
-    result = None
+    results: list[Result] = []
     my_error = ""
     for is_my_round in rounds:
         if is_my_round:
             try:
-                result = function()
+                results.append(function())
             except UserError as error:
                 my_error = str(error)
         for process, error_text in enumerate(gather(my_error)):
             if error_text:
                 raise UserError(my_error or f"process {process}: {error_text}")
-    return result
+    return results[0]
 
 
 def broadcast_from_main(function: Callable[[], Result]) -> Result:
@@ -159,9 +159,9 @@ def broadcast_from_main(function: Callable[[], Result]) -> Result:
     Raises:
       UserError: on every process, if the function raised one.
     """
-    value = on_all_processes(lambda: function() if is_main_process() else None)
     if not is_multi_process():
-        return value
+        return function()
+    value = on_all_processes(lambda: function() if is_main_process() else None)
     return json.loads(gather(json.dumps(value))[0])
 
 

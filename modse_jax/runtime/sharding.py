@@ -80,7 +80,7 @@ def make_mesh(devices: Sequence[jax.Device], sizes: Sequence[int]) -> Mesh:
 
 
 def chip_name(mesh: Mesh | None) -> str:
-    """Returns the chip of a mesh, or of the default device for None; see `chips.chip_name`."""
+    """Returns the name of the chip of a mesh, such as "cpu" or "h100"; None: the default device."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return chips.chip_name(device)
 
@@ -102,7 +102,8 @@ def local_rows(mesh: Mesh, count: int) -> list[int]:
       mesh: the mesh.
       count: number of rows of the batch.
     """
-    indices = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    slices = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    indices = [index for index in slices if index is not None]  # a device of the mesh has one
     return sorted({row for (rows,) in indices for row in range(*rows.indices(count))})
 
 

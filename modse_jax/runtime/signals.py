@@ -57,6 +57,8 @@ class StopRequest:
         """
         if not processes.is_multi_process():
             return self.requested
+        if self._mesh is None:
+            raise RuntimeError("enter_loop was not called")
         previous = self._previous_answer
         self._previous_answer = processes.any_of(self.requested, self._mesh)
         return previous is not None and bool(previous)

@@ -11,8 +11,10 @@ def reset(minutes: float) -> None:
     would otherwise block the run forever. 0 minutes disable the watchdog.
     """
     if minutes:
-        # sys.__stderr__ has a file descriptor even if sys.stderr was replaced.
-        faulthandler.dump_traceback_later(60 * minutes, exit=True, file=sys.__stderr__)
+        # sys.__stderr__ has a file descriptor even if sys.stderr was replaced. It is None if the
+        # process has no stderr at all.
+        file = sys.__stderr__ or sys.stderr
+        faulthandler.dump_traceback_later(60 * minutes, exit=True, file=file)
     else:
         cancel()
 

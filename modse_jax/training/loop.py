@@ -349,7 +349,7 @@ def _open_logs(workdir: pathlib.Path, step: int) -> run_logs.RunLogWriter | run_
     try:
         return run_logs.RunLogWriter(workdir, step)
     except OSError as error:
-        raise RunError(
+        raise run_logs.write_error_class(error)(
             f"cannot write the logs of {workdir}: {error.strerror}; make room and run the same "
             "command again"
         ) from None

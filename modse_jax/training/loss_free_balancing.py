@@ -25,8 +25,8 @@ Update = Callable[[RouterBias, jax.Array, jax.Array, jax.Array], RouterBias]
 
 
 def init_router_bias(config: Config) -> RouterBias:
-    """Returns the bias before the first step, zeros; {} without a bias rule."""
-    if config.moe.bias_rule == "none":
+    """Returns the bias before the first step, zeros; {} without a bias rule or without routers."""
+    if config.moe.bias_rule == "none" or config.is_dense:
         return {}
     shape = (config.model.num_layers, config.num_experts)
     return nest_router_bias(jnp.zeros(shape, jnp.float32))

@@ -28,7 +28,7 @@ def routing_by_layer(
         "in_use"; None reports none.
 
     Returns:
-      One dict of plain numbers per layer:
+      One dict of plain numbers per layer; none for a dense model, which has no routing:
         tokens_per_expert, tokens_per_expert_by_choice: tokens routed to each expert.
         mean_gate: mean gate of each expert.
         max_over_mean: load imbalance, the maximum over the mean of tokens per expert.
@@ -40,6 +40,8 @@ def routing_by_layer(
           whole batch without dropping tokens.
         dropped: tokens dropped because of limited capacity.
     """
+    if not widths:
+        return []
     placements = expert_placement.reference_placements(widths)
     if placement is not None:
         placements = {"in_use": placement, **placements}
@@ -128,9 +130,9 @@ def train_row(
 def count_computed_rows(config: Config, statistics: RouterStatistics) -> np.ndarray:
     """Returns the tokens that every expert computed, summed over layers, [E].
 
-    Padding is never routed. Dropped tokens are known per pool; they are taken from the experts of
-    a pool in proportion to their tokens. The FLOPs are exact if the experts of a pool have one
-    width, or if no token is dropped.
+    Padding is never routed. Dropped tokens are known per pool. They are taken from the experts of
+    the pool in proportion to their tokens, experts of width 0 excepted, which drop none. So the
+    FLOPs are exact if no token is dropped or the other experts of the pool have one width.
 
     Args:
         config: the config of the run.
@@ -140,11 +142,12 @@ def count_computed_rows(config: Config, statistics: RouterStatistics) -> np.ndar
         return np.zeros(0)
     rows_LE = np.asarray(statistics.counts_KE, np.float64).sum(axis=1)
     dropped_LP = np.asarray(statistics.dropped_P, np.float64)
+    has_width_E = np.array(config.widths) > 0
     first = 0
     for index, pool in enumerate(config.pools):
-        of_pool = slice(first, first + pool.num_experts)
-        routed_L = np.maximum(rows_LE[:, of_pool].sum(axis=1), 1)
-        rows_LE[:, of_pool] *= (1 - dropped_LP[:, index] / routed_L)[:, None]
+        experts = first + np.flatnonzero(has_width_E[first : first + pool.num_experts])
+        routed_L = np.maximum(rows_LE[:, experts].sum(axis=1), 1)
+        rows_LE[:, experts] *= (1 - dropped_LP[:, index] / routed_L)[:, None]
         first += pool.num_experts
     return rows_LE.sum(axis=0)
 
@@ -183,22 +186,24 @@ def console_line(row: dict, layers: list[dict], total_steps: int) -> str:
     Args:
       row: the row from `train_row`, with "data_wait" (share of time spent waiting for data) and
         "epochs" ({dataset: epochs}).
-      layers: from `routing_by_layer`.
+      layers: from `routing_by_layer`; none for a dense model.
       total_steps: the last step of the run.
     """
 
     def number(name: str, form: str) -> str:
         return "nan" if row[name] is None else format(row[name], form)
 
-    load = max(layer["max_over_mean"] for layer in layers)
     dropped = sum(layer["dropped"] for layer in layers)
     epochs = max(row["epochs"].values())
     parts = [
         f"step {row['step']}/{total_steps}",
         f"loss {number('loss', '.4f')}",
         f"{number('bits_per_byte', '.3f')} bits/byte",
-        f"balance {number('balance_loss', '.3f')}",
-        f"load {load:.2f}",
+    ]
+    if layers:
+        load = max(layer["max_over_mean"] for layer in layers)
+        parts += [f"balance {number('balance_loss', '.3f')}", f"load {load:.2f}"]
+    parts += [
         f"grad {number('grad_norm', '.3f')}",
         f"lr {row['learning_rate']:.2e}",
         f"{row['tokens_per_second']:,.0f} tok/s",

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from modse_jax.config.options import Config
 from modse_jax.data import data_card, training_data
 from modse_jax.moe import expert_placement
 from modse_jax.runtime import files, peak_rate, processes
+from modse_jax.study import model_table
 from modse_jax.training import (
     auxiliary_losses,
     console,
@@ -235,8 +237,10 @@ def log_description(context: RunContext) -> None:
     if context.compiled_step is None:
         return
     program, seconds = context.compiled_step
-    console.log(run_description.parameter_table(context.config))
+    console.log(model_table.format_model_table(context.config))
     for line in auxiliary_losses.description_lines(context.config):
         console.log(line)
+    for line in auxiliary_losses.router_warnings(context.config):
+        console.log(line, file=sys.stderr)
     console.log(context.setup.kernels.line())
     console.log(run_description.memory_line(program, context.setup.state_shapes, seconds))

@@ -58,6 +58,8 @@ def test_two_processes_killed_then_finished_then_evaluated_by_one(corpus, tmp_pa
         "training.steps": 24,
         "training.log_every": 1,
         "training.checkpoint_every": 4,
+        "training.eval_every": 4,
+        "data.validation_sources": f"(('a', 'text:{corpus}/00.py'), ('b', 'text:{corpus}/01.py'))",
     }
     args = train_args(corpus, tmp_path / "two", **extra)
     running = start(args, args)
@@ -77,6 +79,9 @@ def test_two_processes_killed_then_finished_then_evaluated_by_one(corpus, tmp_pa
     two, one = (run_logs.read_log(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
     assert [r["step"] for r in two] == [r["step"] for r in one]
     np.testing.assert_allclose([r["loss"] for r in two], [r["loss"] for r in one], atol=1e-5)
+    macro_losses = [[r["macro_loss"] for r in rows if "sets" in r] for rows in (two, one)]
+    assert len(macro_losses[0]) == 6  # the first validation is that of two processes
+    np.testing.assert_allclose(*macro_losses, atol=1e-5)
     out, err, code = command(
         "eval.py", f"--workdir={tmp_path / 'two'}", "--limit=4", "--prompt=def"
     )

@@ -52,7 +52,7 @@ class Prompt(NamedTuple):
     """A text to continue."""
 
     tokens: tuple[int, ...]
-    index: int  # its position in the list of prompts given to Engine.generate
+    position: int  # in the list of prompts given to Engine.generate
 
 
 Item = TypeVar("Item", Row, Prompt)
@@ -165,7 +165,7 @@ class Engine:
             key = jax.random.fold_in(jax.random.key(seed), batch.number)
             texts = self._decode(batch, max_new_tokens, settings, key, stops)
             for row, text in zip(batch.real_rows, texts):
-                yield row.index, text
+                yield row.position, text
 
     def _decode(
         self,
@@ -175,7 +175,7 @@ class Engine:
         key: jax.Array,
         stops: list[str],
     ) -> list[str]:
-        """Returns the generated text after each prompt of a batch; see `generate`."""
+        """Returns the generated text after each prompt of a batch, cut at the first stop string."""
         tokens_BP, lengths_B = sampling.pad_rows(
             [row.tokens for row in batch.rows],
             batch.length - max_new_tokens,

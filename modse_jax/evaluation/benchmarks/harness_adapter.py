@@ -159,8 +159,8 @@ class Adapter(TemplateLM):
         if not continuation:
             # The tokenizer may have merged the continuation into the last token of the context.
             self.counts["empty_continuations"] += 1
-            tokens = tuple(context[-self.max_length :])
-            return ScoredRequest(tokens, min(len(context), self.max_length), None)
+            inputs = tuple(context[-self.max_length :])
+            return ScoredRequest(inputs, min(len(context), self.max_length), None)
         tokens = [*context, *continuation][-self.max_length - 1 :]
         is_truncated = len(context) + len(continuation) > len(tokens)
         self._count_prompt(context, is_truncated)

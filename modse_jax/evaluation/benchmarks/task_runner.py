@@ -197,7 +197,7 @@ def _evaluate_task(adapter: "Adapter", manager: Any, task: Task, limit: int) -> 
         ) from None
     is_group = task.name in evaluated.get("groups", {})
     shown = [task.name] if is_group else list(task.parts)
-    scores = []
+    scores: list[dict] = []
     for part in dict.fromkeys([*shown, *task.parts]):
         scores += _list_scores(part, evaluated)
     shots = sorted({evaluated["n-shot"][part] for part in task.parts})
@@ -268,7 +268,7 @@ def format_record(name: str, record: dict) -> str:
         name: The name of the benchmark.
         record: Its entry in eval/STEP.json.
     """
-    rows = []
+    rows: list[list[str]] = []
     for score in record["scores"]:
         if score["task"] not in record["shown"]:
             continue
