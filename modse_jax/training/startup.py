@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -228,6 +229,8 @@ def log_description(context: RunContext) -> None:
     console.log(model_table.format_model_table(context.config))
     for line in auxiliary_losses.description_lines(context.config):
         console.log(line)
+    for line in auxiliary_losses.router_warnings(context.config):
+        console.log(line, file=sys.stderr)
     console.log(context.setup.kernels.line())
     step = context.compiled_step
     console.log(run_description.memory_line(step.program, context.setup.state_shapes, step.seconds))

@@ -15,7 +15,7 @@ from tests.helpers.configs import tiny_config
 CONFIG_FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 CONFIG_NAMES = sorted(
     ".".join(path.relative_to(CONFIG_FOLDER).with_suffix("").parts)
-    for path in CONFIG_FOLDER.rglob("*.py")
+    for path in (*CONFIG_FOLDER.glob("*.py"), *CONFIG_FOLDER.glob("study/*.py"))
 )
 
 

@@ -94,6 +94,12 @@ def test_losses_of_sets_equal_those_of_runs_with_that_validation_source(finished
         assert not {"sets", "macro_loss"} & set(other_row)
 
 
+def test_tensorboard_shows_every_set(finished):
+    (events,) = (finished.workdir / "tensorboard").glob("events*")
+    for tag in ("validation/macro_loss", "validation/sets/second/loss"):
+        assert tag.encode() in events.read_bytes()
+
+
 def test_macro_loss_is_the_unweighted_mean(finished):
     for row in read_validations(finished.workdir):
         first, second = row["sets"]["first"], row["sets"]["second"]
