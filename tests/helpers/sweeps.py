@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import os
 import pathlib
 import random
@@ -91,9 +92,9 @@ def count_logged_steps(workdir: pathlib.Path) -> int:
 
 
 def read_table(workdir: pathlib.Path) -> dict[str, dict[str, str]]:
-    """Returns {arm: {column: text}} of results.csv, without the columns of times."""
-    with open(workdir / "results.csv") as file:
-        rows = list(csv.DictReader(file))
+    """Returns {arm: {column: text}} of results.csv, without times and the path of the workdir."""
+    text = (workdir / "results.csv").read_text().replace(str(workdir), "WORKDIR")
+    rows = list(csv.DictReader(io.StringIO(text)))
     return {
         row.pop("arm"): {name: text for name, text in row.items() if name not in TIME_COLUMNS}
         for row in rows
