@@ -1,4 +1,5 @@
-# make demo: install, prepare text, train, evaluate, sample, report. make test: install, run every test.
+# make demo: install, prepare text, train, evaluate, sample, report.
+# make test: install, run every test that is not marked slow. make test-slow: run those that are.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,7 +13,7 @@ COMPILE_IMPORTED := PYTHONDONTWRITEBYTECODE= $(PY) -c
 # a CPU would try to start CUDA. It exists for Linux alone, and its version must be jax's.
 GPU_COMPILER := $(VENV)/gpu-compiler
 
-.PHONY: demo test lint faults audit clean gpu-compiler
+.PHONY: demo test test-slow lint faults audit clean gpu-compiler
 .DELETE_ON_ERROR:
 
 $(VENV)/base: requirements.txt
@@ -42,6 +43,9 @@ demo: $(VENV)/base
 
 test: $(VENV)/dev $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(GPU_COMPILER)/installed)
 	$(PY) -m pytest
+
+test-slow: $(VENV)/dev $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(GPU_COMPILER)/installed)
+	$(PY) -m pytest -m slow
 
 lint: $(VENV)/dev
 	$(PY) -m ruff check .

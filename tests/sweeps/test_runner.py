@@ -41,6 +41,7 @@ def train(directory, run, programs=None):
     )
 
 
+@pytest.mark.slow
 def test_killed_and_shared_sweep_equals_an_undisturbed_one(corpus, tmp_path):
     file = sweeps.write_sweep(tmp_path, corpus, ARMS, log_every=1)
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -67,7 +68,9 @@ def test_killed_and_shared_sweep_equals_an_undisturbed_one(corpus, tmp_path):
         _, stderr = process.communicate(timeout=sweeps.TIMEOUT)
         assert process.returncode == 1, stderr
     assert sweeps.read_table(killed) == table
-    assert sweeps.count_repeated_steps(killed) <= 3  # training.checkpoint_every
+    # training.checkpoint_every is 3. The save of step 6 may be under way at the kill, and the run
+    # then resumes from step 3.
+    assert sweeps.count_repeated_steps(killed) < 2 * 3
     output = sweeps.read_outputs(killed)
     assert output.count("starting at step 0") <= 5 + 1  # one may be killed before its checkpoint
     # A table is only a view of the results.
