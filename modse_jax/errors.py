@@ -11,12 +11,20 @@ class UserError(Exception):
     """
 
 
+class NoRoomError(UserError):
+    """The disk has too little room for a run to start."""
+
+
 class RunError(Exception):
     """An error that stops a run after it has begun.
 
     The command line prints it as one line and exits with `ExitCode.FAILED`. Checkpoints that were
     saved earlier stay valid.
     """
+
+
+class DiskFullError(RunError):
+    """The disk has no room. With more room, the same command resumes the run."""
 
 
 class ExitCode(enum.IntEnum):

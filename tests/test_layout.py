@@ -18,6 +18,7 @@ LAYERS = (
     "training",
     "planning",
     "evaluation",
+    "sweeps",
     "report",
     "cli",
 )

@@ -1,6 +1,5 @@
 """Runs a command: parses its flags, and reports errors as one line and an exit code."""
 
-import errno
 import os
 import sys
 import traceback
@@ -10,7 +9,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from modse_jax.errors import ExitCode, RunError, UserError
-from modse_jax.runtime import malloc
+from modse_jax.runtime import files, malloc
 
 FLAGS = flags.FLAGS
 
@@ -24,8 +23,6 @@ FLAG_ERRORS = (
     OSError,
     UserError,
 )
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run(main: Callable[[], int], define_flags: Callable[[], None], usage: str) -> None:
@@ -123,7 +120,7 @@ def _run_main(main: Callable[[], int]) -> int:
         # Not sys.exit: a thread that waits for a full disk would keep the process alive.
         os._exit(ExitCode.FAILED)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in files.DISK_FULL:
             raise
         _print_error(
             f"cannot write {error.filename or 'a file'}: {error.strerror}; make room and run the "

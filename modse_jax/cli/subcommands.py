@@ -14,6 +14,7 @@ usage: {PROGRAM} COMMAND [--help] [--option=value ...]
 commands:
   train            train a model, or resume its training (the same as train.py)
   plan             compile the training step for other hardware; needs --plan=TOPOLOGY
+  sweep            train many configs of one sweep file, or resume them
   eval             evaluate a checkpoint (the same as eval.py)
   prepare          turn text into a dataset of token records
   inspect          look at prepared data
@@ -50,6 +51,12 @@ def _plan() -> None:
     train_command.run_plan()
 
 
+def _sweep() -> None:
+    from modse_jax.cli import sweep_command
+
+    sweep_command.run()
+
+
 def _eval() -> None:
     from modse_jax.cli import eval_command
 
@@ -71,6 +78,7 @@ def _train_tokenizer() -> None:
 COMMANDS: dict[str, Callable[[], None]] = {
     "train": _train,
     "plan": _plan,
+    "sweep": _sweep,
     "eval": _eval,
     "prepare": _prepare,
     "inspect": _inspect,

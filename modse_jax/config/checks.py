@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from fractions import Fraction
 import re
+from fractions import Fraction
 from typing import Any
 
 from modse_jax.config.option_fields import fields_of, get_option

@@ -60,7 +60,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def to_saved(config: Config) -> dict[str, Any]:
-    """Returns the values that are saved with a run, the format included; see `from_saved`."""
+    """Returns a config as nested plain values with its format number, as config.json holds it."""
     return {"format": FORMAT, **dataclasses.asdict(config)}
 
 

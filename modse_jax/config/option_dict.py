@@ -56,14 +56,14 @@ class OptionDict(ml_collections.ConfigDict):
         return section.get_type(name)
 
     def copy_and_resolve_references(self, visit_map: dict | None = None) -> "OptionDict":
-        """Returns a copy without references, which accepts the same names."""
+        """Returns a copy with values in place of references; it accepts old names too."""
         copied = super().copy_and_resolve_references(visit_map)
         if self._is_whole:
             copied.accept_old_names()
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Fills in a copy made by `copy` or `pickle`, which accepts the same names."""
+        """Fills in a copy made by `copy` or `pickle`; it accepts old names too."""
         super().__setstate__(state)
         if state.get("_is_whole"):
             self.accept_old_names()

@@ -143,7 +143,7 @@ def check_records(
 
 
 def _has_invalid_segments(segments: np.ndarray) -> np.ndarray:
-    """Returns [num_records], True for records with invalid segment ids; see `check_records`."""
+    """Returns [num_records], True if the segment ids of a record do not count 1, 2, ..."""
     difference = np.diff(segments, axis=1)
     is_padding = segments == 0
     padding_begins = (difference < 0) & is_padding[:, 1:]

@@ -30,10 +30,10 @@ class Variables(NamedTuple):
 
 
 def router_bias_array(router_bias: RouterBias) -> jax.Array | None:
-    """Returns the array [layers, E] in a router bias; None if it is {}."""
+    """Returns the array [layers, E] that the nested dict of a router bias holds; None for {}."""
     return router_bias["blocks"]["moe"]["router_bias"] if router_bias else None
 
 
 def nest_router_bias(router_bias_LE: jax.Array) -> RouterBias:
-    """Returns an array [layers, E] as a router bias, with the nesting of the parameters."""
+    """Returns the nested dict, like that of the parameters, that holds a bias [layers, E]."""
     return {"blocks": {"moe": {"router_bias": router_bias_LE}}}

@@ -94,9 +94,7 @@ def check_pairs(widths: Sequence[int], width: int) -> tuple[int, ...]:
     return widths
 
 
-def mean_active_width(
-    widths: Sequence[int], pools: Sequence[tuple[int, int]]
-) -> Fraction:
+def mean_active_width(widths: Sequence[int], pools: Sequence[tuple[int, int]]) -> Fraction:
     """Returns the sum of the widths of a token's experts, exactly.
 
     The experts of a pool are taken to receive equally many tokens, so that a token uses k times

@@ -144,7 +144,7 @@ class MoELayer(nnx.Module):
     def choose_experts(
         self, x_BLD: jax.Array, router_bias_E: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns (gates_BLK, ids_BLK) of every token, the same as in __call__, for analysis."""
+        """Returns gates and ids of the experts that __call__ chooses, both [B, L, K]."""
         options = self.router_options
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
         logits_TE = router.compute_logits(

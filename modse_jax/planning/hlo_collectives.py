@@ -115,10 +115,10 @@ def find_collectives(hlo: str) -> FoundCollectives:
 
 
 def list_collectives(hlo: str) -> list[Collective]:
-    """Returns every collective of a compiled program, like `find_collectives`.
+    """Returns every collective (all-gather, all-reduce, ...) in the text of a compiled program.
 
     Raises:
-        ValueError: a collective cannot be counted.
+        ValueError: the number of bytes that a collective sends is not clear from the text.
     """
     found = find_collectives(hlo)
     if found.unknown:

@@ -1,6 +1,7 @@
 """Files that are complete or absent: atomic writes, flushing to disk, safe reading and listing."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -9,6 +10,10 @@ from typing import Any
 
 # Most bytes of a JSON file to read. A damaged or hostile file must not fill the memory.
 LARGEST_JSON = 64 * 2**20
+
+
+# Errors of writing to a disk that has no room or may not be written.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:

@@ -11,9 +11,16 @@ import os
 import pathlib
 import socket
 import time
+from collections.abc import Iterator
 from typing import TextIO
 
 from modse_jax.errors import UserError
+
+POLL_SECONDS = 0.1
+
+
+class LockHeldError(UserError):
+    """Another process holds the lock."""
 
 
 class Lock:
@@ -28,7 +35,7 @@ class Lock:
             "DIRECTORY is in use".
 
         Raises:
-          UserError: another process holds the lock.
+          LockHeldError: another process holds the lock.
         """
         self._path = path
         self._created = [parent for parent in path.parents if not parent.exists()]
@@ -48,7 +55,7 @@ class Lock:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 file.close()
-                raise UserError(
+                raise LockHeldError(
                     f"{busy} by {holder}; wait for it, stop it, or use another directory"
                 ) from None
             # The previous holder may have removed the file after it was opened here. The lock would
@@ -73,3 +80,36 @@ class Lock:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
         self._file.close()
+
+
+@contextlib.contextmanager
+def hold_lock(path: pathlib.Path, busy: str) -> Iterator[None]:
+    """Holds a lock in a `with` block; see `Lock`.
+
+    After a UserError in the block, the lock file and the directories that were made for it are
+    removed, because bad input leaves no trace.
+
+    Raises:
+      LockHeldError: another process holds the lock.
+    """
+    lock = Lock(path, busy)
+    try:
+        yield
+    except UserError:
+        lock.release(leave_no_trace=True)
+        raise
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def wait_for_lock(path: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process holds a lock, then holds it in a `with` block."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(hold_lock(path, f"{path} is held"))
+                break
+            except LockHeldError:
+                time.sleep(POLL_SECONDS)
+        yield

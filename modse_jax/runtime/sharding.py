@@ -80,7 +80,7 @@ def make_mesh(devices: Sequence[jax.Device], sizes: Sequence[int]) -> Mesh:
 
 
 def chip_name(mesh: Mesh | None) -> str:
-    """Returns the chip of a mesh, or of the default device for None; see `chips.chip_name`."""
+    """Returns the name of the chip of a mesh, such as "cpu" or "h100"; None: the default device."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return chips.chip_name(device)
 

@@ -1,10 +1,10 @@
 """Every arm of the study Slicing and Dicing as a config: sizes, grid, pools, shared experts.
 
 An arm is one choice of the layer at one size of the model. Arms of a size share the recipe, the
-number of tokens and the FLOPs of the dense arm, up to the router: the widths that a token uses sum to
-the width of the dense FFN. `moe.flop_matched_width` states it, and the config checks it exactly.
+number of tokens and, up to the router, the FLOPs of the dense arm: the widths that a token uses sum
+to the width of the dense FFN. `moe.flop_matched_width` states it; the config checks it exactly.
 
-    config = arms.experts("50M", 32, Fraction(1, 4))
+    config = arms.build_mixture("50M", 32, Fraction(1, 4))
     config = arms.limit_capacity(config, 1.2)
 """
 
@@ -117,22 +117,22 @@ def find_size(name: str) -> Size:
     raise UserError(f"unknown size {name!r}; {hint}known sizes: {', '.join(SIZES)}")
 
 
-def dense(size: str | Size) -> Config:
+def build_dense(size: str | Size) -> Config:
     """Returns the dense arm: a SwiGLU FFN in place of the mixture, without a router."""
     size = _as_size(size)
     return _build(size, {"model.dense_width": size.dense_width})
 
 
-def experts(size: str | Size, num_experts: int, granularity: Fraction) -> Config:
+def build_mixture(size: str | Size, num_experts: int, granularity: Fraction) -> Config:
     """Returns an arm of the grid: n experts of granularity g, of which k = 1 / g are active.
 
     Raises:
         UserError: 1 / g, or a width, is not a whole number, or there are fewer than k experts.
     """
-    return shared(size, num_experts, granularity, Fraction(0), "none")
+    return build_shared(size, num_experts, granularity, Fraction(0), "none")
 
 
-def slices(size: str | Size, granularity: Fraction, gate: str = "uniform") -> Config:
+def build_slices(size: str | Size, granularity: Fraction, gate: str = "uniform") -> Config:
     """Returns an arm with s = 1: the dense FFN cut into 1 / g experts that are always active.
 
     Args:
@@ -140,11 +140,11 @@ def slices(size: str | Size, granularity: Fraction, gate: str = "uniform") -> Co
         granularity: expert width over dense width, g.
         gate: "uniform" weights each with 1 / k; "softmax_top_k" trains the router.
     """
-    config = experts(size, _whole("1 / g", 1 / granularity), granularity)
+    config = build_mixture(size, _whole("1 / g", 1 / granularity), granularity)
     return override_options(config, {"moe.gate": gate})
 
 
-def shared(
+def build_shared(
     size: str | Size,
     num_experts: int,
     granularity: Fraction,
@@ -167,10 +167,10 @@ def shared(
     """
     active = _whole("k = (1 - g_shared) / g", (1 - shared_granularity) / granularity)
     pool = PoolOfArm(num_experts, granularity, active)
-    return pools(size, (pool,), shared_granularity, placement)
+    return build_pools(size, (pool,), shared_granularity, placement)
 
 
-def pools(
+def build_pools(
     size: str | Size,
     pools: Sequence[PoolOfArm],
     shared_granularity: Fraction = Fraction(0),
@@ -235,7 +235,7 @@ def set_balancing(config: Config, balance_loss_weight: float, bias_rate: float) 
 
 
 def list_grid(sizes: Sequence[Size] = STUDY_SIZES) -> list[GridCell]:
-    """Returns the cells of the grid: 49 per size, 343 in the study."""
+    """Returns all arms (n experts, width g) of the main grid: 49 per model size, 343 in total."""
     return [
         GridCell(size, int(sparsity / granularity), granularity)
         for size in sizes
@@ -248,9 +248,9 @@ def list_grid(sizes: Sequence[Size] = STUDY_SIZES) -> list[GridCell]:
 def build_grid(sizes: Sequence[Size] = STUDY_SIZES) -> Iterator[tuple[str, Config]]:
     """Yields the name and the config of the dense arm and of every cell of the grid, by size."""
     for size in sizes:
-        yield f"{size.name}_dense", dense(size)
+        yield f"{size.name}_dense", build_dense(size)
         for cell in list_grid((size,)):
-            yield cell.name, experts(size, cell.experts, cell.granularity)
+            yield cell.name, build_mixture(size, cell.experts, cell.granularity)
 
 
 def _as_size(size: str | Size) -> Size:
@@ -269,7 +269,7 @@ def _build(size: Size, options: Mapping[str, Any]) -> Config:
         "moe.flop_matched_width": size.dense_width,
         "training.steps": -(-size.tokens // tokens_per_step),
     }
-    return override_options(Config(), values | options)
+    return override_options(Config(), {**values, **options})
 
 
 def _width(size: Size, granularity: Fraction) -> int:

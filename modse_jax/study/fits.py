@@ -50,15 +50,15 @@ class Coefficient(NamedTuple):
 
     @property
     def is_log(self) -> bool:
-        """True if the optimizer sees the logarithm of the coefficient."""
+        """True if the optimizer varies the logarithm of the coefficient."""
         return self.name.startswith("log ")
 
     def encode(self, value: float) -> float:
-        """Returns what the optimizer sees of a value."""
+        """Returns the number that the optimizer varies: the coefficient, or its logarithm."""
         return math.log(value) if self.is_log else value
 
     def decode(self, encoded: float) -> float:
-        """Returns the value of what the optimizer sees."""
+        """Returns the coefficient that belongs to a number of the optimizer."""
         return math.exp(encoded) if self.is_log else float(encoded)
 
 
@@ -191,7 +191,7 @@ class GranularityToFit(LawToFit):
 
 
 class JointToFit(LawToFit):
-    """The joint MoE law of Ludziejewski et al. 2025; see laws.JointLaw."""
+    """Fits laws.JointLaw, the loss by active parameters, tokens and experts."""
 
     def __init__(self) -> None:
         """Uses starts around the published coefficients."""

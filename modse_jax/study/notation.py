@@ -33,6 +33,8 @@ import dataclasses
 from fractions import Fraction
 from typing import NamedTuple
 
+from modse_jax.config.options import Config
+
 
 class PoolShape(NamedTuple):
     """A pool of experts that share a router.
@@ -144,6 +146,30 @@ class LayerShape:
             Symbol("G", "Tencent", Fraction(self.active)),
             Symbol("S", "Tencent", self.shared_ratio),
         )
+
+
+def from_config(config: Config) -> LayerShape | None:
+    """Returns the shape of a config's layers relative to `reference_width`; None if dense."""
+    if config.is_dense:
+        return None
+    dense_width = reference_width(config)
+    pools = []
+    first = 0
+    for pool in config.pools:
+        widths = config.widths[first : first + pool.num_experts]
+        first += pool.num_experts
+        granularity = Fraction(sum(widths), pool.num_experts) / dense_width
+        pools.append(PoolShape(pool.num_experts, pool.top_k, granularity))
+    shared = config.moe.shared_width / dense_width
+    return LayerShape(tuple(pools), shared, dense_width / config.model.dim)
+
+
+def reference_width(config: Config) -> Fraction:
+    """Returns the width of the dense FFN that a config's symbols are relative to.
+
+    It is `moe.flop_matched_width`, or without that claim, the width that a token uses.
+    """
+    return Fraction(config.moe.flop_matched_width) or config.active_width
 
 
 def from_study(

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import orbax.checkpoint as ocp
 
-from modse_jax.errors import RunError, UserError
+from modse_jax.errors import DiskFullError, RunError, UserError
 from modse_jax.runtime import files, integrity, processes
 from modse_jax.training import state_arrays
 from modse_jax.training.train_step import State
@@ -283,7 +283,7 @@ class Checkpoints:
         size = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(state))
         needed = FREE_SPACE_FACTOR * size
         if free < needed:
-            raise RunError(
+            raise DiskFullError(
                 f"no room to save step {step}: {self._directory} has {free / MIB:,.0f} MiB free, "
                 f"but {needed / MIB:,.0f} MiB are needed{self._last_good()}"
             )
@@ -355,7 +355,9 @@ class Checkpoints:
         self._manager.reload()
         text = str(error) or type(error).__name__
         reason = text.splitlines()[0][:MAX_REASON_LENGTH]
-        raise RunError(
+        # Orbax raises errors of its own types, which have only the text of the system's.
+        is_disk_full = any(os.strerror(number) in text for number in files.DISK_FULL)
+        raise (DiskFullError if is_disk_full else RunError)(
             f"saving step {step} in {self._directory} failed: {reason}{self._last_good()}"
         ) from error
 

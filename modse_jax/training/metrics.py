@@ -130,9 +130,9 @@ def train_row(
 def count_computed_rows(config: Config, statistics: RouterStatistics) -> np.ndarray:
     """Returns the tokens that every expert computed, summed over layers, [E].
 
-    Padding is never routed. Dropped tokens are known per pool; they are taken from the experts of
-    a pool in proportion to their tokens. The FLOPs are exact if the experts of a pool have one
-    width, or if no token is dropped.
+    Padding is never routed. Dropped tokens are known per pool. They are taken from the experts of
+    the pool in proportion to their tokens, experts of width 0 excepted, which drop none. So the
+    FLOPs are exact if no token is dropped or the other experts of the pool have one width.
 
     Args:
         config: the config of the run.
@@ -142,11 +142,12 @@ def count_computed_rows(config: Config, statistics: RouterStatistics) -> np.ndar
         return np.zeros(0)
     rows_LE = np.asarray(statistics.counts_KE, np.float64).sum(axis=1)
     dropped_LP = np.asarray(statistics.dropped_P, np.float64)
+    has_width_E = np.array(config.widths) > 0
     first = 0
     for index, pool in enumerate(config.pools):
-        of_pool = slice(first, first + pool.num_experts)
-        routed_L = np.maximum(rows_LE[:, of_pool].sum(axis=1), 1)
-        rows_LE[:, of_pool] *= (1 - dropped_LP[:, index] / routed_L)[:, None]
+        experts = first + np.flatnonzero(has_width_E[first : first + pool.num_experts])
+        routed_L = np.maximum(rows_LE[:, experts].sum(axis=1), 1)
+        rows_LE[:, experts] *= (1 - dropped_LP[:, index] / routed_L)[:, None]
         first += pool.num_experts
     return rows_LE.sum(axis=0)
 

@@ -12,7 +12,7 @@ from modse_jax.config import device_mesh
 from modse_jax.config.loading import to_flat_dict
 from modse_jax.config.options import Config
 from modse_jax.data import training_data
-from modse_jax.errors import UserError
+from modse_jax.errors import NoRoomError, UserError
 from modse_jax.model import kernel_selection
 from modse_jax.moe.expert_placement import Placement
 from modse_jax.runtime import memory_usage, processes
@@ -85,7 +85,7 @@ def _check_free_space(workdir: pathlib.Path, state_shapes: State, keep: int) -> 
     needed = (keep + 1) * state_bytes
     free = shutil.disk_usage(workdir_checks.nearest_existing_parent(workdir)).free
     if free + _saved_bytes(workdir) < needed:
-        raise UserError(
+        raise NoRoomError(
             f"--workdir={workdir} has {free / MIB:,.0f} MiB free, but {keep + 1} checkpoints of "
             f"{state_bytes / MIB:,.0f} MiB need {needed / MIB:,.0f} MiB; free some space, lower "
             "checkpoint.keep, or use another --workdir"

@@ -1,20 +1,13 @@
-"""Descriptions that a run writes or prints when it starts.
-
-These are environment.json, the table of parameters, and a line on memory.
-"""
+"""Descriptions that a run writes or prints when it starts: environment.json, a line on memory."""
 
 import importlib.metadata
 import math
-import pathlib
 import platform
-import subprocess
 import sys
 
 import jax
 
-from modse_jax.config.options import Config
-from modse_jax.model import accounting
-from modse_jax.runtime import memory_usage
+from modse_jax.runtime import code_revision, memory_usage
 from modse_jax.training.train_step import State
 
 MIB = 2**20
@@ -31,8 +24,6 @@ PACKAGES = (
     "numpy",
 )
 
-WIDTHS_SHOWN = 16  # most expert widths that the parameter table lists
-
 
 def describe_environment() -> dict:
     """Returns the contents of environment.json: what may affect results beside the config."""
@@ -41,37 +32,10 @@ def describe_environment() -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "devices": [f"{device.platform} {device.device_kind}" for device in jax.devices()],
-        "git_commit": _git_output("rev-parse", "HEAD"),
-        "git_changes": _git_output("status", "--porcelain").splitlines(),
+        "git_commit": code_revision.git_output("rev-parse", "HEAD"),
+        "git_changes": code_revision.git_output("status", "--porcelain").splitlines(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-
-def _git_output(*arguments: str) -> str:
-    """Returns the output of a git command on this code, or "" without git or a repository."""
-    folder = pathlib.Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=True, cwd=folder
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
-
-
-def parameter_table(config: Config) -> str:
-    """Returns the number of parameters by kind, in total, and active per token, as a table."""
-    counts = accounting.count_parameters(config)
-    active = accounting.count_active_parameters(config).total
-    widths = ", ".join(map(str, config.widths[:WIDTHS_SHOWN]))
-    ellipsis = " ..." if len(config.widths) > WIDTHS_SHOWN else ""
-    lines = ["parameters"]
-    lines += [f"  {name:12} {count:>15,}" for name, count in counts._asdict().items()]
-    lines += [
-        f"  {'total':12} {counts.total:>15,}",
-        f"  {'active':12} {active:>15,}  at equal load; widths {widths}{ellipsis}",
-    ]
-    return "\n".join(lines)
 
 
 def memory_line(
@@ -82,14 +46,17 @@ def memory_line(
     Args:
       compiled_step: the compiled training step.
       state_shapes: shapes, types and shardings of the state.
-      compile_seconds: duration of the compilation.
+      compile_seconds: duration of the compilation; 0 if an earlier run of this process compiled.
     """
     state = sum(
         math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
         for array in jax.tree.leaves(state_shapes)
     )
     peak = memory_usage.peak_bytes(compiled_step) or state
+    origin = (
+        f"compiled in {compile_seconds:.0f} s" if compile_seconds else "compiled by a run before"
+    )
     return (
         f"memory per device: state {state / MIB:,.0f} MiB, at most about {peak / MIB:,.0f} MiB in "
-        f"a step; compiled in {compile_seconds:.0f} s"
+        f"a step; {origin}"
     )

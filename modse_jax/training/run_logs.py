@@ -3,8 +3,9 @@
 import json
 import pathlib
 import shutil
+from collections.abc import Iterable
 
-from modse_jax.errors import RunError
+from modse_jax.errors import DiskFullError, RunError
 from modse_jax.runtime import files
 
 # Free space below which the run stops. TensorBoard's writer is a thread that ends silently when the
@@ -85,12 +86,12 @@ class RunLogWriter:
         try:
             file.write(json.dumps(values) + "\n")
         except OSError as error:
-            raise RunError(
+            raise write_error_class(error)(
                 f"cannot write {file.name}: {error.strerror}; checkpoints are untouched: make room "
                 "and run the same command again"
             ) from None
         if shutil.disk_usage(self._workdir).free < BOARD_ROOM:
-            raise RunError(
+            raise DiskFullError(
                 f"{self._workdir} has less than {BOARD_ROOM >> 10} KiB free; checkpoints are "
                 "untouched: make room and run the same command again"
             )
@@ -100,6 +101,11 @@ class RunLogWriter:
         for file in self._files.values():
             file.close()
         self._board.close()
+
+
+def write_error_class(error: OSError) -> type[RunError]:
+    """Returns the class of the error that reports a failed write."""
+    return DiskFullError if error.errno in files.DISK_FULL else RunError
 
 
 class NullWriter:
@@ -116,12 +122,17 @@ class NullWriter:
 
 
 def read_log(path: pathlib.Path) -> list[dict]:
-    """Returns the lines of a .jsonl log as dictionaries.
+    """Returns the lines of a .jsonl log as dictionaries; see `parse_log`."""
+    return parse_log(path.read_text().splitlines())
+
+
+def parse_log(lines: Iterable[str]) -> list[dict]:
+    """Returns lines of a .jsonl log as dictionaries.
 
     Lines that are not valid JSON are skipped: a run that was killed may leave one incomplete.
     """
     rows = []
-    for line in path.read_text().splitlines():
+    for line in lines:
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -34,8 +34,8 @@ def test_defaults_survive_a_round_trip():
         ("model__dtype", "float16", "must be one of float32, bfloat16"),
         ("moe__top_k", 9, "moe.top_k=9 is larger than moe.num_experts=8"),
         ("moe__widths", (4, 4), "moe.widths: 2 widths for 8 experts"),
-        ("moe__widths", (4, 0, 4, 4, 4, 4, 4, 4), "expert 1 has width 0"),
-        ("moe__gate", "sigmoid", "must be one of top_k_softmax"),
+        ("moe__widths", (4, -1, 4, 4, 4, 4, 4, 4), "expert 1 has width -1"),
+        ("moe__gate", "sigmoids", "must be one of top_k_softmax"),
         ("moe__capacity_factor", -1.0, "must be >= 0"),
         (
             "data__sequence_length",
@@ -59,6 +59,38 @@ def test_defaults_survive_a_round_trip():
 def test_bad_values_are_refused_by_name(name, value, message):
     with pytest.raises(errors.UserError, match=re.escape(message)):
         loading.from_dict(changed(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            dict(moe__shared_width=64),
+            "moe.shared_width=64 needs a placement: set moe.shared_placement=in_layer",
+        ),
+        (
+            dict(moe__shared_placement="parallel"),
+            "moe.shared_placement=parallel needs a shared expert: set moe.shared_width above 0",
+        ),
+        (
+            dict(moe__shared_width=64, moe__shared_placement="in_layer", model__dense_width=512),
+            "moe.shared_width=64 needs MoE layers, but model.dense_width=512 replaces them",
+        ),
+        (dict(moe__shared_placement="parralel"), "must be one of none, in_layer, parallel"),
+        (dict(model__norm_position="middle"), "must be one of pre, post"),
+        (dict(model__qk_norm="head"), "must be one of none, full"),
+        (dict(model__init_std=-0.1), "model.init_std=-0.1 must be >= 0"),
+    ],
+)
+def test_bad_forms_of_a_block_are_refused(changes, message):
+    with pytest.raises(errors.UserError, match=re.escape(message)):
+        loading.from_dict(changed(**changes))
+
+
+def test_a_dense_model_has_no_experts():
+    config = loading.from_dict(changed(model__dense_width=512, moe__pairs=True))
+    assert (config.widths, config.pools, config.num_experts, config.top_k) == ((), (), 0, 0)
+    assert config.active_width == 512
 
 
 def test_pairs_that_do_not_sum_are_refused():
@@ -139,11 +171,10 @@ def test_the_options_page_is_the_generated_table():
 
 
 def test_every_config_file_is_a_document_that_builds():
-    files = sorted((ROOT / "configs").glob("*.py"))
-    assert len(files) >= 7
+    files = sorted([*(ROOT / "configs").glob("*.py"), *(ROOT / "configs" / "study").glob("*.py")])
+    assert len(files) >= 18
     for path in files:
-        module = importlib.import_module(f"configs.{path.stem}")
-        assert f"--config=configs/{path.name}" in module.__doc__, (
-            f"{path.name}: the docstring lacks its command"
-        )
+        name = path.relative_to(ROOT)
+        module = importlib.import_module(".".join(name.with_suffix("").parts))
+        assert f"--config={name}" in module.__doc__, f"{name}: the docstring lacks its command"
         loading.from_dict(module.get_config().to_dict())

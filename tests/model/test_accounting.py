@@ -13,7 +13,10 @@ from modse_jax.model import accounting, transformer
 from tests.helpers.configs import tiny_config
 
 CONFIG_FOLDER = pathlib.Path(__file__).parents[2] / "configs"
-CONFIG_NAMES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.py"))
+CONFIG_NAMES = sorted(
+    ".".join(path.relative_to(CONFIG_FOLDER).with_suffix("").parts)
+    for path in (*CONFIG_FOLDER.glob("*.py"), *CONFIG_FOLDER.glob("study/*.py"))
+)
 
 
 def load_config(name: str) -> Config:
@@ -56,12 +59,12 @@ def test_counts_equal_the_built_model_with_other_options(options):
 def test_counts_equal_the_tables_of_the_paper(name, weights, total, active, active_with_one_expert):
     config = load_config(name)
     counts = accounting.count_parameters(config)
-    width = accounting.nominal_width(config)
+    width = float(accounting.nominal_routed_width(config) / config.top_k)
     assert counts.weights == pytest.approx(weights, abs=5e4)
     assert counts.total == pytest.approx(total, abs=5e4)
-    assert accounting.active_parameters(config) == pytest.approx(active, abs=5e4)
-    one_expert = accounting.active_parameters(config, width / config.top_k)
-    assert one_expert == pytest.approx(active_with_one_expert, abs=5e4)
+    assert accounting.count_active_parameters(config).weights == pytest.approx(active, abs=5e4)
+    one_expert = accounting.count_active_parameters(config, width / config.top_k)
+    assert one_expert.weights == pytest.approx(active_with_one_expert, abs=5e4)
     for first, second in zip(config.widths[::2], config.widths[1::2]):
         assert first + second == 2 * width
 
@@ -75,7 +78,8 @@ def test_baseline_with_more_parameters_has_the_count_of_the_paper():
 def test_active_parameters_of_the_widest_and_narrowest_experts(widths, active):
     config = load_config("modse_300m_x8")
     mean_width = sum(widths) / 2
-    assert accounting.active_parameters(config, mean_width) == pytest.approx(active, abs=5e4)
+    counts = accounting.count_active_parameters(config, mean_width)
+    assert counts.weights == pytest.approx(active, abs=5e4)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +97,7 @@ def test_modse_has_exactly_the_parameters_of_its_baseline(modse, baseline):
 
 def test_realized_width_is_weighted_by_tokens():
     config = tiny_config()
-    assert accounting.nominal_width(config) == 12
+    assert accounting.nominal_routed_width(config) == 2 * 12
     assert accounting.realized_width(config, np.full(4, 10)) == 12
     uneven_LE = np.array([[3, 0, 0, 1]])
     assert accounting.realized_width(config, uneven_LE) == (3 * 20 + 12) / 4
@@ -101,11 +105,67 @@ def test_realized_width_is_weighted_by_tokens():
 
 def test_flops_are_those_of_the_matmuls_of_the_built_model():
     """A forward pass has twice the size of every active matrix, and the scores; the factor is 3."""
-    config = tiny_config()
+    config = tiny_config(moe=dict(router_noise="learned"))
     model = config.model
     counts = accounting.count_parameters(config)
     experts = model.num_layers * 3 * model.dim * 2 * 12
-    matmul_weights = counts.embeddings / 2 + counts.attention + counts.gates + experts
+    router = model.num_layers * 2 * model.dim * 4
+    assert counts.router == router + model.num_layers * 4  # and a scale of the noise per expert
+    matmul_weights = counts.embeddings // 2 + counts.attention + router + experts
     scores = model.num_layers * 2 * 2 * model.dim * 32
     expected = 3 * (2 * matmul_weights + scores)
-    assert accounting.train_flops_per_token(config, 32, 12) == expected
+    assert accounting.nominal_flops_per_token(config, 32) == expected
+    assert accounting.nominal_expert_flops_per_token(config) == 6 * experts
+
+
+def test_realized_flops_are_those_of_the_routing_that_happened():
+    """Six tokens: routed evenly, as nominal; then only to the widest, with three tokens dropped."""
+    config = tiny_config()
+    layers, dim = config.model.num_layers, config.model.dim
+    even_LE = np.full((layers, 4), 3)
+    nominal = accounting.nominal_flops_per_token(config, 32)
+    assert accounting.realized_flops_per_token(config, 32, even_LE, 6) == nominal
+    widest_LE = np.array([[9, 0, 0, 0], [9, 0, 0, 0]])
+    without_experts = nominal - accounting.nominal_expert_flops_per_token(config)
+    experts = 6 * 3 * dim * (2 * 9 * 20) // 6
+    realized = accounting.realized_flops_per_token(config, 32, widest_LE, 6)
+    assert realized == without_experts + experts
+
+
+POOLS = dict(
+    pools=((4, 12, 2), (3, 8, 1)), widths=(), pairs=False, router_noise="learned", copy_experts=()
+)
+ZERO_WIDTHS = dict(widths=(20, 4, 0, 0), pairs=False, copy_experts=(3,))
+
+
+@pytest.mark.parametrize(
+    "options, active_width",
+    [
+        (dict(moe=POOLS), 2 * 12 + 8),
+        (dict(moe={**POOLS, "pools": ((2, 0, 1), (3, 0, 2)), "widths": (8, 4, 5, 3, 0)}), 34 / 3),
+        (dict(moe=ZERO_WIDTHS), 2 * 24 / 4),
+        (dict(moe=dict(shared_width=6, shared_placement="in_layer")), 24 + 6),
+        (dict(moe=dict(shared_width=6, shared_placement="parallel")), 24 + 6),
+        (dict(model=dict(dense_width=40)), 40),
+        (dict(model=dict(norm_position="post", qk_norm="full", num_kv_heads=1)), 24),
+        (dict(moe=dict(bias_rule="sign")), 24),
+    ],
+)
+def test_every_axis_counts_to_the_unit(options, active_width):
+    config = tiny_config(**options)
+    counts = accounting.count_parameters(config)
+    assert count_built_parameters(config) == counts.total
+    assert float(config.active_width) == pytest.approx(active_width)
+    active = accounting.count_active_parameters(config)
+    per_unit = config.model.num_layers * 3 * config.model.dim
+    assert active.experts + active.shared + active.dense == round(per_unit * config.active_width)
+    assert (counts.router == 0) == config.is_dense
+
+
+def test_zero_experts_cost_no_flops():
+    """Tokens at the experts of width 0 count in no matmul but the router's."""
+    config = tiny_config(moe=ZERO_WIDTHS)
+    idle_LE = np.array([[0, 0, 6, 6], [0, 0, 6, 6]])
+    nominal = accounting.nominal_flops_per_token(config, 32)
+    realized = accounting.realized_flops_per_token(config, 32, idle_LE, 6)
+    assert realized == nominal - accounting.nominal_expert_flops_per_token(config)

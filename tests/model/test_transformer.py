@@ -8,6 +8,7 @@ from flax import nnx
 
 from modse_jax.model import transformer
 from modse_jax.model.attention import attention_layer
+from tests.helpers.block_forms import config_of
 from tests.helpers.configs import tiny_config
 from tests.helpers.models import build_forward, random_tokens
 
@@ -114,3 +115,73 @@ def test_bfloat16_compute_keeps_float32_parameters():
     assert logits.dtype == jnp.float32
     mean_error = float(jnp.abs(logits - exact_logits).mean())
     assert mean_error < 0.1 * float(jnp.abs(exact_logits).mean())
+
+
+@pytest.mark.parametrize(
+    "kind, model",
+    [
+        ("parallel", dict(num_kv_heads=1)),
+        ("dense", dict(tie_embeddings=True)),
+    ],
+)
+def test_init_std_is_that_of_every_initial_matrix(kind, model):
+    """Embedding, head, attention, experts, router, its noise, shared expert and dense FFN."""
+    config = config_of(
+        kind,
+        "post",
+        model=dict(init_std=0.02, dim=64, num_layers=3, **model),
+        moe=dict(router_noise="learned", num_experts=16, widths=(), pairs=False),
+    )
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.split(transformer.build_model(config))[1]))()
+    matrices = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path)
+        if "scale" in name:
+            np.testing.assert_array_equal(leaf, 1)
+            continue
+        matrices += 1
+        # Truncation at 3 standard deviations leaves 0.9866 of the standard deviation.
+        assert float(leaf.std()) == pytest.approx(0.9866 * 0.02, rel=0.1), name
+        assert 2 * 0.02 < float(jnp.abs(leaf).max()) <= 3 * 0.02, name
+        assert abs(float(leaf.mean())) < 0.002, name
+    assert matrices == {"parallel": 14, "dense": 8}[kind]
+
+
+@pytest.mark.parametrize(
+    "dim, num_layers, num_heads, total",
+    [(48, 3, 3, 9_745_008), (336, 8, 7, 81_898_320)],  # 10M and 80M
+)
+def test_dense_models_of_slicing_and_dicing_have_the_parameters_of_its_logs(
+    dim, num_layers, num_heads, total
+):
+    """The built model, which takes no memory, has the numbers that the study logged."""
+    config = tiny_config(
+        model=dict(
+            dim=dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            vocab_size=100_352,
+            dense_width=4 * dim,
+            norm_position="post",
+            qk_norm="full",
+        )
+    )
+    _, params = transformer.build_abstract_model(config)
+    sizes = {
+        jax.tree_util.keystr(path): leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert sum(sizes.values()) == total
+    norms = sum(size for name, size in sizes.items() if "scale" in name)
+    assert norms == (4 * num_layers + 1) * dim
+
+
+def test_a_parallel_shared_expert_adds_one_norm_to_a_layer():
+    def list_scales(kind):
+        _, params = transformer.build_abstract_model(config_of(kind, "post"))
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        return {jax.tree_util.keystr(path) for path, _ in leaves if "scale" in path[-1].key}
+
+    extra = list_scales("parallel") - list_scales("moe")
+    assert extra == {"['blocks']['shared_norm']['scale']"}
+    assert list_scales("in_layer") == list_scales("moe")

@@ -8,6 +8,7 @@ import pytest
 from modse_jax.config import device_mesh
 from modse_jax.config.options import MeshConfig
 from modse_jax.model import sampling, transformer
+from modse_jax.model.variables import Variables
 from modse_jax.runtime import gpu_options
 from modse_jax.training import train_step
 from tests.helpers.configs import tiny_config
@@ -92,4 +93,4 @@ def test_text_is_generated_by_programs_compiled_with_them(monkeypatch):
     with pytest.raises(
         jax.errors.JaxRuntimeError, match="No such compile option: 'xla_no_such_option'"
     ):
-        prefill.lower(graph, params, tokens, lengths, 4).compile()
+        prefill.lower(graph, Variables(params, {}), tokens, lengths, 4).compile()

@@ -74,7 +74,7 @@ class ScanResult(NamedTuple):
 
 
 class SplitDocument(NamedTuple):
-    """The text of a document that is used, and its split."""
+    """The text of a document that passed all filters, and the split that it belongs to."""
 
     text: bytes
     split: str  # "train" or "validation"

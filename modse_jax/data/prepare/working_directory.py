@@ -38,7 +38,7 @@ class WorkingDirectory:
 
     @property
     def plan_path(self) -> pathlib.Path:
-        """The file with the fingerprint of options and sources; see `plan_fingerprint`."""
+        """The file with the fingerprint of options and sources, to see if they have changed."""
         return self.path / PLAN
 
     @property

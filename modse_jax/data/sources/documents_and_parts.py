@@ -56,13 +56,13 @@ class Part(NamedTuple):
 
     @property
     def single_file(self) -> tuple[str, str]:
-        """The only entry of `files`."""
+        """The file of a part that has one file only."""
         (entry,) = self.files
         return entry
 
 
 class SourceOptions(NamedTuple):
-    """The fields that all parts of a source have in common; see `Part`."""
+    """The options of a source, which all of its parts (ranges of its files) have in common."""
 
     kind: str
     field: str

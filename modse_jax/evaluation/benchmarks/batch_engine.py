@@ -175,7 +175,7 @@ class Engine:
         key: jax.Array,
         stops: list[str],
     ) -> list[str]:
-        """Returns the generated text after each prompt of a batch; see `generate`."""
+        """Returns the generated text after each prompt of a batch, cut at the first stop string."""
         tokens_BP, lengths_B = sampling.pad_rows(
             [row.tokens for row in batch.rows],
             batch.length - max_new_tokens,

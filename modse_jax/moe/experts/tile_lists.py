@@ -76,7 +76,7 @@ class Visits(NamedTuple):
 
 
 class ColumnTiles(NamedTuple):
-    """The tiles of hidden units of one shard; see the description of this module."""
+    """The tiles (blocks of equally many hidden units) that the experts of one shard consist of."""
 
     count_E: jax.Array  # int32: number of tiles of the expert
     first_flat_tile_E: jax.Array  # int32: its first tile on the flat hidden axis

@@ -1,0 +1,29 @@
+"""MoDSE's pairs of widths in the recipe of Slicing and Dicing: 8 experts of mean width 480, top-2.
+
+    python train.py --config=configs/study/modse_pairs.py --workdir=runs/modse_pairs
+
+The widths are 864 + 96, 768 + 192, 576 + 384 and 480 + 480: the ratios of the MoDSE paper, with the
+total width and the nominal FLOPs of n = 8, g = 1/2. One router chooses among all widths, so the
+realized FLOPs depend on it. Compare with equal widths, `arms.build_mixture("50M", 8, 1/2)`.
+
+The study has no such arm; with equal widths it prints 5.617.
+"""
+
+from fractions import Fraction
+
+from ml_collections import ConfigDict
+
+from modse_jax.config import loading
+from modse_jax.moe import expert_widths
+from modse_jax.study import arms
+
+
+def get_config() -> ConfigDict:
+    """Returns the config."""
+    config = arms.build_mixture("50M", 8, Fraction(1, 2))
+    # A pair of the paper has 5 times the model width; here it has the dense width, 960.
+    options = {
+        "moe.widths": expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, 960 // 5),
+        "moe.pairs": True,
+    }
+    return loading.to_option_dict(loading.override_options(config, options))

@@ -1,0 +1,172 @@
+"""Every form of a block trains, resumes, evaluates, samples and reports."""
+
+import dataclasses
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from modse_jax.config import device_mesh
+from modse_jax.config.options import Config, MeshConfig
+from modse_jax.errors import ExitCode, UserError
+from modse_jax.evaluation import scoring
+from modse_jax.model import accounting, kernel_selection
+from modse_jax.moe import expert_placement
+from modse_jax.planning import planner
+from modse_jax.report import analysis, pages
+from modse_jax.runtime import sharding
+from modse_jax.training import loop, metrics, run_logs, state_arrays, train_step
+from modse_jax.training.checkpointing import Checkpoints
+from tests.helpers.block_forms import config_of
+from tests.helpers.steps import assert_close, batch
+
+
+def config_on(
+    kind: str, norm_position: str, sizes: tuple[int, int, int], remat: str = "none", **sections
+) -> Config:
+    """Returns the config of a form on a mesh, with two experts, which compile fast."""
+    moe = dict(num_experts=2, top_k=1, width=16, widths=(), pairs=False, placement="split")
+    moe |= sections.pop("moe", {})
+    config = config_of(kind, norm_position, model=dict(remat=remat), moe=moe, **sections)
+    return dataclasses.replace(config, mesh=MeshConfig(*sizes))
+
+
+# ---- meshes and checkpoints ----------------------------------------------------------------------
+
+
+def list_order(config):
+    """Returns the canonical index of each stored hidden unit of the experts."""
+    placement = device_mesh.place_experts_on_mesh(config, device_mesh.build_mesh(config))
+    return expert_placement.hidden_unit_order(config.widths, placement)
+
+
+def train(config, state, first_step, count):
+    """Runs steps on the config's mesh; returns (state, losses)."""
+    mesh = device_mesh.build_mesh(config)
+    step = train_step.compile_train_step(config, mesh)
+    state = jax.device_put(state, train_step.state_shardings(config, mesh))
+    losses = []
+    for number in range(first_step, first_step + count):
+        rows = jax.device_put(batch(config, number), sharding.batch_sharding(mesh))
+        state, metrics = step(state, rows)
+        losses.append(float(metrics.loss))
+    return state, losses
+
+
+@pytest.mark.parametrize("kind", ["parallel", "dense"])
+def test_a_form_trains_and_resumes_like_one_device_on_every_mesh(kind, tmp_path):
+    """Saved on 1 x 1 x 8 devices, resumed on 2 x 2 x 2 with rematerialization."""
+    batch_of_16 = dict(training=dict(batch_size=16))
+    alone = config_on(kind, "post", (1, 1, 1), **batch_of_16)
+    sharded = config_on(kind, "post", (1, 1, 8), **batch_of_16)
+    mixed = config_on(kind, "post", (2, 2, 2), remat="full", **batch_of_16)
+    first = train_step.init_sharded_state(sharded, device_mesh.build_mesh(sharded))
+    canonical = state_arrays.to_canonical_order(first, list_order(sharded))
+    expected, expected_losses = train(alone, jax.device_get(canonical), 0, 3)
+
+    state, losses = train(sharded, jax.device_get(first), 0, 2)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        if "w_ffn" in path[-1].key:
+            assert leaf.addressable_shards[0].data.size == leaf.size // 8
+    saved = Checkpoints(tmp_path / "c", order=list_order(sharded))
+    saved.save(state, {"validation_loss": None})
+    saved.close()
+
+    restored = Checkpoints(tmp_path / "c", read_only=True, order=list_order(mixed))
+    shapes = train_step.state_shapes(mixed, device_mesh.build_mesh(mixed))
+    state, reason = restored.restore(2, shapes)
+    restored.close()
+    assert not reason
+    state, last_losses = train(mixed, state, 2, 1)
+    np.testing.assert_allclose(losses + last_losses, expected_losses, atol=1e-5)
+    state = state_arrays.to_canonical_order(state, list_order(mixed))
+    assert_close(jax.device_get(state.opt_state), jax.device_get(expected.opt_state), 2e-4)
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+RUNS = {
+    "in_layer": config_on("in_layer", "pre", (2, 2, 2), remat="full"),
+    "parallel": config_on("parallel", "post", (1, 1, 8)),
+    # Options of the router have no effect without one.
+    "dense": config_on("dense", "post", (1, 1, 8), moe=dict(bias_rule="sign")),
+}
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory) -> dict[str, pathlib.Path]:
+    """Returns the workdirs of finished runs on the same data, by form."""
+    root = tmp_path_factory.mktemp("forms")
+    (root / "corpus").mkdir()
+    for number in range(16):
+        line = f"line {number} of some text, said again and again\n"
+        (root / "corpus" / f"{number}.txt").write_text(line * 40)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for kind, config in RUNS.items():
+        data = dataclasses.replace(config.data, source=f"text:{root / 'corpus'}")
+        config = dataclasses.replace(config, data=data)
+        assert loop.train(config, str(root / kind)) == ExitCode.FINISHED
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return {kind: root / kind for kind in RUNS}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_of_every_form_evaluates_samples_and_reports(kind, workdirs):
+    """The checkpoint has the same loss on the mesh of training and on that of evaluation."""
+    workdir = workdirs[kind]
+    shown = []
+    result = scoring.evaluate(
+        str(workdir), 0, ("loss", "routing", "sample"), 0, 0, ("line",), shown.append
+    )
+    rows = run_logs.read_log(workdir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6, 6]
+    assert result["loss"]["loss"] == pytest.approx(rows[-1]["loss"], abs=1e-5)
+    assert result["loss"]["loss"] < rows[0]["loss"]
+    assert result["samples"][0]["text"]
+    pages.write(str(workdir))
+    pictures = {path.stem for path in (workdir / "report").glob("*.png")}
+    page = (workdir / "report" / "index.html").read_text()
+    layers = run_logs.read_log(workdir / "routing.jsonl")
+    if kind == "dense":
+        assert pictures == {"loss"} and layers == []
+        assert "no experts: the model is dense" in page
+        assert "no routing: the model is dense" in "".join(shown)
+        assert result["routing"] == {"widths": [], "layers": []}
+    else:
+        assert pictures == {"loss", "expert_load", "load_by_width", "balance", "straggler"}
+        assert len(layers) == 2 * len(rows)
+        assert "share of tokens per expert" in "".join(shown)
+
+
+def test_a_dense_run_logs_and_prints_no_routing(workdirs):
+    rows = run_logs.read_log(workdirs["dense"] / "metrics.jsonl")
+    training = [row for row in rows if row["split"] == "train"]
+    for row in training:
+        assert row["balance_loss"] == row["z_loss"] == 0
+        assert row["mfu_nominal"] == row["mfu_realised"]
+        assert "router_bias_min" not in row
+        line = metrics.console_line(row, [], 6)
+        assert "bits/byte  grad" in line
+        assert "balance" not in line and "load" not in line
+
+
+def test_a_dense_run_is_a_baseline_but_has_no_analysis(workdirs):
+    text = analysis.write(str(workdirs["parallel"]), 0, (str(workdirs["dense"]),), 6, 4, 0)
+    assert "by dense" in text
+    with pytest.raises(UserError, match="--suite=analysis needs experts, but .* is a dense model"):
+        analysis.write(str(workdirs["dense"]), 0, (), 0, 4, 0)
+
+
+def test_a_plan_of_a_dense_step_has_no_experts():
+    config = RUNS["dense"]
+    mesh = device_mesh.build_mesh(config)
+    assert (
+        kernel_selection.select_kernels(config, mesh).line() == "experts: none; attention: blocks"
+    )
+    flops = planner.count_flops(config, mesh)
+    assert flops.max_over_mean == 1
+    tokens_per_device = 8 * 32 / 8
+    assert flops.per_device == accounting.nominal_flops_per_token(config, 32) * tokens_per_device
