@@ -1,6 +1,7 @@
 """Every test runs on CPU with 8 virtual devices, and silent rank promotion is an error."""
 
 import atexit
+import functools
 import gc
 import os
 import shutil
@@ -81,10 +82,12 @@ def equal_training_steps_are_compiled_once():
 
     The cache on disk saves compilation, but not tracing and lowering, which take as long. A test
     that replaces one of the functions in the key gets programs of its own.
+    `compile_train_step.__wrapped__` is the function that shares nothing.
     """
     original = train_step.compile_train_step
     programs = {}
 
+    @functools.wraps(original)
     def compile_train_step(config, mesh, options=None):
         if mesh is None or mesh.devices.flat[0].platform != "cpu" or options:
             return original(config, mesh, options)
