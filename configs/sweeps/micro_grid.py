@@ -19,7 +19,7 @@ CELLS = [(int(s / g), g) for g in GRANULARITIES for s in SPARSITIES]
 
 def get_sweep() -> Sweep:
     """Returns the sweep."""
-    size = micro_ladder.SIZES["XS"]
+    size = micro_ladder.XS
     return Sweep(
         base=micro_ladder.base_config(size),
         arms=product(

@@ -17,7 +17,7 @@ CELLS = ((32, Fraction(1, 4)), (16, Fraction(1)))
 
 def get_sweep() -> Sweep:
     """Returns the sweep."""
-    size = micro_ladder.SIZES["XS"]
+    size = micro_ladder.XS
     return Sweep(
         base=micro_ladder.base_config(size),
         arms=product(micro_ladder.shapes(size, CELLS), micro_ladder.rates(1e-3, 3e-3, 1e-2, 3e-2)),

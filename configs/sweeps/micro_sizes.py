@@ -16,7 +16,7 @@ CELLS = [(SPARSITY * k, Fraction(1, k)) for k in (2, 4, 8)]
 
 def get_sweep() -> Sweep:
     """Returns the sweep."""
-    size = micro_ladder.SIZES["M"]
+    size = micro_ladder.M
     return Sweep(
         base=micro_ladder.base_config(size),
         arms=product(

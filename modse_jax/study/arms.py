@@ -6,6 +6,8 @@ to the width of the dense FFN. `moe.flop_matched_width` states it; the config ch
 
     config = arms.build_mixture("50M", 32, Fraction(1, 4))
     config = arms.limit_capacity(config, 1.2)
+
+The functions `*_options` return the options alone, for configs with sizes or a recipe of their own.
 """
 
 import difflib
@@ -26,8 +28,9 @@ class Size(NamedTuple):
     """A size of the model.
 
     Attributes:
-        name: nominal number of active parameters, both embeddings included.
-        active_parameters: the number that the name stands for.
+        name: its name; in the study, the nominal number of active parameters, both embeddings
+            included.
+        active_parameters: the number that decides how many tokens a model of this size trains on.
         dim: model width.
         num_layers: number of decoder blocks.
         num_heads: number of attention heads.
@@ -120,7 +123,7 @@ def find_size(name: str) -> Size:
 def build_dense(size: str | Size) -> Config:
     """Returns the dense arm: a SwiGLU FFN in place of the mixture, without a router."""
     size = _as_size(size)
-    return _build(size, {"model.dense_width": size.dense_width})
+    return _build(size, dense_options(size))
 
 
 def build_mixture(size: str | Size, num_experts: int, granularity: Fraction) -> Config:
@@ -129,7 +132,8 @@ def build_mixture(size: str | Size, num_experts: int, granularity: Fraction) -> 
     Raises:
         UserError: 1 / g, or a width, is not a whole number, or there are fewer than k experts.
     """
-    return build_shared(size, num_experts, granularity, Fraction(0), "none")
+    size = _as_size(size)
+    return _build(size, mixture_options(size, num_experts, granularity))
 
 
 def build_slices(size: str | Size, granularity: Fraction, gate: str = "uniform") -> Config:
@@ -153,21 +157,12 @@ def build_shared(
 ) -> Config:
     """Returns an arm with a shared expert, which the study calls generalist.
 
-    The number of active routed experts is (1 - shared_granularity) / granularity.
-
-    Args:
-        size: the size of the model.
-        num_experts: routed experts, n.
-        granularity: width of a routed expert over dense width, g.
-        shared_granularity: width of the shared expert over dense width.
-        placement: "in_layer" or "parallel", which the study's code uses; "none" without one.
-
-    Raises:
-        UserError: the number of active experts, or a width, is not a whole number.
+    See `shared_options` for the arguments.
     """
-    active = _whole("k = (1 - g_shared) / g", (1 - shared_granularity) / granularity)
-    pool = PoolOfArm(num_experts, granularity, active)
-    return build_pools(size, (pool,), shared_granularity, placement)
+    size = _as_size(size)
+    return _build(
+        size, shared_options(size, num_experts, granularity, shared_granularity, placement)
+    )
 
 
 def build_pools(
@@ -182,6 +177,73 @@ def build_pools(
         UserError: the active widths do not sum to the dense width, or a width is no whole number.
     """
     size = _as_size(size)
+    return _build(size, pools_options(size, pools, shared_granularity, placement))
+
+
+def size_options(size: Size, tokens_per_step: int) -> dict[str, Any]:
+    """Returns the options that a size decides: those of the model, and the number of steps.
+
+    Args:
+        size: the size of the model.
+        tokens_per_step: batch size x sequence length.
+    """
+    return {
+        "model.dim": size.dim,
+        "model.num_layers": size.num_layers,
+        "model.num_heads": size.num_heads,
+        "model.vocab_size": size.vocab_size,
+        "moe.flop_matched_width": size.dense_width,
+        "training.steps": -(-size.tokens // tokens_per_step),
+    }
+
+
+def dense_options(size: Size) -> dict[str, Any]:
+    """Returns the options of the dense FFN."""
+    return {"model.dense_width": size.dense_width}
+
+
+def mixture_options(size: Size, num_experts: int, granularity: Fraction) -> dict[str, Any]:
+    """Returns the options of the layer of `build_mixture`."""
+    return shared_options(size, num_experts, granularity, Fraction(0), "none")
+
+
+def shared_options(
+    size: Size,
+    num_experts: int,
+    granularity: Fraction,
+    shared_granularity: Fraction,
+    placement: str,
+) -> dict[str, Any]:
+    """Returns the options of a layer with a shared expert.
+
+    The number of active routed experts is (1 - shared_granularity) / granularity.
+
+    Args:
+        size: the size of the model.
+        num_experts: routed experts, n.
+        granularity: width of a routed expert over dense width, g.
+        shared_granularity: width of the shared expert over dense width.
+        placement: "in_layer" or "parallel", which the study's code uses; "none" without one.
+
+    Raises:
+        UserError: the number of active experts, or a width, is not a whole number.
+    """
+    active = _whole("k = (1 - g_shared) / g", (1 - shared_granularity) / granularity)
+    pool = PoolOfArm(num_experts, granularity, active)
+    return pools_options(size, (pool,), shared_granularity, placement)
+
+
+def pools_options(
+    size: Size,
+    pools: Sequence[PoolOfArm],
+    shared_granularity: Fraction = Fraction(0),
+    placement: str = "none",
+) -> dict[str, Any]:
+    """Returns the options of the layer of `build_pools`.
+
+    Raises:
+        UserError: a width is not a whole number.
+    """
     options: dict[str, Any] = {
         "moe.shared_width": _width(size, shared_granularity),
         "moe.shared_placement": placement,
@@ -195,7 +257,7 @@ def build_pools(
         options["moe.pools"] = tuple(
             (pool.experts, _width(size, pool.granularity), pool.active) for pool in pools
         )
-    return _build(size, options)
+    return options
 
 
 def limit_capacity(config: Config, factor: float, evaluation_factor: float = 0.0) -> Config:
@@ -261,14 +323,7 @@ def _build(size: Size, options: Mapping[str, Any]) -> Config:
     """Returns the config of a size with the recipe and the options of an arm."""
     values = recipe.recipe_options()
     tokens_per_step = values["training.batch_size"] * values["data.sequence_length"]
-    values |= {
-        "model.dim": size.dim,
-        "model.num_layers": size.num_layers,
-        "model.num_heads": size.num_heads,
-        "model.vocab_size": size.vocab_size,
-        "moe.flop_matched_width": size.dense_width,
-        "training.steps": -(-size.tokens // tokens_per_step),
-    }
+    values |= size_options(size, tokens_per_step)
     return override_options(Config(), {**values, **options})
 
 
