@@ -7,9 +7,11 @@ import types
 import numpy as np
 import pytest
 
-from benchmarks import evaluate, expert_ffn, scaling, timing, train_step
+from benchmarks import evaluate, expert_ffn, scaling, sweep_throughput, timing, train_step
+from modse_jax.config import loading
 from modse_jax.config.options import MeshConfig
 from modse_jax.moe.experts.block_sizes import Blocks
+from modse_jax.sweeps import definition
 from tests.helpers.configs import tiny_config
 
 
@@ -163,3 +165,35 @@ def test_inference_shapes_have_equal_sums_of_widths():
     modse, equal = evaluate.shapes(128, 1).values()
     assert sum(modse.widths) == sum(equal.widths)
     assert len(set(modse.widths)) > 1
+
+
+def test_sweep_throughput_compares_the_same_configs():
+    sweep = sweep_throughput.make_sweep("DATA", {"dense": 30, "n8": 20})
+    found = {arm.name: arm.config for arm in definition.resolve_arms(sweep)}
+    assert len(found) == 6 and found["n8 seed=2"].training.steps == 20
+    for shape in ("dense", "n8"):
+        steps = found[f"{shape} seed=0"].training.steps
+        alone = sweep_throughput.make_config("DATA", shape, steps)
+        assert loading.from_dict(alone.to_dict()) == found[f"{shape} seed=0"]
+
+
+def test_sweep_throughput_chooses_steps_for_a_time():
+    flops_per_step = 1_345_536 * 1024
+    assert sweep_throughput.choose_steps("n32", 10, 50 * flops_per_step) == 500
+    assert sweep_throughput.choose_steps("n32", 1, flops_per_step) == 150  # three lines of the log
+
+
+def test_sweep_throughput_adds_up_its_pieces():
+    piece = {
+        "runs": 3,
+        "tokens": 1000,
+        "wall_seconds": 100.0,
+        "steady_seconds": 80.0,
+        "training_seconds": 82.0,
+    }
+    other = {**piece, "runs": 1, "wall_seconds": 60.0, "steady_seconds": 40.0}
+    found = sweep_throughput.summarize([piece, {**other, "training_seconds": 38.0}])
+    assert found["runs"] == 4 and found["tokens_per_second"] == 12.5
+    assert found["efficiency"] == 0.75 and found["slowdown_of_training"] == 1
+    assert found["other_seconds_per_run"] == 10
+    assert found["efficiency_of_120_second_runs"] == 120 / 130
