@@ -6,6 +6,7 @@ from its standard output. If the worker dies, only the run that it was training 
 """
 
 import contextlib
+import io
 import os
 import pathlib
 import sys
@@ -29,6 +30,8 @@ MAX_REASON_LENGTH = 500
 def main() -> None:
     """Executes the orders of standard input, and exits when it ends."""
     signals.exit_on_stop_signals()
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)  # output.txt is complete also after a kill
     programs = SharedPrograms()
     with os.fdopen(os.dup(1), "w", buffering=1) as replies:
         for line in sys.stdin:
