@@ -1,8 +1,9 @@
 #!/bin/bash
-# Sets up a Slurm cluster of this one machine and trains with two tasks through examples/train.sbatch.
-# Runs on Debian, as root, from a checkout in which `make demo` or `make test` has made .venv:
+# Sets up a Slurm cluster of this one machine, trains with two tasks through examples/train.sbatch,
+# and trains a sweep through two jobs. Runs on Debian, as root, from a checkout in which `make test`
+# has made .venv:
 #
-#     bash tests/slurm.sh
+#     bash tests/slurm.sh [train] [sweep]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v slurmctld munged >/dev/null || apt-get install -y --no-install-recommends slurm-wlm munge
@@ -49,16 +50,60 @@ seen() {    # seen TEXT: waits for it in the job's output
     cat "$work/log/job"
     return 1
 }
-train 10 --wait
-grep -q "finished step 10 " "$work/log/job"
-train 20 --wait    # another job resumes it
-grep -q "resuming step 10 of 20" "$work/log/job" && grep -q "finished step 20 " "$work/log/job"
-[ "$(grep -c '"split": "train"' "$work/run/metrics.jsonl")" = 20 ]
-train 500    # stopped by its scheduler, it saves, asks to be queued again, and goes on
-seen "step 24/500"
-scancel --signal=TERM "$(squeue -h -o %i)"
-seen "stopped at step"
-seen "resuming step 2[4-9] of 500"
-scancel "$(squeue -h -o %i)"
-cat "$work/log/job"
-echo "Slurm: two tasks trained through three jobs, one of them stopped and queued again"
+check_train() {
+    train 10 --wait
+    grep -q "finished step 10 " "$work/log/job"
+    train 20 --wait    # another job resumes it
+    grep -q "resuming step 10 of 20" "$work/log/job" && grep -q "finished step 20 " "$work/log/job"
+    [ "$(grep -c '"split": "train"' "$work/run/metrics.jsonl")" = 20 ]
+    train 500    # stopped by its scheduler, it saves, asks to be queued again, and goes on
+    seen "step 24/500"
+    scancel --signal=TERM "$(squeue -h -o %i)"
+    seen "stopped at step"
+    seen "resuming step 2[4-9] of 500"
+    scancel "$(squeue -h -o %i)"
+    cat "$work/log/job"
+    echo "Slurm: two tasks trained through three jobs, one of them stopped and queued again"
+}
+check_sweep() {
+    export JAX_NUM_CPU_DEVICES=1
+    cat > "$work/small.py" <<PY
+from configs import tiny
+from modse_jax.sweeps.definition import Sweep, axis, product, seeds
+
+def get_sweep():
+    config = tiny.get_config()
+    config.data.update(source="text:$PWD/modse_jax", tokenizer="bytes")
+    config.training.update(batch_size=4, steps=400, log_every=1, checkpoint_every=1000)
+    return Sweep(base=config, arms=product(axis("moe.top_k", (1, 2)), seeds(0, 1)), compares_shapes=False)
+PY
+    sweep() { .venv/bin/python -m modse_jax sweep --sweep="$work/small.py" --workdir="$work/sweep" "$@"; }
+    finished() { cut -d, -f1,2 "$work/sweep/results.csv" | grep -c ",finished" || true; }
+    sweep --launcher=slurm --jobs=2 --slurm=time=30 --slurm=cpus-per-task=1
+    # Slurm stops one of the jobs. It saves its run, is put back into the queue, and goes on.
+    for _ in $(seq 600); do
+        step=$(cat "$work"/sweep/runs/*/training/metrics.jsonl 2>/dev/null | grep -c '"train"' || true)
+        [ "$step" -ge 10 ] && break
+        sleep 0.2
+    done
+    scancel --signal=TERM "$(squeue -h -t running -o %i | head -1)"
+    while [ -n "$(squeue -h)" ]; do sleep 1; done
+    cat "$work"/sweep/slurm/*log.out "$work"/sweep/slurm/*log.err
+    cut -d, -f1,2 "$work/sweep/results.csv"
+    [ "$(finished)" = 4 ]
+    cat "$work"/sweep/runs/*/output.txt | grep "stopped at step"
+    cat "$work"/sweep/runs/*/output.txt | grep "resuming step"
+    [ "$(cat "$work"/sweep/runs/*/output.txt | grep -c "starting at step 0")" = 4 ]
+    # Everything has been trained, so nothing is submitted.
+    sweep --launcher=slurm --slurm=time=30
+    [ -z "$(squeue -h)" ]
+    # sbatch refuses a partition that does not exist: one line and exit code 1.
+    rm "$work"/sweep/runs/*/result.json
+    code=0
+    sweep --launcher=slurm --slurm=time=30 --slurm=partition=none || code=$?
+    [ $code = 1 ]
+    echo "Slurm: two jobs trained a sweep of four runs, one of them stopped and queued again"
+}
+for part in "${@:-train sweep}"; do
+    for name in $part; do "check_$name"; done
+done

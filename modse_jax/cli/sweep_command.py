@@ -2,10 +2,9 @@
 
     python -m modse_jax sweep --sweep=configs/sweeps/micro_rates.py --workdir=sweeps/micro_rates
 
-The same command again resumes. With --dry_run, it prints the arms and what they would cost.
+The same command again resumes. With --dry_run, it prints the arms and what they would cost. With
+--launcher=slurm, it submits jobs that train them, and ends.
 """
-
-import pathlib
 
 from absl import flags
 
@@ -26,7 +25,18 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "workdir", None, "The directory of the sweep; the same workdir again resumes it."
     )
-    flags.DEFINE_enum("launcher", "local", ["local"], "Where runs are trained.")
+    flags.DEFINE_enum(
+        "launcher", "local", ["local", "slurm"], "Train on this machine, or in jobs of Slurm."
+    )
+    flags.DEFINE_integer(
+        "jobs", 1, "The number of Slurm jobs, which share the runs.", lower_bound=1
+    )
+    flags.DEFINE_multi_string(
+        "slurm",
+        [],
+        "An option of sbatch for each job, such as --slurm=partition=gpu; may be repeated. The "
+        "time limit, --slurm=time=MINUTES, is required.",
+    )
     flags.DEFINE_bool("dry_run", False, "Print the arms and what they would cost, and exit.")
     flags.DEFINE_enum("retry", "", ["", "failed"], "Train runs that failed earlier once more.")
     flags.DEFINE_float(
@@ -45,9 +55,12 @@ def sweep() -> int:
     from modse_jax.runtime import signals
 
     signals.exit_on_stop_signals()
-    from modse_jax.sweeps import dry_run, planning, runner
+    from modse_jax.sweeps import dry_run, planning, runner, slurm
     from modse_jax.sweeps.results import SweepDirectory
 
+    is_slurm = FLAGS.launcher == "slurm"
+    if not is_slurm and (FLAGS.slurm or FLAGS.jobs != 1):
+        raise UserError("--jobs and --slurm are for jobs of Slurm; add --launcher=slurm")
     arms = planning.load_arms(FLAGS.sweep)
     directory = SweepDirectory(FLAGS.workdir) if FLAGS.workdir else None
     if FLAGS.dry_run:
@@ -55,4 +68,8 @@ def sweep() -> int:
         return ExitCode.FINISHED
     if directory is None:
         raise UserError("--workdir is missing; name a directory for the sweep (or --dry_run)")
-    return runner.run_sweep(directory, pathlib.Path(FLAGS.sweep).stem, arms, FLAGS.retry)
+    if is_slurm:
+        options = slurm.parse_options(FLAGS.slurm)
+        slurm.check_installed()
+        return slurm.launch(directory, FLAGS.sweep, arms, FLAGS.jobs, options, FLAGS.retry)
+    return runner.run_sweep(directory, planning.sweep_name(FLAGS.sweep), arms, FLAGS.retry)

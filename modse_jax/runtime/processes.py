@@ -267,6 +267,12 @@ def source_digest() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+def python_path() -> str:
+    """Returns the PYTHONPATH with which another process imports this package in any directory."""
+    paths = [str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(filter(None, paths))
+
+
 def exit_now(code: int) -> None:
     """Ends this process at once if the run has several; returns if it is the only one.
 

@@ -39,6 +39,11 @@ class PlannedRun(NamedTuple):
     config: Config
 
 
+def sweep_name(path: str) -> str:
+    """Returns the name of the sweep of a file, which is that of the file."""
+    return pathlib.Path(path).stem
+
+
 def load_arms(path: str) -> list[ResolvedArm]:
     """Loads a sweep file, checks its arms, and prints a warning if there is one.
 

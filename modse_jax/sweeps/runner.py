@@ -6,8 +6,8 @@ can be killed at any moment and started again.
 """
 
 import contextlib
+import dataclasses
 import os
-import pathlib
 import select
 import signal
 import subprocess
@@ -32,7 +32,19 @@ MAX_DEATHS = 2
 
 POLL_SECONDS = 0.5
 WAIT_SECONDS = 1.0  # between two looks at the runs of other processes
-PACKAGE_PARENT = pathlib.Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which of several jobs a runner is. Jobs begin with different runs, so with other shapes.
+
+    Attributes:
+        index: the index of the job.
+        count: the number of jobs.
+    """
+
+    index: int
+    count: int
 
 
 class WorkerProcess:
@@ -40,12 +52,11 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         """Starts the process. It is in the process group of this one, so one kill ends both."""
-        paths = [str(PACKAGE_PARENT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "modse_jax.sweeps.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1"},
+            env={**os.environ, "PYTHONPATH": processes.python_path(), "TQDM_DISABLE": "1"},
         )
         self._received = b""
 
@@ -97,17 +108,30 @@ class WorkerProcess:
 class Runner:
     """Trains the runs of a sweep in a worker process."""
 
-    def __init__(self, directory: SweepDirectory, name: str, runs: Sequence[PlannedRun]) -> None:
+    def __init__(
+        self,
+        directory: SweepDirectory,
+        name: str,
+        runs: Sequence[PlannedRun],
+        share: Share | None = None,
+    ) -> None:
         """Nothing is started yet.
 
         Args:
             directory: the workdir of the sweep.
             name: the name of the sweep.
-            runs: its runs, in the order in which they are trained.
+            runs: its runs, in the order of the tables. Those of one shape are trained together.
+            share: which job of several this is. A job ends when other jobs train all runs that are
+                left; without a share, the runner waits for them.
         """
         self._directory = directory
         self._name = name
         self._runs = runs
+        self._waits_for_others = share is None
+        self._queue = planning.order_by_shape(runs)
+        if share is not None:
+            first = len(runs) * share.index // share.count
+            self._queue = self._queue[first:] + self._queue[:first]
         self._worker: WorkerProcess | None = None
         self._deaths: Counter[str] = Counter()
         self._is_worker_deterministic = True
@@ -136,12 +160,12 @@ class Runner:
         rows = self._rebuild_tables()
         if self._stop_requested_at is not None:
             return ExitCode.STOPPED
-        is_good = all(row["state"] == results.FINISHED for row in rows)
-        return ExitCode.FINISHED if is_good else ExitCode.FAILED
+        is_bad = any(row["state"] in (results.FAILED, results.DIVERGED) for row in rows)
+        return ExitCode.FAILED if is_bad else ExitCode.FINISHED
 
     def _train_all(self) -> None:
-        """Trains until every run has a result, or a signal arrives."""
-        pending = list(self._runs)
+        """Trains until every run has a result, a signal arrives, or no run is left for a job."""
+        pending = list(self._queue)
         while pending and self._stop_requested_at is None:
             busy = []
             for run in pending:
@@ -152,6 +176,8 @@ class Runner:
                     if is_busy:
                         busy.append(run)
             if len(busy) == len(pending):
+                if not self._waits_for_others:
+                    return
                 self._progress.show_waiting(len(busy))
                 time.sleep(WAIT_SECONDS)
             pending = busy
@@ -259,7 +285,11 @@ def discard_failed(directory: SweepDirectory, runs: Sequence[PlannedRun]) -> int
 
 
 def run_sweep(
-    directory: SweepDirectory, name: str, arms: Sequence[ResolvedArm], retry: str = ""
+    directory: SweepDirectory,
+    name: str,
+    arms: Sequence[ResolvedArm],
+    retry: str = "",
+    share: Share | None = None,
 ) -> ExitCode:
     """Trains the arms of a sweep that have no result yet. Returns how it ended; see `Runner.run`.
 
@@ -268,6 +298,7 @@ def run_sweep(
         name: the name of the sweep.
         arms: its arms, which have been checked.
         retry: "failed" trains runs that failed earlier once more.
+        share: which job of several this is; see `Runner`.
 
     Raises:
         UserError: the workdir is not that of this sweep, or the data is invalid.
@@ -278,4 +309,4 @@ def run_sweep(
     runs = planning.plan_runs(directory, name, arms)
     if retry == "failed":
         discard_failed(directory, runs)
-    return Runner(directory, name, planning.order_by_shape(runs)).run()
+    return Runner(directory, name, runs, share).run()

@@ -6,11 +6,18 @@ import io
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
+from typing import Any
 
+import pytest
+
+from modse_jax.cli import sweep_command
+from modse_jax.runtime import signals
 from modse_jax.sweeps.results import TIME_COLUMNS, SweepDirectory
 from modse_jax.training import run_logs
 from tests.helpers.runs import ROOT, environment
@@ -18,16 +25,20 @@ from tests.helpers.runs import ROOT, environment
 TIMEOUT = 600  # seconds; a runner that takes this long hangs, also on a busy machine
 
 
-def write_sweep(folder: pathlib.Path, corpus: pathlib.Path, arms: str, **training: int) -> str:
+def write_sweep(
+    folder: pathlib.Path, corpus: pathlib.Path, arms: str, options: str = "", **training: int
+) -> str:
     """Writes a sweep file with the tiny config as its base, and returns its path.
 
     Args:
         folder: where to write it.
         corpus: the folder of text to train on.
         arms: the arms, as Python code.
+        options: other arguments of Sweep, as Python code; comparisons of shapes are off by default.
         training: values of the section training.
     """
     file = folder / "small.py"
+    default = "compares_shapes=False"
     file.write_text(
         f"""
 from modse_jax.config.loading import to_option_dict
@@ -40,7 +51,7 @@ def get_sweep():
         training={training!r},
         advanced=dict(max_nonfinite_steps=2),
     )
-    return Sweep(base=to_option_dict(base), arms={arms}, compares_shapes=False)
+    return Sweep(base=to_option_dict(base), arms={arms}, {options or default})
 """
     )
     return str(file)
@@ -67,6 +78,17 @@ def run_to_end(sweep: str, workdir: pathlib.Path, *arguments: str) -> tuple[str,
     return stdout, stderr, process.returncode
 
 
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, sweep: str, workdir: pathlib.Path | None, **flags: Any
+) -> int:
+    """Runs the command `sweep` in this process, with other flags than the defaults."""
+    defaults = dict(launcher="local", jobs=1, slurm=[], dry_run=False, retry="")
+    values = {**defaults, "sweep": sweep, "workdir": workdir and str(workdir), **flags}
+    monkeypatch.setattr(sweep_command, "FLAGS", types.SimpleNamespace(**values))
+    monkeypatch.setattr(signals, "exit_on_stop_signals", lambda: None)
+    return sweep_command.sweep()
+
+
 def kill_when_steps_are_logged(
     process: subprocess.Popen, workdir: pathlib.Path, num_steps: int, rng: random.Random
 ) -> bool:
@@ -83,6 +105,27 @@ def kill_when_steps_are_logged(
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     return is_alive
+
+
+def find_unfinished_steps(workdir: pathlib.Path, steps: int) -> dict[str, list[int]]:
+    """Returns {run: [its newest checkpoint]} of runs that have one before their last step."""
+    found = {}
+    for run in workdir.glob("runs/*"):
+        names = [path.name for path in run.glob("training/checkpoints/*")]
+        saved = [int(name) for name in names if name.isdigit()]  # others are incomplete
+        if saved and max(saved) < steps:
+            found[run.name] = [max(saved)]
+    return found
+
+
+def find_resumed_steps(workdir: pathlib.Path) -> dict[str, list[int]]:
+    """Returns {run: the steps from which it resumed} of all runs that did."""
+    found = {}
+    for path in workdir.glob("runs/*/output.txt"):
+        steps = re.findall(r"^resuming step (\d+) of", path.read_text(), re.MULTILINE)
+        if steps:
+            found[path.parent.name] = [int(step) for step in steps]
+    return found
 
 
 def count_logged_steps(workdir: pathlib.Path) -> int:

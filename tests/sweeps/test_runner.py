@@ -1,5 +1,6 @@
 """The runner: states of arms, kills, two runners, full disks, and what it refuses."""
 
+import collections
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ from modse_jax.runtime import files
 from modse_jax.runtime.lock import Lock
 from modse_jax.sweeps import orders, planning, results, runner, worker
 from modse_jax.sweeps.results import SweepDirectory
+from modse_jax.sweeps.runner import Share
 from modse_jax.training import loop, run_logs
 from modse_jax.training.programs import Programs, SharedPrograms
 from tests.helpers import sweeps
@@ -63,14 +65,14 @@ def test_killed_and_shared_sweep_equals_an_undisturbed_one(corpus, tmp_path):
         sweeps.start_runner(file, killed), killed, 8, rng
     )
     assert was_killed
+    resumable = sweeps.find_unfinished_steps(killed, steps=6)
     pair = [sweeps.start_runner(file, killed) for _ in range(2)]
     for process in pair:
         _, stderr = process.communicate(timeout=sweeps.TIMEOUT)
         assert process.returncode == 1, stderr
     assert sweeps.read_table(killed) == table
-    # training.checkpoint_every is 3. The save of step 6 may be under way at the kill, and the run
-    # then resumes from step 3.
-    assert sweeps.count_repeated_steps(killed) < 2 * 3
+    # No step before a checkpoint is trained again.
+    assert sweeps.find_resumed_steps(killed) == resumable
     output = sweeps.read_outputs(killed)
     assert output.count("starting at step 0") <= 5 + 1  # one may be killed before its checkpoint
     # A table is only a view of the results.
@@ -134,12 +136,14 @@ class FakeWorker:
 
     replies: list[orders.Reply | None] = []
     started = 0
+    seeds: list[int] = []  # of the runs that were ordered
 
     def __init__(self):
         FakeWorker.started += 1
 
     def send(self, order):
         self.order = orders.decode_order(order)
+        FakeWorker.seeds.append(self.order.config.seed)
 
     def poll(self):
         reply = FakeWorker.replies.pop(0)
@@ -161,15 +165,17 @@ def fake_worker(monkeypatch):
     monkeypatch.setattr(runner, "WorkerProcess", FakeWorker)
     monkeypatch.setattr(runner, "WAIT_SECONDS", 0.01)
     monkeypatch.setattr(FakeWorker, "started", 0)
+    monkeypatch.setattr(FakeWorker, "seeds", [])
     return FakeWorker
 
 
 ENDED = orders.Reply(orders.ENDED, "")
+BUSY = orders.Reply(orders.BUSY, "")
 
 
 def test_run_whose_worker_dies_twice_fails_and_the_others_go_on(corpus, tmp_path, fake_worker):
     directory, runs = plan(tmp_path, corpus, "choices({'a': {}, 'b': {'seed': 1}})")
-    fake_worker.replies = [None, None, orders.Reply(orders.BUSY, ""), ENDED]
+    fake_worker.replies = [None, None, BUSY, ENDED]
     assert runner.Runner(directory, "small", runs).run() == 1
     assert fake_worker.started == 3
     table = sweeps.read_table(directory.root)
@@ -186,6 +192,23 @@ def test_signal_stops_the_sweep_and_full_disk_is_an_error(corpus, tmp_path, fake
         runner.Runner(directory, "small", runs).run()
     fake_worker.replies = [ENDED]
     assert runner.Runner(directory, "small", runs).run() == 0
+
+
+def test_jobs_begin_with_different_runs_and_do_not_wait_for_each_other(
+    corpus, tmp_path, fake_worker
+):
+    arms = "product(axis('moe.top_k', (1, 2)), seeds(0, 1))"
+    directory, runs = plan(tmp_path, corpus, arms)
+    fake_worker.replies = [ENDED, BUSY, BUSY, ENDED, BUSY, BUSY]
+    second = runner.Runner(directory, "small", runs, Share(1, 4))
+    assert second.run() == 0  # the others may still succeed
+    # The run that was trained is not ordered again; those that others train are.
+    assert fake_worker.seeds == [1, 0, 1, 0, 0, 1]
+    states = [row["state"] for row in sweeps.read_table(directory.root).values()]
+    assert states == ["finished", "finished", "waiting", "waiting"]  # in the order of the file
+    fake_worker.replies = [BUSY, BUSY, BUSY, BUSY, ENDED, ENDED]
+    assert runner.Runner(directory, "small", runs).run() == 0  # waits
+    assert not fake_worker.replies
 
 
 def test_results_of_other_code_and_removed_arms_are_shown_apart(corpus, tmp_path, monkeypatch):
@@ -234,9 +257,15 @@ def test_five_kills_change_nothing_in_a_sweep_of_eight_shapes(corpus, tmp_path):
     assert sweeps.run_to_end(file, straight)[2] == 0
     assert sweeps.read_outputs(straight).count("compiled in") == 8
     rng = random.Random(0)
+    resumable = collections.defaultdict(list)
     for kill in range(5):
         process = sweeps.start_runner(file, killed)
-        assert sweeps.kill_when_steps_are_logged(process, killed, 80 * (kill + 1), rng)
+        # In the middle of a run, after its first checkpoint.
+        assert sweeps.kill_when_steps_are_logged(process, killed, 80 * kill + 8, rng)
+        for run, steps in sweeps.find_unfinished_steps(killed, steps=20).items():
+            resumable[run] += steps
     assert sweeps.run_to_end(file, killed)[2] == 0
     assert sweeps.read_table(killed) == sweeps.read_table(straight)
-    assert sweeps.count_repeated_steps(killed) <= 5 + 1
+    # No step before a checkpoint is trained again.
+    assert resumable and sweeps.find_resumed_steps(killed) == resumable
+    assert sweeps.read_outputs(killed).count("starting at step 0") <= 24 + 5
