@@ -49,8 +49,8 @@ ROUTINGS = {  # tokens of each expert, all tokens
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def run_kernels(inputs, shard, placement, tiles):
-    """Runs the kernels as expert_ffn does, with padded widths."""
-    job = tiles, tiles.hidden
+    """Runs the kernels as expert_ffn does, with padded widths and a padded model dimension."""
+    job = select.KernelJob(tiles, tiles.hidden, model_unit=DIM)
 
     def kernels(x, weights):
         return select.run_kernels(
@@ -99,6 +99,11 @@ def test_kernels_match_reference_for_random_routings_over_odd_widths():
         rows = rng.multinomial(59, rng.dirichlet(np.full(4, 0.5)))
         inputs = make_inputs(widths, tuple(map(int, rows)), 64, DIM)
         assert_all_close(run_on_one_shard(inputs, widths), run_reference(inputs, widths))
+
+
+def test_kernels_match_reference_for_a_padded_model_dimension():
+    inputs = make_inputs(WIDTHS, (0, 30, 0, 9), 64, DIM - 5)
+    assert_all_close(run_on_one_shard(inputs, WIDTHS), run_reference(inputs, WIDTHS))
 
 
 def test_shards_run_one_program():
