@@ -1,6 +1,6 @@
 """Measures what many narrow experts cost: memory, routing, growth with their number, and pools.
 
-    python -m benchmarks.many_experts [--json=FILE] [--parts=memory,share,...] [--repeats=21]
+    python -m benchmarks.many_experts [--json=FILE] [--parts=memory,share,...] [--repeats=9]
 
 The parts are
 
@@ -106,6 +106,7 @@ EXPERT_LADDER = tuple(Shape(n, top_k=8, width=120) for n in (8, 64, 256, 1024))
 GRANULARITY_LADDER = (Shape(8, 1, 960), Shape(64, 4, 240), Shape(256, 8, 120), NARROW)
 
 POOL_SHAPES = (Shape(64, 8, 120), NARROW)
+POOL_REPEATS = 21  # at least, because the difference is small
 
 
 class RoutingOnly(layer.MoELayer):
@@ -284,7 +285,7 @@ def measure_pools(shapes: Sequence[Shape], workload: Workload, repeats: int) -> 
     for shape in shapes:
         for pools in (1, 2):
             functions[shape, pools] = layer_case(shape._replace(pools=pools), workload)
-    seconds = timing.time_interleaved(timing.compile_all(functions), repeats, calls=2)
+    seconds = timing.time_interleaved(timing.compile_all(functions), repeats)
     return [
         {
             "shape": shape.name,
@@ -318,7 +319,7 @@ def list_parts(workload: Workload, repeats: int) -> dict[str, Callable[[], Any]]
         "share": lambda: measure_share(NARROW, workload, repeats),
         "experts": lambda: measure_ladder(EXPERT_LADDER, workload, repeats),
         "granularity": lambda: measure_ladder(GRANULARITY_LADDER, workload, repeats),
-        "pools": lambda: measure_pools(POOL_SHAPES, workload, repeats),
+        "pools": lambda: measure_pools(POOL_SHAPES, workload, max(repeats, POOL_REPEATS)),
         "accounting": measure_accounting,
     }
 

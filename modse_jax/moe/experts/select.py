@@ -108,7 +108,7 @@ def checked_tiles(
     unit = module.unit_for(widths, chip, dtype)
     padded = hidden_unit_padding.pad_placement(placement, unit)
     module.check_tasks(num_rows, padded, tiles)
-    return KernelJob(tiles, unit)
+    return KernelJob(tiles, unit, MODEL_UNIT)
 
 
 def _all_widths(placement: expert_placement.Placement) -> list[int]:

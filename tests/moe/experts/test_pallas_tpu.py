@@ -258,6 +258,7 @@ def test_self_test_accepts_the_kernels_with_the_tiles_of_a_chip():
 def test_self_test_finds_wrong_kernels(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "tiles_for", lambda *_: TILES)
     monkeypatch.setattr(pallas_tpu, "unit_for", lambda *_: TILES.hidden)
+    monkeypatch.setattr(select, "MODEL_UNIT", DIM)
 
     def self_test(placement, dtype):
         select.self_test_kernels("pallas_tpu", placement, DIM, "v5e", dtype, interpret=True)

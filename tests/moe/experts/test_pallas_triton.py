@@ -194,7 +194,15 @@ def test_narrow_experts_use_narrow_tiles(widths, unit):
         ((256, 128), 256, "a100", "float16", "pallas_triton", ""),
         ((256, 100), 256, "b200", "bfloat16", "pallas_triton", "7.9% more FLOPs"),
         ((256, 128), 256, "h200", "float32", "blocked", "not float32"),
-        ((256, 128), 192, "h100", "bfloat16", "blocked", "model.dim=192"),
+        (
+            (256, 128),
+            192,
+            "h100",
+            "bfloat16",
+            "pallas_triton",
+            "model.dim=192 padded to 256: 33.3%",
+        ),
+        ((256, 128), 64, "h100", "bfloat16", "blocked", "would need 2.0 times the FLOPs"),
         ((3, 5), 256, "h100", "bfloat16", "blocked", "would need 16.0 times the FLOPs"),
         ((256, 128), 256, "gpu", "bfloat16", "blocked", ""),
     ],
@@ -216,6 +224,7 @@ def config_on_interpreted_h100(monkeypatch):
     monkeypatch.setattr(sharding, "chip_name", lambda _: "h100")
     monkeypatch.setattr(pallas_triton, "tiles_for", lambda *_: TILES)
     monkeypatch.setattr(pallas_triton, "unit_for", lambda *_: TILES.hidden)
+    monkeypatch.setattr(select, "MODEL_UNIT", DIM)
     interpreted = functools.partial(select.self_test_kernels, interpret=True)
     monkeypatch.setattr(select, "self_test_kernels", interpreted)
     return tiny_config(
