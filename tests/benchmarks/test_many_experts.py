@@ -84,6 +84,7 @@ def test_pools_are_compared_with_one_pool():
     assert row["repeats"] == 2
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_covers_its_state():
     row = many_experts.measure_memory(SHAPE, TINY, steps=1)
     weights = TINY.dim * (3 * 16 * 8 + 16 + 2 * 512)
