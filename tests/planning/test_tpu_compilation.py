@@ -92,14 +92,8 @@ def test_kernels_compile_forward_and_backward(chip, dim, dtype, rows):
     assert compiled.memory_analysis().temp_size_in_bytes < limit
 
 
-@pytest.mark.parametrize(
-    "chip",
-    [
-        "v5e",
-        pytest.param("v5p", marks=pytest.mark.slow),
-        pytest.param("v6e", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
 def test_kernels_of_narrow_experts_compile_forward_and_backward(chip):
     """An arm of Slicing and Dicing: widths and the model width are padded to full tiles."""
     config = arms.build_mixture("80M", 256, Fraction(1, 32))
