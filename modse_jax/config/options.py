@@ -479,6 +479,15 @@ class Config:
         return self.model.dense_width > 0
 
     @property
+    def depends_on_mesh(self) -> bool:
+        """True if training depends on which tokens are on the same device, so on the mesh.
+
+        That is so with a capacity, or with a balancing loss per device. A dense model has neither.
+        """
+        has_capacity = self.moe.capacity_factor > 0
+        return not self.is_dense and (has_capacity or self.moe.balance_loss_scope == "device")
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """The hidden width of every expert of a layer, over all pools; () for a dense model."""
         if self.is_dense:

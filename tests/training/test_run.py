@@ -28,9 +28,17 @@ from modse_jax.errors import ExitCode, UserError
 from modse_jax.evaluation import model_loading, scoring
 from modse_jax.report import analysis, demo_summary, pages, routing_statistics
 from modse_jax.runtime import malloc, sharding
-from modse_jax.training import loop, metrics, run_logs, train_step
+from modse_jax.training import loop, metrics, run_logs, startup, train_step
 from modse_jax.training.checkpointing import Checkpoints
-from tests.helpers.runs import ROOT, command, config_for, state_of, train_args
+from modse_jax.training.programs import Programs
+from tests.helpers.runs import (
+    ROOT,
+    command,
+    config_for,
+    save_untrained_run,
+    state_of,
+    train_args,
+)
 
 
 def change(config: Config, section: str, **options: Any) -> Config:
@@ -240,6 +248,23 @@ def test_mesh_may_not_change_if_the_loss_depends_on_it(options, finished, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     with pytest.raises(UserError, match="holds another config .mesh.data: -1 -> 8"):
         loop.train(dataclasses.replace(config, mesh=MeshConfig(8)), str(tmp_path))
+
+
+def test_number_of_devices_may_not_change_if_the_loss_depends_on_it(corpus, tmp_path, monkeypatch):
+    """mesh.data=-1 takes all devices, so the config alone does not fix the mesh."""
+    config = config_for(corpus, moe=dict(balance_loss_scope="device"))
+    save_untrained_run(config, tmp_path / "run", step=2)
+    found = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *_: found[:2])
+    with pytest.raises(UserError, match="trained on 8 devices, .* now give 2, .* resume on 8"):
+        loop.train(config, str(tmp_path / "run"))
+    # No step is left to train, so the mesh does not matter.
+    with contextlib.ExitStack() as cleanup:
+        without_steps = change(config, "training", steps=2)
+        _, restored = startup.prepare_run(without_steps, tmp_path / "run", cleanup, Programs())
+    assert restored.step == 2
+    dense = change(config, "model", dense_width=24)
+    assert config.depends_on_mesh and not dense.depends_on_mesh
 
 
 def test_run_resumes_on_another_mesh(finished, tmp_path, capsys):
