@@ -68,7 +68,8 @@ class ModelConfig:
     dense_width: int = option(
         0,
         "hidden width of a dense SwiGLU FFN that takes the place of every MoE layer; such a model "
-        "has no experts and no router, and the options `moe.*` are not used. 0 = MoE layers",
+        "has no experts and no router, and of the options `moe.*` only `flop_matched_width` is "
+        "used. 0 = MoE layers",
         minimum=0,
     )
     tie_embeddings: bool = option(False, "use one matrix for the input and the output embedding")

@@ -32,11 +32,14 @@ def test_defaults_survive_a_round_trip():
         ("model__num_heads", 256, "must be even"),
         ("model__num_kv_heads", 3, "is not divisible by model.num_kv_heads=3"),
         ("model__dtype", "float16", "must be one of float32, bfloat16"),
-        ("moe__top_k", 9, "moe.top_k=9 is larger than moe.num_experts=8"),
-        ("moe__widths", (4, 4), "moe.widths: 2 widths for 8 experts"),
+        ("moe__top_k", 9, "moe.top_k=9 is larger than moe.num_experts=8; lower the first"),
+        ("moe__widths", (4, 4), "moe.widths: 2 widths for 8 experts; give one width for each"),
+        ("moe__pools", ((2, 9, 3),), "has top_k=3, more than its 2 experts; lower its top_k"),
         ("moe__widths", (4, -1, 4, 4, 4, 4, 4, 4), "expert 1 has width -1"),
         ("moe__gate", "sigmoids", "must be one of top_k_softmax"),
         ("moe__capacity_factor", -1.0, "must be >= 0"),
+        ("moe__capacity_factor", 1e-6, "moe.capacity_factor=1e-06 must be 0, so that no token"),
+        ("evaluation__capacity_factor", 1e30, "evaluation.capacity_factor=1e+30 must be 0, so"),
         (
             "data__sequence_length",
             1024,
@@ -88,7 +91,9 @@ def test_bad_forms_of_a_block_are_refused(changes, message):
 
 
 def test_a_dense_model_has_no_experts():
-    config = loading.from_dict(changed(model__dense_width=512, moe__pairs=True))
+    unused = dict(moe__pairs=True, moe__gate="uniform", moe__bias_rule="sign", moe__top_k=9)
+    unused |= dict(moe__exchange="all_to_all", moe__placement="split", moe__capacity_factor=1.0)
+    config = loading.from_dict(changed(model__dense_width=512, **unused))
     assert (config.widths, config.pools, config.num_experts, config.top_k) == ((), (), 0, 0)
     assert config.active_width == 512
 

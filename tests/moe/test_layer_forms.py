@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -243,6 +244,9 @@ def test_options_that_do_not_fit_are_refused():
         build_layer((4, 1, 7, 0, 3, 0), ((3, 1), (2, 1)))
     with pytest.raises(ValueError, match="top_k=3 must be between 1 and the number of experts, 2"):
         build_layer((4, 1, 7, 0, 3, 0), ((4, 1), (2, 3)))
+    for factor in (-1.0, 1e-9, 1e30, float("nan")):
+        with pytest.raises(ValueError, match=rf"capacity_factor={re.escape(str(factor))} must be"):
+            ExpertOptions(capacity_factor=factor)
     with pytest.raises(ValueError, match="copy"):
         MoELayer(DIM, (4, 3), experts=ExpertOptions(copy_experts=(1,)), rngs=nnx.Rngs(params=0))
 
