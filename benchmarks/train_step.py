@@ -185,9 +185,9 @@ class _RoutingPart:
     ) -> tuple[router.Routing, dispatch.DispatchPlan]:
         chip = sharding.chip_name(None)
         options = self.config.router_options
-        routing = router.route(x_TD, self.valid_T, gate, options, chip)
+        routing = router.route(x_TD, self.valid_T, gate, options, self.config.widths, chip)
         num_experts = self.config.num_experts
-        return routing, dispatch.plan_dispatch(routing.ids_TK, self.valid_T, num_experts)
+        return routing, dispatch.plan_dispatch(routing.ids_TK, self.valid_T, num_experts, chip)
 
     def dispatch_part(self, dy_TD: jax.Array) -> tuple[Callable, tuple]:
         def dispatch_and_combine(x_TD: jax.Array, gate: router.RouterWeights) -> jax.Array:

@@ -69,7 +69,7 @@ def test_padding_tokens_are_routed_to_no_expert():
     [
         (lambda: RouterOptions(gate="softmax"), "gate='softmax' is unknown; choose one of"),
         (lambda: ExpertOptions(backend="cuda"), "backend='cuda' is unknown; choose one of"),
-        (lambda: MoELayer(16, (8, 0), rngs=nnx.Rngs(0)), "expert 1 has width 0"),
+        (lambda: MoELayer(16, (8, -1), rngs=nnx.Rngs(0)), "expert 1 has width -1"),
         (
             lambda: MoELayer(16, (8, 8), RouterOptions(top_k=3), rngs=nnx.Rngs(0)),
             "top_k=3 must be between 1 and the number of experts, 2",

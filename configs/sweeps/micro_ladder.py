@@ -4,7 +4,10 @@ The data is the source of Python's standard library with 2,048 sentencepiece pie
 20 tokens per parameter of a dense model without embeddings, in many small steps, because on a CPU
 small steps learn more per second.
 
-    micro_rates.py    12 runs of XS: learning rates of three shapes, about 12 minutes
+    micro_rates.py    part 1: learning rates of three shapes, 12 runs of XS, about 12 minutes
+    micro_grid.py     part 2: granularity and sparsity, 34 runs of XS
+    micro_layers.py   part 3: capacity, shared experts, pools and widths, 24 runs of S
+    micro_sizes.py    part 4: granularity, 8 runs of M
 """
 
 from collections.abc import Sequence
@@ -21,8 +24,9 @@ DENSE_RATIO = 4  # width of the dense FFN over the model width
 SEQUENCE_LENGTH = 256
 BATCH_SIZE = 4
 FINAL_RATIO = 0.1  # last learning rate over the peak
+RATE = 1e-2  # of the parts after micro_rates; choose it by the results of that part
 
-# Routers make the FLOPs of shapes differ: by 4% for 64 experts at XS.
+# Routers make the FLOPs of shapes differ.
 FIXED = {"tokens": 0, "flops_per_token": 0.05}
 
 

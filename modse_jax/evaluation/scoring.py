@@ -110,8 +110,9 @@ def validate(model: LoadedModel, limit: int, batch_size: int) -> ValidationResul
         }
 
     loss, statistics = validation.together(score_all(model.data.datasets))
-    loss |= validation.summarize_sets(score_all(model.data.validation_sets))
-    if model.config.evaluation.capacity_factor:
+    has_capacity = model.config.evaluation.capacity_factor > 0
+    loss |= validation.summarize_sets(score_all(model.data.validation_sets), has_capacity)
+    if has_capacity:
         loss["dropped"] = metrics.count_dropped(statistics)
     return ValidationResult(loss, metrics.routing_by_layer(statistics, model.config.widths))
 

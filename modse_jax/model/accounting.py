@@ -88,7 +88,8 @@ def count_active_parameters(config: Config, mean_width: float | None = None) -> 
     routed_width = nominal_routed_width(config)
     if mean_width is not None:
         routed_width = Fraction(config.top_k * mean_width)
-    return count_parameters(config)._replace(experts=_expert_parameters(config, routed_width))
+    experts = round(_expert_parameters(config, routed_width))
+    return count_parameters(config)._replace(experts=experts)
 
 
 def nominal_routed_width(config: Config) -> Fraction:
@@ -150,7 +151,7 @@ def olmo_flops_per_token(config: Config, sequence_length: int) -> int:
 
 def nominal_expert_flops_per_token(config: Config) -> int:
     """Returns the part of the nominal FLOPs of training that routed experts compute."""
-    return 6 * _expert_parameters(config, nominal_routed_width(config))
+    return round(6 * _expert_parameters(config, nominal_routed_width(config)))
 
 
 def _flops_per_token(config: Config, sequence_length: int, routed_width: Fraction) -> int:
@@ -169,15 +170,15 @@ def _flops_per_token(config: Config, sequence_length: int, routed_width: Fractio
         + counts.dense
         + counts.shared
         + _count_router_matmuls(config)
-        + _expert_parameters(config, routed_width)
     )
     scores = model.num_layers * model.dim * sequence_length
-    return 6 * weights + 12 * scores
+    experts = _expert_parameters(config, routed_width)
+    return 6 * weights + round(6 * experts) + 12 * scores
 
 
-def _expert_parameters(config: Config, routed_width: Fraction) -> int:
+def _expert_parameters(config: Config, routed_width: Fraction) -> Fraction:
     """Returns the parameters of experts with that many hidden units in a layer, over all layers."""
-    return round(config.model.num_layers * 3 * config.model.dim * routed_width)
+    return config.model.num_layers * 3 * config.model.dim * routed_width
 
 
 def _shared_width(config: Config) -> int:

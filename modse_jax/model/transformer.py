@@ -259,9 +259,18 @@ def _head_std(config: ModelConfig) -> float:
     return 0.5 * config.dim**-0.5
 
 
-def build_model(config: Config, mesh: Mesh | None = None) -> Transformer:
-    """Returns a freshly initialized model. The weights depend on the config only (config.seed)."""
-    return Transformer(config, nnx.Rngs(params=config.seed), mesh)
+def build_model(
+    config: Config, mesh: Mesh | None = None, seed: jax.Array | None = None
+) -> Transformer:
+    """Returns a freshly initialized model. The weights do not depend on the mesh.
+
+    Args:
+        config: the config.
+        mesh: the mesh.
+        seed: the seed, as a scalar; None for config.seed.
+    """
+    key = config.seed if seed is None else jax.random.key(seed)
+    return Transformer(config, nnx.Rngs(params=key), mesh)
 
 
 def build_abstract_model(config: Config, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, dict]:

@@ -2,8 +2,7 @@
 
 They are returned unweighted; the training step multiplies them by their weights.
 
-Legend: E experts of a pool, K top-k of the pool, G groups of tokens (the whole batch, or
-sequences).
+Legend: E experts of a pool, K top-k of the pool.
 """
 
 from collections.abc import Sequence
@@ -14,11 +13,11 @@ import jax.numpy as jnp
 
 
 class Loads(NamedTuple):
-    """Sums over the valid tokens of some groups."""
+    """Sums over the valid tokens of a group, for the experts of one pool."""
 
-    counts_GKE: jax.Array  # int32: tokens whose k-th choice is expert e
-    probabilities_GE: jax.Array  # float32: sum of the probabilities of expert e
-    tokens_G: jax.Array  # int32: tokens
+    counts_KE: jax.Array  # int32: tokens whose k-th choice is expert e
+    probability_sum_E: jax.Array  # float32: probabilities of expert e
+    tokens: jax.Array  # int32: number of tokens
 
 
 def balance_loss(

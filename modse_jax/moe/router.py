@@ -180,7 +180,7 @@ def choose_experts(
 class PoolSums(NamedTuple):
     """Sums over the valid tokens of one device, for one pool."""
 
-    loads: balancing.Loads
+    loads_G: balancing.Loads  # with a leading axis of groups of tokens
     gates_E: jax.Array  # float32: gates of the tokens that chose expert e
     entropy: jax.Array  # float32: entropies of the probabilities of the experts
     z: jax.Array  # float32: squares of the logsumexp of the logits
@@ -230,23 +230,23 @@ def route(
         for pool in pools
     ]
     local = _make_statistics(sums, pools, valid_T)
-    local_p = [jnp.sum(pool.loads.probabilities_GE, axis=0) for pool in sums]
+    local_p = [jnp.sum(pool.loads_G.probability_sum_E, axis=0) for pool in sums]
     local_z = _add([pool.z for pool in sums])
     batch, batch_p, batch_z = reduce((local, local_p, local_z))
     batch_tokens = jnp.maximum(batch.tokens, 1).astype(jnp.float32)
 
+    balancing_losses = functools.partial(
+        _balancing_losses, pools=pools, widths=widths, options=options
+    )
     if options.balance_loss_scope == "batch":
-        loads = _loads_of_batch(batch, batch_p, pools)
-        balance_G, penalty_G = _balancing_losses(loads, pools, widths, options)
-        balance, penalty = balance_G[0], penalty_G[0]
+        loads = [
+            balancing.Loads(batch.counts_KE[pool.choices, pool.experts], p_E, batch.tokens)
+            for pool, p_E in zip(pools, batch_p)
+        ]
+        balance, penalty = balancing_losses(loads)
     else:
-        loads = [pool.loads for pool in sums]
-        tokens_G = loads[0].tokens_G
-        losses = _balancing_losses(loads, pools, widths, options)
-        balance, penalty = (
-            total / batch_tokens
-            for total in reduce([jnp.sum(loss_G * tokens_G) for loss_G in losses])
-        )
+        totals = _sum_over_groups(balancing_losses, [pool.loads_G for pool in sums])
+        balance, penalty = (total / batch_tokens for total in reduce(totals))
     return Routing(
         gates_TK,
         ids_TK,
@@ -276,14 +276,14 @@ def _sum_over_tokens(
     counted_gates_TK = jax.lax.stop_gradient(_mask(gates_TK, valid_T[:, None]))
     p_GTE = _mask(p_TE, valid_T[:, None]).reshape(num_groups, T // num_groups, E)
     valid_GT = valid_T.reshape(num_groups, T // num_groups)
-    loads = balancing.Loads(
-        counts_GKE=chosen_experts.count(counted_ids_TK, E, form, num_groups),
-        probabilities_GE=jnp.sum(p_GTE, axis=1),
-        tokens_G=jnp.sum(valid_GT, axis=1, dtype=jnp.int32),
+    loads_G = balancing.Loads(
+        counts_KE=chosen_experts.count(counted_ids_TK, E, form, num_groups),
+        probability_sum_E=jnp.sum(p_GTE, axis=1),
+        tokens=jnp.sum(valid_GT, axis=1, dtype=jnp.int32),
     )
     entropy_TE = _mask(p_TE * log_p_TE, valid_T[:, None])
     return PoolSums(
-        loads,
+        loads_G,
         gates_E=jnp.sum(chosen_experts.place(counted_gates_TK, ids_TK, E, form), axis=0),
         entropy=jax.lax.stop_gradient(-jnp.sum(entropy_TE)),
         z=jnp.sum(_mask(z_T * z_T, valid_T)),
@@ -295,7 +295,7 @@ def _make_statistics(
 ) -> RouterStatistics:
     """Joins the sums of all pools. A pool's experts are never the choice of another pool."""
     shape = (pools[-1].choices.stop, pools[-1].experts.stop)
-    counts = [jnp.sum(pool.loads.counts_GKE, axis=0) for pool in sums]
+    counts = [jnp.sum(pool.loads_G.counts_KE, axis=0) for pool in sums]
     counts_KE = counts[0]
     if len(pools) > 1:
         counts_KE = jnp.zeros(shape, jnp.int32)
@@ -310,45 +310,41 @@ def _make_statistics(
     )
 
 
-def _loads_of_batch(
-    batch: RouterStatistics, probability_sums: Sequence[jax.Array], pools: Sequence[PoolRange]
-) -> list[balancing.Loads]:
-    """Returns the loads of every pool, with the whole batch as one group.
-
-    Args:
-        probability_sums: for every pool, the sums of its experts' probabilities, [E].
-    """
-    return [
-        balancing.Loads(
-            batch.counts_KE[None, pool.choices, pool.experts], p_E[None], batch.tokens[None]
-        )
-        for pool, p_E in zip(pools, probability_sums)
-    ]
-
-
 def _balancing_losses(
     loads: Sequence[balancing.Loads],
     pools: Sequence[PoolRange],
     widths: Sequence[int],
     options: RouterOptions,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (balance loss, width penalty) of every group of tokens, summed over pools, [G]."""
-    balances = []
-    penalties = []
-    for pool, pool_loads in zip(pools, loads):
-        balance = functools.partial(
-            balancing.balance_loss,
-            count=options.balance_loss_count,
-            over_choices=options.balance_loss_over_choices,
+    """Returns (load-balancing loss, width penalty) of one group of tokens, summed over pools."""
+    balances = [
+        balancing.balance_loss(
+            *pool_loads, options.balance_loss_count, options.balance_loss_over_choices
         )
-        penalty = functools.partial(
-            balancing.width_penalty,
-            widths=widths[pool.experts],
-            scale=options.width_penalty_scale,
-        )
-        balances.append(jax.vmap(balance)(*pool_loads))
-        penalties.append(jax.vmap(penalty)(*pool_loads))
+        for pool_loads in loads
+    ]
+    penalties = [
+        balancing.width_penalty(*pool_loads, widths[pool.experts], options.width_penalty_scale)
+        for pool, pool_loads in zip(pools, loads)
+    ]
     return _add(balances), _add(penalties)
+
+
+def _sum_over_groups(
+    losses: Callable, loads_G: Sequence[balancing.Loads]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sums over groups of each loss, times the group's number of tokens.
+
+    Args:
+        losses: computes the losses of one group from the loads of every pool.
+        loads_G: loads with a leading axis of groups.
+    """
+    tokens_G = loads_G[0].tokens
+    if len(tokens_G) == 1:
+        of_group = losses(jax.tree.map(lambda a_G: a_G[0], loads_G))
+        return tuple(loss * tokens_G[0] for loss in of_group)
+    of_groups = jax.vmap(losses)(loads_G)
+    return tuple(jnp.sum(loss_G * tokens_G) for loss_G in of_groups)
 
 
 def _mask(values: jax.Array, mask: jax.Array) -> jax.Array:

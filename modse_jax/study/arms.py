@@ -235,7 +235,7 @@ def set_balancing(config: Config, balance_loss_weight: float, bias_rate: float) 
 
 
 def list_grid(sizes: Sequence[Size] = STUDY_SIZES) -> list[GridCell]:
-    """Returns the cells of the grid: 49 per size, 343 in the study."""
+    """Returns all arms (n experts, width g) of the main grid: 49 per model size, 343 in total."""
     return [
         GridCell(size, int(sparsity / granularity), granularity)
         for size in sizes

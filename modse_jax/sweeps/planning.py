@@ -19,6 +19,7 @@ from modse_jax.sweeps import definition, matching
 from modse_jax.sweeps.definition import ResolvedArm
 from modse_jax.sweeps.identity import RunIdentity, hash_values
 from modse_jax.sweeps.results import SweepDirectory
+from modse_jax.training import hyperparameters
 
 # Entries that a sweep may leave if it is killed before it writes sweep.json.
 BEFORE_DESCRIPTION = {"data", ".lock", "sweep.json.tmp"}
@@ -156,7 +157,7 @@ def order_by_shape(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     """
     by_shape: dict[Config, list[PlannedRun]] = {}
     for run in runs:
-        by_shape.setdefault(matching.without_rates(run.config), []).append(run)
+        by_shape.setdefault(hyperparameters.shared_program_config(run.config), []).append(run)
     return [run for group in by_shape.values() for run in group]
 
 

@@ -110,6 +110,7 @@ class Runner:
         self._runs = runs
         self._worker: WorkerProcess | None = None
         self._deaths: Counter[str] = Counter()
+        self._is_worker_deterministic = True
         self._last_exit_code = 0  # of a worker that died
         self._stop_requested_at: float | None = None
         self._progress = Progress(directory, runs)
@@ -178,8 +179,13 @@ class Runner:
 
     def _order(self, run: PlannedRun) -> Reply | None:
         """Orders the worker to train a run. Returns its reply; None if it died."""
+        is_deterministic = run.config.training.deterministic
+        if self._worker is not None and is_deterministic != self._is_worker_deterministic:
+            self._worker.close()  # XLA reads this option once per process
+            self._worker = None
         if self._worker is None:
             self._worker = WorkerProcess()
+            self._is_worker_deterministic = is_deterministic
         if self._stop_requested_at is not None:  # the signal may have come before the worker
             return Reply(orders.STOPPED, "")
         self._progress.start(run)

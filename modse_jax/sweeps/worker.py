@@ -19,10 +19,9 @@ from modse_jax.errors import DiskFullError, ExitCode, NoRoomError, RunError, Use
 from modse_jax.runtime import files, signals
 from modse_jax.runtime.lock import Lock, LockHeldError
 from modse_jax.sweeps import orders, results
-from modse_jax.sweeps.identity import RunIdentity
-from modse_jax.sweeps.orders import Reply
-from modse_jax.sweeps.results import SweepDirectory
+from modse_jax.sweeps.orders import Order, Reply
 from modse_jax.training import loop
+from modse_jax.training.programs import Programs, SharedPrograms
 
 MAX_REASON_LENGTH = 500
 
@@ -30,9 +29,10 @@ MAX_REASON_LENGTH = 500
 def main() -> None:
     """Executes the orders of standard input, and exits when it ends."""
     signals.exit_on_stop_signals()
+    programs = SharedPrograms()
     with os.fdopen(os.dup(1), "w", buffering=1) as replies:
         for line in sys.stdin:
-            reply = train_run(*orders.decode_order(line))
+            reply = train_run(orders.decode_order(line), programs)
             replies.write(orders.encode_reply(reply))
             if reply.kind == orders.STOPPED:
                 sys.exit(ExitCode.STOPPED)
@@ -40,14 +40,14 @@ def main() -> None:
             signals.exit_on_stop_signals()
 
 
-def train_run(directory: SweepDirectory, identity: RunIdentity, config: Config) -> Reply:
+def train_run(order: Order, programs: Programs) -> Reply:
     """Trains a run to its end and writes its result. Does nothing if it has a result.
 
     Args:
-        directory: the sweep.
-        identity: the run.
-        config: the config to train with, which names the prepared data.
+        order: the run.
+        programs: compiles the programs of the run.
     """
+    directory, identity, config = order
     try:
         lock = Lock(directory.run(identity.id) / ".lock", "the run is in use")
     except LockHeldError as error:
@@ -58,7 +58,7 @@ def train_run(directory: SweepDirectory, identity: RunIdentity, config: Config) 
         if results.read_result(directory, identity.id) is not None:
             return Reply(orders.ENDED, "")
         with _output_in(directory.run(identity.id) / "output.txt"):
-            state, reason = _train(config, directory.training(identity.id))
+            state, reason = _train(config, directory.training(identity.id), programs)
         if state == orders.STOPPED:
             return Reply(orders.STOPPED, "")
         results.write_result(directory, identity, state, reason)
@@ -78,11 +78,11 @@ def _reply_to_os_error(error: OSError) -> Reply:
     return Reply(orders.DISK_FULL, f"cannot write {error.filename or 'a file'}: {error.strerror}")
 
 
-def _train(config: Config, workdir: pathlib.Path) -> tuple[str, str]:
+def _train(config: Config, workdir: pathlib.Path, programs: Programs) -> tuple[str, str]:
     """Trains until the end. Returns the state of the run, or STOPPED, and the reason."""
     try:
         device_mesh.request_determinism(config)  # before the first use of a device
-        code = loop.train(config, str(workdir))
+        code = loop.train(config, str(workdir), programs)
     except (DiskFullError, NoRoomError):
         raise
     except (UserError, RunError) as error:

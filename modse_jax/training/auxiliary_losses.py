@@ -2,13 +2,16 @@
 
 Other code divides these losses by other numbers: by the experts per token, the experts, or the
 layers. A weight therefore means something only together with the value of its loss at perfect
-balance. A run prints both when it starts.
+balance. A run prints both when it starts, and a warning if only these losses train the router.
 """
 
 import math
 from typing import NamedTuple
 
 from modse_jax.config.options import Config
+
+# The gates of a token that sum to 1. A single one is constant, so its router has no gradient.
+RENORMALIZED_GATES = ("top_k_softmax", "softmax_top_k_renormalized", "sigmoid_renormalized")
 
 
 class AuxiliaryLoss(NamedTuple):
@@ -43,6 +46,7 @@ def description_lines(config: Config) -> list[str]:
         return [vocabulary.line()] if vocabulary.weight else []
     losses = [
         _balance_loss(config),
+        _width_penalty(config),
         _router_z_loss(config),
         _vocabulary_z_loss(config),
     ]
@@ -50,6 +54,21 @@ def description_lines(config: Config) -> list[str]:
     if config.moe.bias_rule != "none":
         lines.append(_bias_line(config))
     return lines
+
+
+def router_warnings(config: Config) -> list[str]:
+    """Returns a warning if the cross-entropy has no gradient with respect to a router."""
+    gate = config.moe.gate
+    consequence = "so the cross-entropy does not train the router; only auxiliary losses can"
+    if config.is_dense:
+        return []
+    if gate == "uniform":
+        return [f"warning: moe.gate=uniform ignores the router's logits, {consequence}"]
+    single = [str(index) for index, pool in enumerate(config.pools) if pool.top_k == 1]
+    if gate not in RENORMALIZED_GATES or not single:
+        return []
+    place = f" in pool {', '.join(single)} of moe.pools" if len(config.pools) > 1 else ""
+    return [f"warning: moe.gate={gate} is always 1 with one expert per token{place}, {consequence}"]
 
 
 def _balance_loss(config: Config) -> AuxiliaryLoss:
@@ -76,6 +95,27 @@ def _value_at_balance(config: Config) -> list[int]:
     if moe.balance_loss_count == "argmax" or moe.balance_loss_over_choices == "mean":
         return [1 for _ in config.pools]
     return [pool.top_k for pool in config.pools]
+
+
+def _width_penalty(config: Config) -> AuxiliaryLoss:
+    is_mean = config.moe.width_penalty_scale == "mean"
+    per_layer = 0.0
+    first = 0
+    for pool in config.pools:
+        widths = config.widths[first : first + pool.num_experts]
+        mean = sum(widths) / len(widths)
+        unit = mean if is_mean else max(widths)
+        per_layer += pool.top_k * mean / unit if unit else 0.0
+        first += pool.num_experts
+    return AuxiliaryLoss(
+        name="width penalty",
+        weight=config.moe.width_penalty_weight,
+        normalization=(
+            f"widths over their {'mean' if is_mean else 'maximum'}, {_over_layers(config)}"
+        ),
+        value=per_layer * _layer_factor(config),
+        condition="at perfect balance",
+    )
 
 
 def _router_z_loss(config: Config) -> AuxiliaryLoss:

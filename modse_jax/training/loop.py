@@ -25,13 +25,19 @@ from modse_jax.training import (
     validation,
     validation_schedule,
 )
+from modse_jax.training.programs import Programs
 from modse_jax.training.startup import StartedRun
 from modse_jax.training.step_timer import StepTimer
 from modse_jax.training.train_step import Batch, Metrics
 
 
-def train(config: Config, workdir: str) -> ExitCode:
+def train(config: Config, workdir: str, programs: Programs | None = None) -> ExitCode:
     """Trains until `training.steps`, resuming from the newest checkpoint in the workdir if any.
+
+    Args:
+      config: the config.
+      workdir: the directory of the run.
+      programs: compiles the programs of the run; None compiles those of this run alone.
 
     Returns:
       FINISHED, DIVERGED, or STOPPED (by a signal; the same call resumes).
@@ -44,10 +50,10 @@ def train(config: Config, workdir: str) -> ExitCode:
     stop = StopRequest()
     try:
         with contextlib.ExitStack() as cleanup:
-            run = _start(config, workdir_path, stop, cleanup)
-            if run is None:
+            started = startup.start_run(config, workdir_path, cleanup, programs or Programs())
+            if started is None:
                 return ExitCode.FINISHED
-            return _train_to_end(run, stop)
+            return _train_to_end(Run(started, stop), stop)
     except Stopped:
         print(
             "stopped before the first step; nothing is lost: run the same command to go on",
@@ -57,16 +63,6 @@ def train(config: Config, workdir: str) -> ExitCode:
         return ExitCode.STOPPED
     finally:
         watchdog.cancel()
-
-
-def _start(
-    config: Config, workdir_path: pathlib.Path, stop: StopRequest, cleanup: contextlib.ExitStack
-) -> "Run | None":
-    """Returns the run; None if it is finished already."""
-    started = startup.start_run(config, workdir_path, cleanup)
-    if started is None:
-        return None
-    return Run(started, stop)
 
 
 def _train_to_end(run: "Run", stop: StopRequest) -> ExitCode:
@@ -173,7 +169,7 @@ class Run:
         self._context.checkpoints.poll()
 
     def _execute_step(self, batch: Batch) -> Metrics:
-        compiled_step = self._context.compiled_step.program
+        compiled_step = self._context.compiled_step.execute
         replay_every = self._config.advanced.replay_check
         if not replay_every or (self.step + 1) % replay_every != 0:
             self.state, results = compiled_step(self.state, batch)
@@ -261,8 +257,9 @@ class Run:
         except Stopped:
             return None
         result, statistics = validation.together(scored)
-        result |= validation.summarize_sets(scored_sets)
-        if self._config.evaluation.capacity_factor:
+        has_capacity = self._config.evaluation.capacity_factor > 0
+        result |= validation.summarize_sets(scored_sets, has_capacity)
+        if has_capacity:
             result["dropped"] = metrics.count_dropped(statistics)
         layers = metrics.routing_by_layer(
             statistics, self._config.widths, self._context.setup.placement

@@ -32,14 +32,18 @@ def init_router_bias(config: Config) -> RouterBias:
     return nest_router_bias(jnp.zeros(shape, jnp.float32))
 
 
-def make_update(config: Config) -> Update:
+def make_update(config: Config, bias_rate: jax.Array | float | None = None) -> Update:
     """Returns update(router_bias, counts_LKE, updates, is_good), which returns the new bias.
 
     The arguments are the bias before the step; the tokens routed to each expert in the step, by
     choice and over all micro-batches and devices; the number of updates so far; and whether the
     step is good. After a bad step, the bias stays as it is. {} stays {}.
+
+    Args:
+      config: the config.
+      bias_rate: the rate at the start; None for `moe.bias_rate`.
     """
-    schedule = rate_schedule(config)
+    schedule = rate_schedule(config, bias_rate)
 
     def update(
         router_bias: RouterBias, counts_LKE: jax.Array, updates: jax.Array, is_good: jax.Array
@@ -68,9 +72,9 @@ def range_by_layer(router_bias: RouterBias) -> jax.Array | None:
     return jnp.stack([jnp.min(bias_LE, axis=1), jnp.max(bias_LE, axis=1)], axis=1)
 
 
-def rate_schedule(config: Config) -> optax.Schedule:
+def rate_schedule(config: Config, bias_rate: jax.Array | float | None = None) -> optax.Schedule:
     """Returns the rate of the bias as a function of the number of updates so far."""
-    rate = config.moe.bias_rate
+    rate = config.moe.bias_rate if bias_rate is None else bias_rate
     steps = config.training.steps
     if config.moe.bias_schedule == "linear":
         return optax.linear_schedule(rate, 0.0, steps)

@@ -10,39 +10,54 @@ import jax
 import optax
 
 from modse_jax.config.options import Config
+from modse_jax.training import hyperparameters
+from modse_jax.training.hyperparameters import Hyperparameters
 
 
-def learning_rate(config: Config) -> optax.Schedule:
+def learning_rate(config: Config, values: Hyperparameters | None = None) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
     It rises linearly to the peak in `warmup_steps`, then follows a cosine that reaches its floor at
     the last step (MoDSE, section 4: from 2e-7, 2000 warmup steps, floor 3e-5).
+
+    Args:
+      config: the config.
+      values: hyperparameters; None for those of the config.
     """
     options = config.optimizer
     decay_steps = max(config.training.steps, options.warmup_steps + 1)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=options.initial_learning_rate,
-        peak_value=options.learning_rate,
-        warmup_steps=options.warmup_steps,
-        decay_steps=decay_steps,
-        end_value=options.final_learning_rate,
+    values = values or hyperparameters.from_config(config)
+    # The same as optax.warmup_cosine_decay_schedule, which does not accept traced values.
+    warmup = optax.linear_schedule(
+        values.initial_learning_rate, values.learning_rate, options.warmup_steps
     )
+    decay = optax.cosine_decay_schedule(
+        values.learning_rate, decay_steps - options.warmup_steps, values.final_ratio
+    )
+    return optax.join_schedules([warmup, decay], [options.warmup_steps])
 
 
-def build_optimizer(config: Config) -> optax.GradientTransformation:
+def build_optimizer(
+    config: Config, values: Hyperparameters | None = None
+) -> optax.GradientTransformation:
     """Returns AdamW without gradient clipping.
+
+    Args:
+      config: the config.
+      values: hyperparameters; None for those of the config.
 
     `train_step` clips gradients itself, because it has computed their global norm already. The
     identity stands where a clipping transformation was in earlier versions, so that the optimizer
     state has the same tree structure and old checkpoints can be restored.
     """
     options = config.optimizer
+    values = values or hyperparameters.from_config(config)
     adamw = optax.adamw(
-        learning_rate(config),
+        learning_rate(config, values),
         b1=options.beta1,
         b2=options.beta2,
         eps=options.eps,
-        weight_decay=options.weight_decay,
+        weight_decay=values.weight_decay,
         mask=functools.partial(weight_decay_mask, decays_on=options.weight_decay_on),
     )
     return optax.chain(optax.identity(), adamw)

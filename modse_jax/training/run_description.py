@@ -46,14 +46,17 @@ def memory_line(
     Args:
       compiled_step: the compiled training step.
       state_shapes: shapes, types and shardings of the state.
-      compile_seconds: duration of the compilation.
+      compile_seconds: duration of the compilation; 0 if an earlier run of this process compiled.
     """
     state = sum(
         math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
         for array in jax.tree.leaves(state_shapes)
     )
     peak = memory_usage.peak_bytes(compiled_step) or state
+    origin = (
+        f"compiled in {compile_seconds:.0f} s" if compile_seconds else "compiled by a run before"
+    )
     return (
         f"memory per device: state {state / MIB:,.0f} MiB, at most about {peak / MIB:,.0f} MiB in "
-        f"a step; compiled in {compile_seconds:.0f} s"
+        f"a step; {origin}"
     )

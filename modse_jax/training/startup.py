@@ -4,10 +4,9 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import sys
 import time
 from typing import Any, NamedTuple
-
-import jax
 
 from modse_jax.config.loading import to_saved
 from modse_jax.config.options import Config
@@ -22,20 +21,13 @@ from modse_jax.training import (
     restore,
     run_description,
     run_metadata,
-    train_step,
     validation_schedule,
     workdir_checks,
 )
 from modse_jax.training.checkpointing import Checkpoints
 from modse_jax.training.preflight import Setup
+from modse_jax.training.programs import CompiledStep, Programs
 from modse_jax.training.train_step import ScoreStep, State
-
-
-class CompiledStep(NamedTuple):
-    """A compiled training step and the duration of its compilation."""
-
-    program: jax.stages.Compiled
-    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +89,7 @@ class StartedRun(NamedTuple):
 
 
 def start_run(
-    config: Config, workdir: pathlib.Path, cleanup: contextlib.ExitStack
+    config: Config, workdir: pathlib.Path, cleanup: contextlib.ExitStack, programs: Programs
 ) -> StartedRun | None:
     """Starts or resumes a run, up to its first step.
 
@@ -108,6 +100,7 @@ def start_run(
       config: the config.
       workdir: the directory of the run.
       cleanup: frees the lock and waits for the last checkpoint when it closes.
+      programs: compiles the programs of the run.
 
     Returns:
       The run; None if the workdir holds the finished run already.
@@ -115,7 +108,7 @@ def start_run(
     Raises:
       UserError: a check failed.
     """
-    context, restored = prepare_run(config, workdir, cleanup)
+    context, restored = prepare_run(config, workdir, cleanup, programs)
     # From here on the run changes the workdir.
     for message in context.checkpoints.start_writing(restored.damaged, restored.rewind_to):
         console.log(message)
@@ -130,14 +123,14 @@ def start_run(
         context.checkpoints.close()
         return None
     write_description(config, workdir)
-    state = first_state(context, restored)
+    state = first_state(context, restored, programs)
     log_description(context)
     processes.wait_for_all()
     return StartedRun(context, restored.step, state, is_validation_missing)
 
 
 def prepare_run(
-    config: Config, workdir: pathlib.Path, cleanup: contextlib.ExitStack
+    config: Config, workdir: pathlib.Path, cleanup: contextlib.ExitStack, programs: Programs
 ) -> PreparedRun:
     """Makes all checks, loads the data, restores the state and compiles the training step.
 
@@ -161,8 +154,8 @@ def prepare_run(
         data=data,
         checkpoints=checkpoints,
         metadata={**metadata, "skipped_data": restored.skipped_data},
-        compiled_step=None if is_finished else compile_step(config, setup),
-        score_step=train_step.jitted_score_step(config, setup.mesh),
+        compiled_step=None if is_finished else compile_step(config, setup, programs),
+        score_step=programs.score_step(config, setup.mesh),
         peak_flops=peak_rate.peak_flops(setup.mesh.devices.flat),
         started_at=started_at,
     )
@@ -193,18 +186,16 @@ def open_checkpoints(config: Config, workdir: pathlib.Path, setup: Setup) -> Che
     )
 
 
-def compile_step(config: Config, setup: Setup) -> CompiledStep:
-    """Compiles the training step.
+def compile_step(config: Config, setup: Setup, programs: Programs) -> CompiledStep:
+    """Returns the compiled training step.
 
     Raises:
       UserError: on every process, if the step needs more memory than the devices of one of them
         have.
     """
-    start = time.monotonic()
-    program = train_step.compile_train_step(config, setup.mesh)
-    seconds = time.monotonic() - start
-    processes.on_all_processes(lambda: preflight.check_step_memory(program, setup.mesh))
-    return CompiledStep(program, seconds)
+    step = programs.train_step(config, setup.mesh)
+    processes.on_all_processes(lambda: preflight.check_step_memory(step.program, setup.mesh))
+    return step
 
 
 def write_description(config: Config, workdir: pathlib.Path) -> None:
@@ -219,7 +210,7 @@ def write_description(config: Config, workdir: pathlib.Path) -> None:
         files.write_atomically(workdir / name, json.dumps(value, indent=2) + "\n")
 
 
-def first_state(context: RunContext, restored: restore.Restored) -> State:
+def first_state(context: RunContext, restored: restore.Restored, programs: Programs) -> State:
     """Returns the restored state, or the initial state if there is none."""
     if restored.state is not None:
         console.log(
@@ -228,16 +219,18 @@ def first_state(context: RunContext, restored: restore.Restored) -> State:
         )
         return restored.state
     console.log(f"starting at step 0 in an empty workdir, {context.workdir}")
-    return train_step.init_sharded_state(context.config, context.setup.mesh)
+    return programs.initial_state(context.config, context.setup.mesh)
 
 
 def log_description(context: RunContext) -> None:
     """Prints parameters, auxiliary losses, kernels and memory, unless no step is left."""
     if context.compiled_step is None:
         return
-    program, seconds = context.compiled_step
     console.log(model_table.format_model_table(context.config))
     for line in auxiliary_losses.description_lines(context.config):
         console.log(line)
+    for line in auxiliary_losses.router_warnings(context.config):
+        console.log(line, file=sys.stderr)
     console.log(context.setup.kernels.line())
-    console.log(run_description.memory_line(program, context.setup.state_shapes, seconds))
+    step = context.compiled_step
+    console.log(run_description.memory_line(step.program, context.setup.state_shapes, step.seconds))

@@ -23,7 +23,14 @@ from modse_jax.model import kernel_selection, transformer
 from modse_jax.model.variables import Params, RouterBias, Variables, router_bias_array
 from modse_jax.moe.router import RouterStatistics
 from modse_jax.runtime import gpu_options, sharding
-from modse_jax.training import loss_free_balancing, losses, optimizer, train_step_cpu
+from modse_jax.training import (
+    hyperparameters,
+    loss_free_balancing,
+    losses,
+    optimizer,
+    train_step_cpu,
+)
+from modse_jax.training.hyperparameters import Hyperparameters
 
 Batch = dict[str, jax.Array]  # "tokens" and "segments", int32 [B, L + 1]
 ScoreStep = Callable[[Variables, Batch], tuple]
@@ -102,6 +109,8 @@ class Metrics(NamedTuple):
 
 TrainStep = Callable[[State, Batch], tuple[State, Metrics]]
 
+SharedTrainStep = Callable[[State, Batch, Hyperparameters], tuple[State, Metrics]]
+
 
 class LossTerms(NamedTuple):
     """The parts of a loss before weighting, and the routing statistics."""
@@ -158,9 +167,15 @@ class Update(NamedTuple):
 # ---- state -----------------------------------------------------------------------------------
 
 
-def init_state(config: Config, mesh: Mesh | None = None) -> State:
-    """Returns the state before the first step. It depends only on the config, not on the mesh."""
-    _, model_params = nnx.split(transformer.build_model(config, mesh))
+def init_state(config: Config, mesh: Mesh | None = None, seed: jax.Array | None = None) -> State:
+    """Returns the state before the first step. It does not depend on the mesh.
+
+    Args:
+      config: the config.
+      mesh: the mesh.
+      seed: the seed, as a scalar; None for config.seed.
+    """
+    _, model_params = nnx.split(transformer.build_model(config, mesh, seed))
     params = nnx.to_pure_dict(model_params)
     # A state is donated to the step, so no two of its arrays may share a buffer.
     step = jnp.zeros((), jnp.int32)
@@ -188,6 +203,12 @@ def init_sharded_state(config: Config, mesh: Mesh) -> State:
     return jax.jit(lambda: init_state(config, mesh), out_shardings=shardings)()
 
 
+def jitted_init_state(config: Config, mesh: Mesh) -> Callable[[int], State]:
+    """Returns init(seed), which returns the initial state and compiles once for all seeds."""
+    shardings = state_shardings(config, mesh)
+    return jax.jit(lambda seed: init_state(config, mesh, seed), out_shardings=shardings)
+
+
 def state_shardings(config: Config, mesh: Mesh) -> State:
     """Returns the state with shardings in place of arrays."""
     return jax.tree.map(lambda array: array.sharding, state_shapes(config, mesh))
@@ -209,9 +230,23 @@ def compile_train_step(
     Raises:
       UserError: the TPU slice does not support ragged all-to-all. Only its compiler can tell.
     """
+    return _compile(lower_train_step(config, mesh), mesh, options)
+
+
+def compile_shared_train_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles the training step of runs that differ in their hyperparameters, which are inputs."""
+    values = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+    inputs = Hyperparameters(*[values for _ in Hyperparameters._fields])
+    step = make_shared_train_step(config, mesh)
+    return _compile(_lower(step, config, mesh, inputs), mesh)
+
+
+def _compile(
+    lowered: jax.stages.Lowered, mesh: Mesh, options: dict[str, str | int] | None = None
+) -> jax.stages.Compiled:
     all_options = {**compiler_options(mesh), **(options or {})}
     try:
-        return lower_train_step(config, mesh).compile(compiler_options=all_options or None)
+        return lowered.compile(compiler_options=all_options or None)
     except jax.errors.JaxRuntimeError as error:
         if NO_RAGGED_ALL_TO_ALL not in str(error):
             raise
@@ -229,14 +264,22 @@ def compiler_options(mesh: Mesh | None) -> dict[str, str | int]:
 
 def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """Traces the training step for a mesh."""
+    return _lower(make_train_step(config, mesh), config, mesh)
+
+
+def _lower(
+    step: Callable[..., tuple[State, Metrics]], config: Config, mesh: Mesh, *inputs: Hyperparameters
+) -> jax.stages.Lowered:
+    """Traces a training step, which takes a state, a batch, and the given inputs."""
     shape = (config.training.batch_size, config.data.sequence_length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh))
-    step = jax.jit(
-        make_train_step(config, mesh),
+    jitted = jax.jit(
+        step,
         donate_argnums=0,
         out_shardings=(state_shardings(config, mesh), sharding.replicated(mesh)),
     )
-    return step.lower(state_shapes(config, mesh), {"tokens": tokens, "segments": tokens})
+    batch = {"tokens": tokens, "segments": tokens}
+    return jitted.lower(state_shapes(config, mesh), batch, *inputs)
 
 
 # ---- loss and gradients ----------------------------------------------------------------------
@@ -263,13 +306,21 @@ def inputs_and_targets(tokens_BL1: jax.Array, segments_BL1: jax.Array) -> Target
     )
 
 
-def make_loss(config: Config, mesh: Mesh | None = None) -> LossFunction:
+def make_loss(
+    config: Config, mesh: Mesh | None = None, values: Hyperparameters | None = None
+) -> LossFunction:
     """Returns the loss function of a micro-batch.
 
     The losses of all micro-batches add up to the loss of the batch: the cross-entropy is divided by
     the number of targets of the batch, and the auxiliary losses, which are means over the tokens of
     a micro-batch, are multiplied by its share of the tokens of the batch.
+
+    Args:
+      config: the config.
+      mesh: the mesh.
+      values: hyperparameters; None for those of the config.
     """
+    weights = values or hyperparameters.from_config(config)
     graph, _ = transformer.build_abstract_model(config, mesh)
     is_mean = config.moe.auxiliary_over_layers == "mean"
     layer_divisor = config.model.num_layers if is_mean else 1
@@ -292,11 +343,11 @@ def make_loss(config: Config, mesh: Mesh | None = None) -> LossFunction:
         width_penalty = out.width_penalty * share / layer_divisor
         total = (
             vocabulary.total
-            + config.moe.balance_loss_weight * balance_loss
-            + config.moe.z_loss_weight * z_loss
+            + weights.balance_loss_weight * balance_loss
+            + weights.z_loss_weight * z_loss
         )
         if config.moe.width_penalty_weight:
-            total += config.moe.width_penalty_weight * width_penalty
+            total += weights.width_penalty_weight * width_penalty
         terms = LossTerms(
             cross_entropy=vocabulary.cross_entropy,
             vocab_z_loss=vocabulary.z_loss,
@@ -378,14 +429,25 @@ def compute_gradients(
 
 def make_train_step(config: Config, mesh: Mesh | None = None) -> TrainStep:
     """Returns step(state, batch) -> (state, metrics), to be jitted with the state donated."""
-    loss_function = make_loss(config, mesh)
-    rule = optimizer.build_optimizer(config)
-    schedule = optimizer.learning_rate(config)
-    update = select_update(mesh)
-    update_router_bias = loss_free_balancing.make_update(config)
-    micro_batches = config.training.gradient_accumulation
+    shared_step = make_shared_train_step(config, mesh)
+    constants = hyperparameters.from_config(config)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        return shared_step(state, batch, constants)
+
+    return step
+
+
+def make_shared_train_step(config: Config, mesh: Mesh | None = None) -> SharedTrainStep:
+    """Returns step(state, batch, values) -> (state, metrics); `values` replace those of config."""
+    update = select_update(mesh)
+    micro_batches = config.training.gradient_accumulation
+
+    def step(state: State, batch: Batch, values: Hyperparameters) -> tuple[State, Metrics]:
+        loss_function = make_loss(config, mesh, values)
+        rule = optimizer.build_optimizer(config, values)
+        schedule = optimizer.learning_rate(config, values)
+        update_router_bias = loss_free_balancing.make_update(config, values.bias_rate)
         grads, terms, totals = compute_gradients(
             loss_function, state.params, state.router_bias, batch, micro_batches
         )

@@ -16,6 +16,7 @@ import numpy as np
 from modse_jax.data.prepared_data import Dataset
 from modse_jax.model.variables import Variables
 from modse_jax.moe.router import RouterStatistics
+from modse_jax.training import metrics
 from modse_jax.training.train_step import ScoreStep
 
 
@@ -97,21 +98,25 @@ def together(scored: dict[str, Scored]) -> tuple[dict, RouterStatistics]:
     return result, total.statistics
 
 
-def summarize_sets(scored: dict[str, Scored]) -> dict:
+def summarize_sets(scored: dict[str, Scored], has_capacity: bool) -> dict:
     """Returns the results of the validation sets, and the unweighted mean of their losses.
 
     The mean is the macro-average of Slicing and Dicing: a small set counts as much as a large one.
 
     Args:
       scored: {name: sums} of every set.
+      has_capacity: experts have a capacity in evaluation, so that tokens may be dropped.
 
     Returns:
-      {"macro_loss": mean in nats per token, "sets": {name: loss, bits per byte and tokens}}; {}
-      without sets.
+      {"macro_loss": mean in nats per token, "sets": {name: loss, bits per byte, tokens, and with a
+      capacity the dropped tokens}}; {} without sets.
     """
     if not scored:
         return {}
     sets = {name: part.result() for name, part in scored.items()}
+    if has_capacity:
+        for name, part in scored.items():
+            sets[name]["dropped"] = metrics.count_dropped(part.statistics)
     # `fsum` rounds once, so the mean does not depend on the order of the sets.
     macro_loss = math.fsum(result["loss"] for result in sets.values()) / len(sets)
     return {"macro_loss": macro_loss, "sets": sets}

@@ -43,7 +43,7 @@ def test_subcommands_train_and_evaluate_from_any_directory(corpus, tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["sing"], "'sing' is not a command; commands: train, plan, eval"),
+        (["sing"], "'sing' is not a command; commands: train, plan, sweep, eval"),
         (["plan", f"--config={ROOT / 'configs' / 'tiny.py'}"], "--plan is missing"),
         (["prepare", "--out=x"], "arguments are required: --source"),
     ],

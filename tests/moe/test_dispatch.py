@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from modse_jax.moe import dispatch
+from modse_jax.moe.layer_options import Pool
 
 
 def routing(T=37, K=3, E=5, seed=0):
@@ -19,12 +20,12 @@ def routing(T=37, K=3, E=5, seed=0):
 
 def test_rows_are_sorted_stably_by_expert_with_padding_rows_last():
     ids_TK, valid_T, _ = routing()
-    plan = dispatch.plan_dispatch(ids_TK, valid_T, 5)
+    plan = dispatch.plan_dispatch(ids_TK, valid_T, 5, "cpu")
     ids = np.where(np.asarray(valid_T)[:, None], ids_TK, 5).reshape(-1)
     np.testing.assert_array_equal(plan.order_N, np.argsort(ids, kind="stable"))
     np.testing.assert_array_equal(plan.order_N[plan.inverse_N], np.arange(ids.size))
     np.testing.assert_array_equal(plan.rows_E, np.bincount(ids, minlength=6)[:5])
-    assert int(plan.dropped) == 0
+    assert int(plan.dropped_K.sum()) == 0
 
 
 def test_stable_argsort_falls_back_if_its_key_would_overflow():
@@ -36,26 +37,27 @@ def test_stable_argsort_falls_back_if_its_key_would_overflow():
 
 def test_capacity_keeps_first_choices_of_early_tokens_and_counts_the_rest():
     ids_TK, valid_T, _ = routing()
-    plan = dispatch.plan_dispatch(ids_TK, valid_T, 5, capacity=9)
+    capacity = dispatch.Capacity(jnp.full((3,), 9), "choice")
+    plan = dispatch.plan_dispatch(ids_TK, valid_T, 5, "cpu", capacity)
     kept, seen = np.zeros(ids_TK.shape, bool), np.zeros(5, int)
     for k in range(3):
         for t in np.flatnonzero(valid_T):
             kept[t, k] = seen[ids_TK[t, k]] < 9
             seen[ids_TK[t, k]] += 1
-    assert int(plan.dropped) == int(valid_T.sum()) * 3 - kept.sum() > 0
+    assert int(plan.dropped_K.sum()) == int(valid_T.sum()) * 3 - kept.sum() > 0
     np.testing.assert_array_equal(plan.rows_E, np.bincount(np.asarray(ids_TK)[kept], minlength=5))
     owned = np.asarray(plan.order_N)[: int(plan.rows_E.sum())]
     np.testing.assert_array_equal(np.sort(owned), np.flatnonzero(kept.reshape(-1)))
 
 
-def test_capacity_rounds_up_and_zero_is_dropless():
-    assert dispatch.expert_capacity(100, 8, 2, 1.25) == 32
-    assert dispatch.expert_capacity(100, 8, 2, 0.0) == 0
+def test_capacity_rounds_up():
+    assert dispatch.expert_capacity(100, Pool(8, 2), 1.25) == 32
+    assert dispatch.expert_capacity(96, Pool(8, 2), 1.25) == 30
 
 
 def test_dispatch_and_combine_equal_a_loop_with_gradients():
     ids_TK, valid_T, gates_TK = routing()
-    plan = dispatch.plan_dispatch(ids_TK, valid_T, 5)
+    plan = dispatch.plan_dispatch(ids_TK, valid_T, 5, "cpu")
     x_TD = jax.random.normal(jax.random.key(0), (37, 4))
     scale_N1 = jax.random.normal(jax.random.key(1), (37 * 3, 1)).at[int(plan.rows_E.sum()) :].set(0)
 
@@ -80,7 +82,7 @@ def test_no_scatter_of_rows_forward_or_backward():
     ids_TK, valid_T, gates_TK = routing()
 
     def loss(x_TD, gates_TK):
-        plan = dispatch.plan_dispatch(ids_TK, valid_T, 5)
+        plan = dispatch.plan_dispatch(ids_TK, valid_T, 5, "cpu")
         return jnp.sum(dispatch.combine(dispatch.dispatch(x_TD, plan), gates_TK, plan) ** 2)
 
     text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(jnp.ones((37, 4)), gates_TK).as_text()

@@ -49,6 +49,7 @@ def test_two_pools_that_match_and_three_that_do_not():
     three = LayerShape(tuple(map(PoolShape, (16, 16, 32), (1, 2, 4), halves)))
     assert three.active_ratio == Fraction(3, 2)
     assert three.sparsity == 16
+    assert three.activation_ratio == Fraction(3, 32)
 
 
 @pytest.mark.parametrize("sparsity", [1, 2, 8, 128])

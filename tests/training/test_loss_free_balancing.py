@@ -180,10 +180,14 @@ def test_the_bias_has_the_same_bits_with_accumulation_rematerialization_and_devi
 
 
 def test_scores_traces_samples_and_tasks_use_the_bias():
-    """A large bias sends every token to experts 1 and 3 in layer 0, and to 0 and 2 in layer 1."""
-    config = tiny_config(moe=CONFIG)
+    """A large bias sends every token to experts 1 and 3 in layer 0, and to 0 and 2 in layer 1.
+
+    There are two pools with one choice each, so the largest bias need not be the first choice.
+    """
+    pools = dict(pools=((2, 0, 1), (2, 0, 1)), pairs=False, gate="sigmoid")
+    config = tiny_config(moe={**CONFIG, **pools})
     state = jax.jit(lambda: train_step.init_state(config))()
-    bias_LE = jnp.array([[0.0, 9, 0, 8], [7, 0, 6, 0]])
+    bias_LE = jnp.array([[0.0, 8, 0, 9], [7, 0, 6, 0]])
     biased = Variables(state.params, nest_router_bias(bias_LE))
     rows = batch(config)
 
@@ -281,6 +285,11 @@ def test_validation_leaves_the_bias_alone_and_checkpoints_keep_it(corpus, tmp_pa
     assert losses[0]["loss"] == pytest.approx(rows[-1]["loss"], rel=1e-6)
     assert losses[1]["loss"] != pytest.approx(losses[0]["loss"], rel=1e-5)
     assert "dropped" not in losses[0]
+
+
+def test_a_bias_rule_does_not_fit_uniform_gates():
+    with pytest.raises(UserError, match="moe.bias_rule=sign does not fit moe.gate=uniform: its"):
+        tiny_config(moe=dict(bias_rule="sign", gate="uniform"))
 
 
 def test_a_bias_rule_is_not_added_to_an_old_run(corpus, tmp_path):

@@ -219,45 +219,108 @@ def test_nonfinite_step_changes_only_counters():
     assert results.bias_range.tolist() == [[-np.float32(1e-3), np.float32(1e-3)]] * 2
 
 
-def test_auxiliary_losses_are_summed_or_averaged_over_layers():
-    """The printed values hold for a router and a head of zeros, which give equal probabilities."""
-    moe = dict(z_loss_weight=0.1, balance_loss_weight=0.2)
-    training = dict(vocab_z_loss_weight=0.3)
-    expected = {
-        "sum": [
-            "load-balancing loss: weight 0.2, all choices, summed over 2 layers; 4 at perfect "
-            "balance, which adds 0.8 to the loss",
-            "router z-loss: weight 0.1, mean over tokens, summed over 2 layers; 3.84362 if all "
-            "router logits are 0, which adds 0.384 to the loss",
-        ],
-        "mean": [
-            "load-balancing loss: weight 0.2, all choices, averaged over 2 layers; 2 at perfect "
-            "balance, which adds 0.4 to the loss",
-            "router z-loss: weight 0.1, mean over tokens, averaged over 2 layers; 1.92181 if all "
-            "router logits are 0, which adds 0.192 to the loss",
-        ],
-    }
+ONE_POOL = dict(auxiliary_over_layers="sum", balance_loss_weight=0.2, z_loss_weight=0.1)
+# All experts of a pool are chosen, so that the router of zeros loads them equally.
+TWO_POOLS = dict(
+    auxiliary_over_layers="mean",
+    pools=((2, 0, 2), (2, 0, 2)),
+    pairs=False,
+    balance_loss_weight=0.2,
+    z_loss_weight=0.1,
+    width_penalty_weight=0.4,
+    width_penalty_scale="max",
+)
+
+
+@pytest.mark.parametrize(
+    "moe, values, lines",
+    [
+        (
+            ONE_POOL,
+            dict(balance_loss=4, z_loss=3.84362),
+            [
+                "load-balancing loss: weight 0.2, all choices, summed over 2 layers; 4 at perfect "
+                "balance, which adds 0.8 to the loss",
+                "router z-loss: weight 0.1, mean over tokens, summed over 2 layers; 3.84362 if all "
+                "router logits are 0, which adds 0.384 to the loss",
+            ],
+        ),
+        (
+            TWO_POOLS,
+            dict(balance_loss=4, width_penalty=2 * 12 / 20 + 2, z_loss=0.960906),
+            [
+                "load-balancing loss: weight 0.2, all choices, averaged over 2 layers; 4 at "
+                "perfect balance, which adds 0.8 to the loss",
+                "width penalty: weight 0.4, widths over their maximum, averaged over 2 layers; 3.2 "
+                "at perfect balance, which adds 1.28 to the loss",
+                "router z-loss: weight 0.1, mean over tokens, averaged over 2 layers; 0.960906 if "
+                "all router logits are 0, which adds 0.0961 to the loss",
+            ],
+        ),
+    ],
+)
+def test_auxiliary_losses_have_the_printed_values(moe, values, lines):
+    """They hold for a router and a head of zeros, which give equal probabilities."""
+    config = tiny_config(moe=moe, training=dict(vocab_z_loss_weight=0.3))
     vocabulary = (
         "vocabulary z-loss: weight 0.3, mean over targets; 32.5331 if all logits are 0, which "
         "adds 9.76 to the loss"
     )
-    for mode, lines in expected.items():
-        config = tiny_config(moe=dict(auxiliary_over_layers=mode, **moe), training=training)
-        assert auxiliary_losses.description_lines(config) == [*lines, vocabulary]
-        state = initial_state(config)
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf * (path[-1].key not in ("head", "router_gate")), state.params
-        )
-        rows = batch(config)
-        targets = train_step.inputs_and_targets(**{f"{k}_BL1": v for k, v in rows.items()})
-        totals = train_step.BatchTotals(jnp.sum(targets.weights_BL), jnp.float32(1))
-        total, terms = jax.jit(train_step.make_loss(config))(params, {}, rows, totals)
-        layers = 2 if mode == "sum" else 1
-        assert float(terms.balance_loss) == pytest.approx(2 * layers)
-        assert float(terms.z_loss) == pytest.approx(np.log(4) ** 2 * layers)
-        assert float(terms.vocab_z_loss) == pytest.approx(np.log(300) ** 2)
-        added = 0.2 * terms.balance_loss + 0.1 * terms.z_loss + 0.3 * terms.vocab_z_loss
-        assert float(total) == pytest.approx(float(terms.cross_entropy + added))
+    assert auxiliary_losses.description_lines(config) == [*lines, vocabulary]
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * (path[-1].key not in ("head", "router_gate")),
+        initial_state(config).params,
+    )
+    rows = batch(config)
+    split = train_step.inputs_and_targets(rows["tokens"], rows["segments"])
+    totals = train_step.BatchTotals(jnp.sum(split.weights_BL), jnp.float32(1))
+    total, terms = jax.jit(train_step.make_loss(config))(params, {}, rows, totals)
+    expected_total = float(terms.cross_entropy)
+    for name, value in {**values, "vocab_z_loss": np.log(300) ** 2}.items():
+        assert float(getattr(terms, name)) == pytest.approx(value, rel=1e-5)
+        weight = getattr(config.moe, f"{name}_weight", 0.3)
+        expected_total += weight * value
+    assert float(total) == pytest.approx(expected_total, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "moe, message",
+    [
+        (dict(gate="softmax_top_k", top_k=1), None),
+        (dict(gate="uniform"), "moe.gate=uniform ignores the router's logits"),
+        (
+            dict(gate="sigmoid_renormalized", pools=((2, 0, 2), (2, 0, 1)), pairs=False),
+            "is always 1 with one expert per token in pool 1 of moe.pools, so",
+        ),
+    ],
+)
+def test_a_router_without_gradient_is_reported(moe, message):
+    """The gradient of the cross-entropy with respect to a router is 0 just where it is reported."""
+    config = tiny_config(moe=moe)
+    warnings = auxiliary_losses.router_warnings(config)
+    assert len(warnings) == (message is not None)
+    assert all(message in warning for warning in warnings)
+
+    def cross_entropy(params: dict) -> jax.Array:
+        totals = train_step.BatchTotals(jnp.float32(1), jnp.float32(1))
+        _, terms = train_step.make_loss(config)(params, {}, batch(config), totals)
+        return terms.cross_entropy
+
+    grads = jax.jit(jax.grad(cross_entropy))(initial_state(config).params)
+    has_gradient_E = np.abs(grads["blocks"]["moe"]["router_gate"]).max(axis=(0, 1)) > 1e-4
+    first = 0
+    for index, pool in enumerate(config.pools):
+        is_named = f"in pool {index}" in "".join(warnings) or len(config.pools) == 1
+        is_reported = bool(warnings) and is_named
+        assert (has_gradient_E[first : first + pool.num_experts] == (not is_reported)).all()
+        first += pool.num_experts
+
+
+def test_a_single_renormalized_gate_is_reported():
+    for gate in auxiliary_losses.RENORMALIZED_GATES:
+        assert not auxiliary_losses.router_warnings(tiny_config(moe=dict(gate=gate)))
+        (warning,) = auxiliary_losses.router_warnings(tiny_config(moe=dict(gate=gate, top_k=1)))
+        assert f"moe.gate={gate} is always 1 with one expert per token, so" in warning
 
 
 def test_scores_equal_the_training_loss_and_ignore_the_capacity_of_training():

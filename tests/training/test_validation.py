@@ -14,7 +14,7 @@ import pytest
 from modse_jax.config.options import Config, MeshConfig
 from modse_jax.data import data_card
 from modse_jax.errors import ExitCode, UserError
-from modse_jax.evaluation import scoring
+from modse_jax.evaluation import model_loading, scoring
 from modse_jax.moe.router import RouterStatistics
 from modse_jax.report import pages
 from modse_jax.training import loop, run_logs, validation
@@ -94,6 +94,12 @@ def test_losses_of_sets_equal_those_of_runs_with_that_validation_source(finished
         assert not {"sets", "macro_loss"} & set(other_row)
 
 
+def test_tensorboard_shows_every_set(finished):
+    (events,) = (finished.workdir / "tensorboard").glob("events*")
+    for tag in ("validation/macro_loss", "validation/sets/second/loss"):
+        assert tag.encode() in events.read_bytes()
+
+
 def test_macro_loss_is_the_unweighted_mean(finished):
     for row in read_validations(finished.workdir):
         first, second = row["sets"]["first"], row["sets"]["second"]
@@ -110,17 +116,17 @@ def scored(nats: float, tokens: int) -> Scored:
 
 def test_macro_loss_by_hand():
     sets = {"a": scored(30.0, 10), "b": scored(4.0, 4), "c": scored(1000.0, 500)}
-    summary = validation.summarize_sets(sets)
+    summary = validation.summarize_sets(sets, False)
     assert summary["macro_loss"] == 2.0  # (3 + 1 + 2) / 3; over all tokens it would be 2.012
     assert summary["sets"]["b"] == {"loss": 1.0, "bits_per_byte": 1 / np.log(2), "tokens": 4}
-    assert validation.summarize_sets({}) == {}
+    assert validation.summarize_sets({}, False) == {}
 
 
 def test_macro_loss_does_not_depend_on_the_order_of_the_sets():
     """0.1 + 0.2 + 0.3 rounds differently from 0.3 + 0.2 + 0.1."""
     sets = {str(nats): scored(nats, 1) for nats in (0.1, 0.2, 0.3)}
     backwards = dict(reversed(sets.items()))
-    summaries = [validation.summarize_sets(order) for order in (sets, backwards)]
+    summaries = [validation.summarize_sets(order, False) for order in (sets, backwards)]
     assert summaries[0]["macro_loss"] == summaries[1]["macro_loss"]
 
 
@@ -165,6 +171,15 @@ def test_evaluation_with_a_limit_reads_the_first_records_of_every_set(finished):
     result = scoring.evaluate(str(finished.workdir), 2, ("loss",), 5, 8, ())
     for name in ("first", "second"):
         assert 0 < result["loss"]["sets"][name]["tokens"] <= 5 * 32
+
+
+def test_dropped_tokens_of_every_set_are_counted_if_evaluation_has_a_capacity(finished):
+    model = model_loading.load_model(finished.workdir, 0, 8)
+    evaluation = dataclasses.replace(model.config.evaluation, capacity_factor=1.0)
+    config = dataclasses.replace(model.config, evaluation=evaluation)
+    loss = scoring.validate(model._replace(config=config), 0, 8).loss
+    assert loss["sets"]["first"]["dropped"] == loss["dropped"] > 0
+    assert loss["sets"]["second"]["dropped"] > 0
 
 
 def test_a_run_resumes_with_its_sets(finished, tmp_path, capsys):

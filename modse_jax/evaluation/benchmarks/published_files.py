@@ -131,7 +131,8 @@ def _agieval_row(row: dict) -> dict:
     """Returns the document for a row of AGIEval: its own prompt, with choices and right answer."""
     passage = row["passage"] or ""
     if not row["options"]:
-        # The only cloze task among ours is in Chinese: "Question: ...\nAnswer:".
+        # The only cloze task (no choices to choose an answer from) is in Chinese, so the prompt is:
+        # the characters mean "Question: ...\nAnswer:".
         prompt = f"{passage}\u95ee\u9898\uff1a{row['question']}\n\u7b54\u6848\uff1a"
         return {"query": prompt, "answer": row["answer"]}
     letters = "ABCDEFG"[: len(row["options"])]
