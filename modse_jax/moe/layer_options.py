@@ -25,9 +25,6 @@ PLACEMENTS = ("whole", "split")
 EXCHANGES = ("auto", "gather", "all_to_all")
 CAPACITY_ORDERS = ("choice", "token")
 
-# Gates whose value is 1 if a token has a single expert, whatever its logit is.
-RENORMALIZED_GATES = ("top_k_softmax", "softmax_top_k_renormalized", "sigmoid_renormalized")
-
 
 class Pool(NamedTuple):
     """A group of experts with its own softmax, top-k and auxiliary losses.
@@ -57,20 +54,6 @@ def pool_ranges(pools: Sequence[Pool]) -> tuple[PoolRange, ...]:
         ranges.append(PoolRange(experts, choices, pool.top_k))
         expert, choice = experts.stop, choices.stop
     return tuple(ranges)
-
-
-def explain_missing_gradient(gate: str, pools: Sequence[Pool]) -> str:
-    """Returns why the cross-entropy gives the router of a pool no gradient; "" if it gives one.
-
-    Only the auxiliary losses then train the router.
-    """
-    if gate == "uniform":
-        return "moe.gate=uniform gives every chosen expert the weight 1/k, whatever its logit is"
-    single = [i for i, pool in enumerate(pools) if pool.top_k == 1]
-    if gate not in RENORMALIZED_GATES or not single:
-        return ""
-    where = "" if len(pools) == 1 else f" in pool {single[0]}"
-    return f"moe.gate={gate} with top_k=1{where} gives the only chosen expert the weight 1"
 
 
 @dataclasses.dataclass(frozen=True)
