@@ -424,8 +424,10 @@ def assert_refused(arguments: list[str], message: str, workdir: pathlib.Path) ->
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"modle.dim": 8}, "modle"),
-        ({"model.dimm": 8}, "Did you mean"),
+        ({"modle.dim": 8}, "unknown option modle; did you mean model?"),
+        ({"model.dimm": 8}, "unknown option model.dimm; did you mean model.dim?"),
+        ({"moe": 8}, "moe is a section of options; set one of them, such as moe.num_experts"),
+        ({"moe.balancing": 8}, "unknown option moe.balancing; known: num_experts, top_k"),
         ({"model.dim": "wide"}, "dim"),
         ({"moe.widths": "(20,4,12,11)"}, "must sum to"),
         ({"training.batch_size": 3}, "is not divisible by mesh.data=2"),
@@ -441,6 +443,8 @@ def test_bad_options_are_refused_in_one_line(options, message, corpus, tmp_path)
     [
         (["--config=configs/no.py", "--workdir={tmp}/run"], "no.py"),
         (["--config=configs/tiny.py"], "workdir"),
+        (["--config=configs/tiny.py:9M"], "configs/tiny.py:9M: this config takes no argument"),
+        (["--config=configs/study/dense.py:9M"], "unknown size '9M'; known sizes: 10M"),
         (
             ["--config=configs/tiny.py", "--workdir={tmp}/run", "stray"],
             "unexpected argument 'stray'",
