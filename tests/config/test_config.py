@@ -182,4 +182,15 @@ def test_every_config_file_is_a_document_that_builds():
         name = path.relative_to(ROOT)
         module = importlib.import_module(".".join(name.with_suffix("").parts))
         assert f"--config={name}" in module.__doc__, f"{name}: the docstring lacks its command"
-        loading.from_dict(module.get_config().to_dict())
+        config = loading.from_dict(module.get_config().to_dict())
+        if "study" in name.parts:  # docs/study.md: a name after the colon selects another size
+            larger = loading.from_dict(module.get_config("200M").to_dict())
+            assert larger.model.dim == 640 and config.model.dim == 240
+            assert larger.active_width == larger.moe.flop_matched_width == 4 * 640
+
+
+def test_pairs_of_a_size_without_whole_widths_are_refused():
+    from configs.study import modse_pairs
+
+    with pytest.raises(errors.UserError, match="dense width, 192, is not .*; choose 50M, 200M or"):
+        modse_pairs.get_config("10M")
