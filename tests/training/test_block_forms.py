@@ -20,6 +20,7 @@ from modse_jax.runtime import sharding
 from modse_jax.training import loop, metrics, run_logs, state_arrays, train_step
 from modse_jax.training.checkpointing import Checkpoints
 from tests.helpers.block_forms import config_of
+from tests.helpers.configs import tiny_config
 from tests.helpers.steps import assert_close, batch
 
 
@@ -170,3 +171,14 @@ def test_a_plan_of_a_dense_step_has_no_experts():
     assert flops.max_over_mean == 1
     tokens_per_device = 8 * 32 / 8
     assert flops.per_device == accounting.nominal_flops_per_token(config, 32) * tokens_per_device
+
+
+def test_a_plan_of_pools_has_the_load_of_each_pool():
+    """A device with the second pool has 3/4 of the routed tokens, not 1/2."""
+    moe = dict(pools=((4, 12, 1), (4, 12, 3)), widths=(), pairs=False)
+    config = dataclasses.replace(tiny_config(moe=moe), mesh=MeshConfig(4, 1, 2))
+    flops = planner.count_flops(config, device_mesh.build_mesh(config))
+    tokens_per_device = 8 * 32 / 8
+    experts = accounting.nominal_expert_flops_per_token(config) * tokens_per_device
+    expected = 1 + experts * (6 / 4 - 1) / flops.per_device
+    assert flops.max_over_mean == pytest.approx(expected, rel=1e-12)
