@@ -321,7 +321,7 @@ def test_every_mesh_equals_one_device(sizes, options):
     hidden_axes = dict(w_gate=1, w_up=1, w_down=0)
     for name, expected in expected_grads.items():
         if name in hidden_axes:
-            expected = np.take(expected, order, axis=hidden_axes[name])
+            expected = np.take(np.asarray(expected), order, axis=hidden_axes[name])
         np.testing.assert_allclose(grads[name], expected, atol=2e-5, err_msg=name)
 
 
