@@ -133,12 +133,13 @@ def _is_config_flag(name: str) -> bool:
 
 def _run_main(main: Callable[[], int]) -> int:
     # Imported here: JAX takes a second to import, which a mistyped flag need not wait for.
-    from modse_jax.runtime import processes
+    from modse_jax.runtime import compilation_cache, processes
 
     try:
         processes.start(
             FLAGS.coordinator, FLAGS.process_count, FLAGS.process_index, FLAGS.distributed
         )
+        compilation_cache.enable()
         return main()
     except UserError as error:
         return _print_error(error)

@@ -54,11 +54,11 @@ def save_untrained_run(config: Config, workdir: pathlib.Path, step: int) -> None
     """Saves initial weights as the checkpoint of a step, without compiling a training step."""
     with contextlib.ExitStack() as cleanup, pytest.MonkeyPatch.context() as patch:
         patch.setattr(startup, "compile_step", lambda *_: None)
-        programs = Programs()
-        context, restored = startup.prepare_run(config, workdir, cleanup, programs)
+        context, restored = startup.prepare_run(config, workdir, cleanup, Programs())
         startup.write_description(config, workdir)
-        state = startup.first_state(context, restored, programs)
-        state = state._replace(step=jax.numpy.int32(step))
+        state = startup.first_state(context, restored, Programs())._replace(
+            step=jax.numpy.int32(step)
+        )
         context.checkpoints.save(state, {**context.metadata, "validation_loss": None})
         context.checkpoints.close()
 
