@@ -45,7 +45,7 @@ def slow(*values):
 @pytest.mark.parametrize(
     "kind, backend, gpu, model, matmul, num_kernels",
     [
-        ("kernels-once", "pallas_gpu", "h100", "300Mx8", "wgmma", 4),
+        slow("kernels-once", "pallas_gpu", "h100", "300Mx8", "wgmma", 4),
         ("kernels", "pallas_triton", "h100", "700Mx8", "wgmma", 6),
         slow("kernels", "pallas_gpu", "h100", "300Mx8", "wgmma", 6),
         slow("kernels", "pallas_gpu", "h100", "700Mx8", "wgmma", 6),
@@ -63,6 +63,18 @@ def test_kernels_compile_without_spills(tmp_path, kind, backend, gpu, model, mat
         assert any(name.startswith(matmul) for name in kernel["matmuls"]), kernel
         loads = kernel["tensor_loads"] if backend == "pallas_gpu" else kernel["async_copies"]
         assert loads > 0, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["pallas_triton", "pallas_gpu"])
+def test_kernels_of_narrow_experts_compile_without_spills(tmp_path, backend):
+    """An arm of Slicing and Dicing: 256 experts of width 42, padded to 64, at model width 336."""
+    row = compile_case(tmp_path, "kernels", backend, "h100", "80M_n256_k32")
+    assert len(row["kernels"]) == 6
+    for kernel in row["kernels"]:
+        assert kernel["spill_bytes"] == 0, kernel
+        assert kernel["shared_memory_bytes"] <= 227 * 1024, kernel
+        assert any(name.startswith("wgmma") for name in kernel["matmuls"]), kernel
 
 
 @pytest.mark.slow

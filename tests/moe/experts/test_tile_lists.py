@@ -1,4 +1,4 @@
-"""The order of the tasks of hidden-out kernels, in groups of visits."""
+"""The order of the tasks of to-hidden kernels, in groups of visits."""
 
 import itertools
 
