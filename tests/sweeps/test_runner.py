@@ -260,8 +260,7 @@ def test_five_kills_change_nothing_in_a_sweep_of_eight_shapes(corpus, tmp_path):
     resumable = collections.defaultdict(list)
     for kill in range(5):
         process = sweeps.start_runner(file, killed)
-        # In the middle of a run, after its first checkpoint.
-        assert sweeps.kill_when_steps_are_logged(process, killed, 80 * kill + 8, rng)
+        assert sweeps.kill_when_steps_are_logged(process, killed, 80 * (kill + 1), rng)
         for run, steps in sweeps.find_unfinished_steps(killed, steps=20).items():
             resumable[run] += steps
     assert sweeps.run_to_end(file, killed)[2] == 0
