@@ -22,7 +22,8 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
     The content is flushed to disk under a temporary name, then renamed.
     """
     temporary = path.with_name(path.name + ".tmp")
-    data = content.encode() if isinstance(content, str) else content
+    # Surrogates stand for the bytes of a path that is not UTF-8.
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -54,8 +55,8 @@ def read_json(path: pathlib.Path) -> Any:
     if path.is_symlink() or path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path.name} is a symlink, or larger than {LARGEST_JSON >> 20} MiB")
     try:
-        return json.loads(path.read_text())
-    except ValueError:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
         raise ValueError(f"{path.name} is damaged (not JSON)") from None
 
 
