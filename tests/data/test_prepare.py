@@ -168,11 +168,11 @@ def test_names_that_are_passed_over_are_counted(corpus, tmp_path):
         assert card["passed_over"][folder_files.HIDDEN] == 1
         assert card["passed_over"][folder_files.NOT_SUPPORTED] == 1
     assert card["passed_over"][folder_files.RUN_OR_DATA] == 1
-    assert "passed over 3 names in the source: 1 hidden, 1 in a c" in data_card.summarize_card(card)
+    assert "passed over in the source: 1 hidden, 1 in a comp" in data_card.summarize_card(card)
 
 
 def test_any_number_of_processes_gives_the_same_dataset(tmp_path, monkeypatch):
-    monkeypatch.setattr(source_files, "PART_BYTES", 1)  # a part for each file
+    monkeypatch.setattr(source_files, "GROUP_BYTES", 1)  # a part for each file
     for i in range(6):
         texts = [random_text(i * 10 + j, 3) for j in range(9)]
         write_jsonl(tmp_path / f"{i}.jsonl", texts)
@@ -196,7 +196,7 @@ def start_preparing(source, out):
         "import sys\n"
         "from modse_jax.data.prepare import command_line\n"
         "from modse_jax.data.sources import source_files\n"
-        "source_files.PART_BYTES = 1\n"
+        "source_files.GROUP_BYTES = 1\n"
         "command_line.main(sys.argv[1:])\n"
     )
     return subprocess.Popen(

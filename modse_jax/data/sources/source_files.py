@@ -28,6 +28,8 @@ ZSTD_WINDOW = 2**27  # bytes of the largest window that pyarrow decompresses
 
 PART_BYTES = 32 * 2**20  # target size of a part
 
+GROUP_BYTES = PART_BYTES  # files that are not cut are grouped until they have this size
+
 NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -133,7 +135,7 @@ def cut_into_parts(options: SourceOptions, name: str, path: pathlib.Path) -> lis
 
 
 class PartGroup:
-    """Groups whole files into parts of PART_BYTES or a little more.
+    """Groups whole files into parts of GROUP_BYTES or a little more.
 
     Every part ends in padding. With a part for each file, a source of many small files would be
     mostly padding.
@@ -149,7 +151,7 @@ class PartGroup:
         """Adds a file; returns the part that it completes, if it does."""
         self._files.append((name, str(path)))
         self._size += path.stat().st_size
-        return self.finish() if self._size >= PART_BYTES else []
+        return self.finish() if self._size >= GROUP_BYTES else []
 
     def finish(self) -> list[Part]:
         """Returns the part of the files that were added since the last one, if there are any."""
