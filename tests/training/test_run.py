@@ -335,9 +335,8 @@ def test_samples_are_as_long_as_the_context_allows(finished):
     """The context holds 64 tokens, and 4 tokens are requested."""
     model = model_loading.load_model(finished.workdir, 6, 8)
     long_sample, short_sample = scoring.sample(model, ("x" * 62, "x"))
-    assert len(long_sample["text"].encode()) <= 1
-    assert len(list(scoring._generate(model, [1] * 63, 0))) >= 1
-    assert short_sample["prompt"] == "x"
+    assert len(long_sample["text"]) <= 1  # a prompt of 63 tokens with the begin token
+    assert long_sample["prompt"] == "x" * 62 and short_sample["prompt"] == "x"
 
 
 def test_prompts_of_an_ascii_locale_are_read_as_utf_8(finished):
