@@ -68,7 +68,8 @@ class ModelConfig:
     dense_width: int = option(
         0,
         "hidden width of a dense SwiGLU FFN that takes the place of every MoE layer; such a model "
-        "has no experts and no router, and the options `moe.*` are not used. 0 = MoE layers",
+        "has no experts and no router, and of the options `moe.*` only `flop_matched_width` is "
+        "used. 0 = MoE layers",
         minimum=0,
     )
     tie_embeddings: bool = option(False, "use one matrix for the input and the output embedding")
@@ -479,6 +480,15 @@ class Config:
     def is_dense(self) -> bool:
         """True for a model with a dense FFN in place of every MoE layer."""
         return self.model.dense_width > 0
+
+    @property
+    def depends_on_mesh(self) -> bool:
+        """True if training depends on which tokens are on the same device, so on the mesh.
+
+        That is so with a capacity, or with a balancing loss per device. A dense model has neither.
+        """
+        has_capacity = self.moe.capacity_factor > 0
+        return not self.is_dense and (has_capacity or self.moe.balance_loss_scope == "device")
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import os
 import pathlib
 import time
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -200,16 +201,20 @@ def write_json(plans: Sequence[StepPlan], path: str) -> None:
 def count_flops(config: Config, mesh: Mesh) -> StepFlops:
     """Returns the FLOPs of forward and backward pass, without rematerialization.
 
-    Every expert is assumed to receive equally many tokens. Devices then differ only in the total
-    width of their experts.
+    The experts of a pool are assumed to receive equally many tokens. Devices then differ only in
+    the widths of their experts and, if there are several pools, in how many they have of each.
     """
     length = config.data.sequence_length
     tokens = config.training.batch_size * length / mesh.size
     per_device = accounting.nominal_flops_per_token(config, length) * tokens
     expert_flops = accounting.nominal_expert_flops_per_token(config) * tokens
     placement = device_mesh.place_experts_on_mesh(config, mesh)
-    equal_counts = [1] * len(config.widths)
-    straggler = expert_placement.straggler_factor(equal_counts, placement)
+    tokens_per_expert = [
+        Fraction(pool.top_k, pool.num_experts)
+        for pool in config.pools
+        for _ in range(pool.num_experts)
+    ]
+    straggler = expert_placement.straggler_factor(tokens_per_expert, placement)
     return StepFlops(per_device, 1 + expert_flops * (straggler - 1) / per_device)
 
 

@@ -6,7 +6,10 @@ import json
 import os
 import pathlib
 import stat
+import sys
 from typing import Any
+
+from modse_jax.errors import UserError
 
 # Most bytes of a JSON file to read. A damaged or hostile file must not fill the memory.
 LARGEST_JSON = 64 * 2**20
@@ -14,6 +17,22 @@ LARGEST_JSON = 64 * 2**20
 
 # Errors of writing to a disk that has no room or may not be written.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def check_is_text(path: pathlib.Path, option: str) -> None:
+    """Raises UserError if the name of a directory to write to is not text in this locale.
+
+    The libraries that write records and checkpoints take paths as UTF-8. Python represents bytes
+    that it cannot decode by surrogates, which have no UTF-8 form.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{option}={path} cannot be read as text in the encoding of this locale "
+            f"({sys.getfilesystemencoding()}); set the environment variable PYTHONUTF8=1, or "
+            "choose a name of ASCII characters"
+        ) from None
 
 
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:

@@ -16,7 +16,7 @@ from modse_jax.config.loading import (
 from modse_jax.config.options import Config, DataConfig
 from modse_jax.data import validation_sets
 from modse_jax.errors import UserError
-from modse_jax.runtime import processes
+from modse_jax.runtime import files, processes
 from modse_jax.runtime.lock import Lock
 from modse_jax.training.checkpointing import QUARANTINE
 
@@ -68,6 +68,7 @@ def check_workdir(workdir: pathlib.Path, config: Config) -> None:
       UserError: the workdir holds something else, holds a run with a config that may not change in
         this way, or cannot be written.
     """
+    files.check_is_text(workdir, "--workdir")
     contents = classify_workdir(workdir)
     if contents is WorkdirContents.FILE:
         raise UserError(f"--workdir={workdir} is a file; name a directory")
@@ -114,10 +115,7 @@ def _check_saved_config(workdir: pathlib.Path, config: Config) -> None:
             f"{path} is not a config of this version ({error}); use another --workdir"
         ) from None
     allowed = RESUMABLE
-    # With a capacity, or a load-balancing loss per device, the result depends on which tokens are
-    # on the same device, so the mesh must not change.
-    depends_on_mesh = config.moe.capacity_factor or config.moe.balance_loss_scope == "device"
-    if not depends_on_mesh:
+    if not config.depends_on_mesh:
         allowed = RESUMABLE + RESUMABLE_ANY_MESH
     changed = [line for line in differences(saved, config) if line.split(":")[0] not in allowed]
     if changed:

@@ -45,7 +45,7 @@ def slow(*values):
 @pytest.mark.parametrize(
     "kind, backend, gpu, model, matmul, num_kernels",
     [
-        ("kernels-once", "pallas_gpu", "h100", "300Mx8", "wgmma", 4),
+        slow("kernels-once", "pallas_gpu", "h100", "300Mx8", "wgmma", 4),
         ("kernels", "pallas_triton", "h100", "700Mx8", "wgmma", 6),
         slow("kernels", "pallas_gpu", "h100", "300Mx8", "wgmma", 6),
         slow("kernels", "pallas_gpu", "h100", "700Mx8", "wgmma", 6),

@@ -15,6 +15,7 @@ from modse_jax.config import device_mesh
 from modse_jax.config.options import Config, MeshConfig
 from modse_jax.errors import UserError
 from modse_jax.model import accounting
+from modse_jax.moe import layer_options
 from modse_jax.runtime import sharding
 from modse_jax.training import (
     auxiliary_losses,
@@ -287,6 +288,10 @@ def test_auxiliary_losses_have_the_printed_values(moe, values, lines):
     "moe, message",
     [
         (dict(gate="softmax_top_k", top_k=1), None),
+        (
+            dict(gate="softmax_top_k", pools=((1, 0, 1), (3, 0, 1)), pairs=False),
+            "is always 1 with a single expert in pool 0 of moe.pools, so",
+        ),
         (dict(gate="uniform"), "moe.gate=uniform ignores the router's logits"),
         (
             dict(gate="sigmoid_renormalized", pools=((2, 0, 2), (2, 0, 1)), pairs=False),
@@ -317,7 +322,7 @@ def test_a_router_without_gradient_is_reported(moe, message):
 
 
 def test_a_single_renormalized_gate_is_reported():
-    for gate in auxiliary_losses.RENORMALIZED_GATES:
+    for gate in layer_options.RENORMALIZED_GATES:
         assert not auxiliary_losses.router_warnings(tiny_config(moe=dict(gate=gate)))
         (warning,) = auxiliary_losses.router_warnings(tiny_config(moe=dict(gate=gate, top_k=1)))
         assert f"moe.gate={gate} is always 1 with one expert per token, so" in warning

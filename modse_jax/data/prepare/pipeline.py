@@ -23,6 +23,7 @@ from modse_jax.data.prepare import encoding, publishing, scanning
 from modse_jax.data.prepare.working_directory import WorkingDirectory, plan_fingerprint
 from modse_jax.data.sources import Part
 from modse_jax.errors import UserError
+from modse_jax.runtime import files
 from modse_jax.runtime.lock import Lock
 
 # A larger source must be prepared with its own command, before the run.
@@ -60,6 +61,7 @@ def prepare_data(
             and is not empty. No files are left behind.
     """
     out = pathlib.Path(out).expanduser().absolute()
+    files.check_is_text(out, "--out")
     _check_output(out)
     partial = out.with_name(out.name + ".partial")
     lock_path = out.with_name(out.name + ".preparing")
