@@ -361,12 +361,19 @@ class OptimizerConfig:
 
     learning_rate: float = option(3e-4, "peak learning rate of AdamW", above=0)
     initial_learning_rate: float = option(
-        2e-7, "learning rate of step 0, where the warm-up starts", minimum=0
+        2e-7, "learning rate of step 0 of the schedule, where the warm-up starts", minimum=0
     )
     final_learning_rate: float = option(
         3e-5, "learning rate at the end of the cosine schedule", minimum=0
     )
     warmup_steps: int = option(100, "steps of linear warm-up", minimum=0)
+    first_step: int = option(
+        0,
+        "step of the schedule that the first update uses: 0, or 1 as in OLMo-core, where the last "
+        "update has the final learning rate",
+        minimum=0,
+        below=2,
+    )
     beta1: float = option(0.9, "decay rate of the first moment", minimum=0, below=1)
     beta2: float = option(0.95, "decay rate of the second moment", minimum=0, below=1)
     eps: float = option(1e-8, "constant added to the square root of the second moment", above=0)

@@ -53,6 +53,7 @@ def test_defaults_survive_a_round_trip():
         ),
         ("optimizer__learning_rate", float("nan"), "must be finite"),
         ("optimizer__initial_learning_rate", 1.0, "is above the peak"),
+        ("optimizer__first_step", 2, "optimizer.first_step=2 must be < 2"),
         ("evaluation__top_p", 1.5, "must be <= 1"),
         ("mesh__data", 0, "mesh.data=0, mesh.fsdp=1, mesh.expert=1: each must be"),
         ("evaluation__prompts", (), "must be non-empty texts"),
@@ -128,6 +129,7 @@ def test_a_saved_config_of_an_older_version_takes_the_defaults(tmp_path, capsys,
     monkeypatch.setattr(migration, "_reported", set())
     saved = changed(moe__top_k=1, training__steps=7)
     del saved["advanced"]["tail_rows"], saved["data"]["packing"], saved["checkpoint"], saved["seed"]
+    del saved["optimizer"]["first_step"]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(saved))
     values = json.loads(path.read_text())
@@ -140,11 +142,12 @@ def test_a_saved_config_of_an_older_version_takes_the_defaults(tmp_path, capsys,
         "seed=0",
         "data.packing='concat'",
         "advanced.tail_rows=64",
+        "optimizer.first_step=0",
         "checkpoint.keep=3",
         "checkpoint.keep_every=0",
     ):
         assert added in message
-    assert message.count("=") == 5
+    assert message.count("=") == 6
     assert loading.from_saved(changed()) == options.Config()
     assert capsys.readouterr().err == ""
 

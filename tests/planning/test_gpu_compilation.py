@@ -66,6 +66,18 @@ def test_kernels_compile_without_spills(tmp_path, kind, backend, gpu, model, mat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["pallas_triton", "pallas_gpu"])
+def test_kernels_of_narrow_experts_compile_without_spills(tmp_path, backend):
+    """An arm of Slicing and Dicing: 256 experts of width 42, padded to 64, at model width 336."""
+    row = compile_case(tmp_path, "kernels", backend, "h100", "80M_n256_k32")
+    assert len(row["kernels"]) == 6
+    for kernel in row["kernels"]:
+        assert kernel["spill_bytes"] == 0, kernel
+        assert kernel["shared_memory_bytes"] <= 227 * 1024, kernel
+        assert any(name.startswith("wgmma") for name in kernel["matmuls"]), kernel
+
+
+@pytest.mark.slow
 def test_the_step_of_the_auto_backend_never_waits_for_the_device(tmp_path):
     """Deterministic 300Mx8, batch 16 x 4,096, cuDNN attention; memory and sorts are bounded.
 

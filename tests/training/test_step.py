@@ -376,6 +376,24 @@ def test_learning_rate_schedule_is_that_of_the_paper():
     assert float(rate(100)) == pytest.approx(3e-5)
 
 
+def test_the_first_update_uses_the_first_step_of_the_schedule():
+    schedule = dict(learning_rate=0.4, initial_learning_rate=0.0, warmup_steps=4)
+    configs = [
+        tiny_config(optimizer=dict(**schedule, weight_decay=0.5, **first))
+        for first in ({}, {"first_step": 0}, {"first_step": 1})
+    ]
+    rates = [optimizer.learning_rate(config) for config in configs]
+    for updates in range(configs[0].training.steps):
+        assert rates[0](updates) == rates[1](updates)
+        assert rates[2](updates) == rates[0](updates + 1)
+    params = {"w": jnp.ones(3)}
+    for config, rate in zip(configs, (0.0, 0.0, 0.1)):
+        rule = optimizer.build_optimizer(config)
+        # Without gradients, a parameter shrinks by the learning rate times the weight decay.
+        updates, _ = rule.update({"w": jnp.zeros(3)}, rule.init(params), params)
+        np.testing.assert_allclose(updates["w"], -0.5 * rate, rtol=1e-6)
+
+
 def test_weight_decay_is_on_matrices_or_on_all_parameters():
     config = tiny_config(moe=dict(router_noise="learned"))
     params = jax.eval_shape(lambda: train_step.init_state(config)).params
