@@ -11,7 +11,7 @@ from absl import app, flags, logging
 
 from modse_jax.config import loading
 from modse_jax.errors import ExitCode, RunError, UserError
-from modse_jax.runtime import files, malloc
+from modse_jax.runtime import console_encoding, files, malloc
 
 FLAGS = flags.FLAGS
 
@@ -36,6 +36,7 @@ def run(main: Callable[[], int], define_flags: Callable[[], None], usage: str) -
       define_flags: defines the flags of the command.
       usage: the text that --help prints above the flags.
     """
+    console_encoding.escape_unprintable()
     malloc.use_large_pages()
     logging.set_verbosity(logging.ERROR)  # Orbax logs every step of a save
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

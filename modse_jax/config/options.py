@@ -399,7 +399,9 @@ class EvaluationConfig:
         "samples and benchmark tasks always are",
         minimum=0,
     )
-    sample_tokens: int = option(96, "tokens to generate per sample", minimum=1)
+    sample_tokens: int = option(
+        96, "tokens to generate per sample, or as many as the context holds", minimum=1
+    )
     prompts: tuple[str, ...] = option(("def ", "import ", "class "), "prompts of the sample suite")
     temperature: float = option(0.8, "sampling temperature; 0 = greedy", minimum=0)
     top_k: int = option(0, "sample from the k most likely tokens; 0 = all", minimum=0)

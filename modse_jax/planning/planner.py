@@ -195,7 +195,7 @@ def add_launches(plan: StepPlan, launches: gpu_compiler.Launches | None) -> None
 def write_json(plans: Sequence[StepPlan], path: str) -> None:
     """Writes plans into a JSON file, as a list of dictionaries."""
     rows = [step_plan.to_dict(plan) for plan in plans]
-    pathlib.Path(path).expanduser().write_text(json.dumps(rows, indent=2) + "\n")
+    pathlib.Path(path).expanduser().write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
 def count_flops(config: Config, mesh: Mesh) -> StepFlops:

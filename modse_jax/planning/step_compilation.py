@@ -95,7 +95,7 @@ def _compile_for_tpu(config: Config, mesh: Mesh, folder: str) -> CompiledStep:
             raise
         return CompiledStep(peak_bytes=_read_needed_memory(str(error)))
     (file,) = pathlib.Path(folder).glob("*.jit_step.*after_optimizations.txt")
-    return _describe(compiled, file.read_text())
+    return _describe(compiled, file.read_text(encoding="utf-8"))
 
 
 def _read_needed_memory(message: str) -> float | None:

@@ -175,7 +175,7 @@ def assert_same(facts: dict[str, str]) -> None:
       UserError: on every process, if a value of any process differs from that of process 0.
     """
     digests = {
-        name: hashlib.sha256(value.encode()).hexdigest()[:16] for name, value in facts.items()
+        name: hashlib.sha256(_encode(value)).hexdigest()[:16] for name, value in facts.items()
     }
     all_digests = [json.loads(text) for text in gather(json.dumps(digests))]
     for name in facts:
@@ -191,12 +191,17 @@ def assert_same(facts: dict[str, str]) -> None:
             )
 
 
+def _encode(text: str) -> bytes:
+    """Returns a text as UTF-8; surrogates stand for the bytes of a path that is not UTF-8."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def gather(text: str) -> list[str]:
     """Returns the texts of all processes, each truncated to `MESSAGE_BYTES`, on every process."""
     if not is_multi_process():
         return [text]
     wait_for_all()
-    data = text.encode()[:MESSAGE_BYTES]
+    data = _encode(text)[:MESSAGE_BYTES]
     message = np.zeros(MESSAGE_BYTES, np.uint8)
     message[: len(data)] = np.frombuffer(data, np.uint8)
     messages = np.asarray(multihost_utils.process_allgather(message)).reshape(-1, MESSAGE_BYTES)

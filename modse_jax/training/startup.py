@@ -169,8 +169,7 @@ def load_data(config: Config, workdir: pathlib.Path) -> training_data.TrainingDa
     for dataset in data.datasets:
         console.log(data_card.summarize_card(dataset.card))
     for dataset in data.validation_sets:
-        counts = dataset.card["splits"]["validation"]
-        console.log(data_card.summarize_split(f"validation set {dataset.name}", counts))
+        console.log(data_card.summarize_validation_set(dataset.name, dataset.card))
     return data
 
 

@@ -28,9 +28,10 @@ from modse_jax.errors import ExitCode, UserError
 from modse_jax.evaluation import model_loading, scoring
 from modse_jax.report import analysis, demo_summary, pages, routing_statistics
 from modse_jax.runtime import malloc, sharding
-from modse_jax.training import loop, metrics, run_logs, startup, train_step
+from modse_jax.training import loop, metrics, run_logs, startup, train_step, workdir_checks
 from modse_jax.training.checkpointing import Checkpoints
 from modse_jax.training.programs import Programs
+from tests.helpers.configs import tiny_config
 from tests.helpers.runs import (
     ROOT,
     command,
@@ -344,11 +345,38 @@ def test_samples_report_and_summary(finished):
     assert summary["tokens_per_second"] > 0
 
 
+def test_a_source_beside_a_mixture_is_refused_in_a_new_run(tmp_path):
+    """Runs that older versions started with both are still resumed."""
+    config = tiny_config(data=dict(source="text:x", mixture=(("a", 1.0),)))
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match="data.source=text:x would not be used, because data.mix"):
+        workdir_checks.check_workdir(workdir, config)
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(loading.to_saved(config)))
+    workdir_checks.check_workdir(workdir, config)
+
+
+def test_samples_are_as_long_as_the_context_allows(finished):
+    """The context holds 64 tokens, and 4 tokens are requested."""
+    model = model_loading.load_model(finished.workdir, 6, 8)
+    long_sample, short_sample = scoring.sample(model, ("x" * 62, "x"))
+    assert len(long_sample["text"]) <= 1  # a prompt of 63 tokens with the begin token
+    assert long_sample["prompt"] == "x" * 62 and short_sample["prompt"] == "x"
+
+
+def test_prompts_of_an_ascii_locale_are_read_as_utf_8(finished):
+    """Python keeps the bytes of the command line that it cannot decode as surrogates."""
+    model = model_loading.load_model(finished.workdir, 6, 8)
+    (sample,) = scoring.sample(model, ("caf\udcc3\udca9",))
+    assert sample["prompt"] == "caf\u00e9"
+
+
 @pytest.mark.parametrize(
     "step, suites, prompts, message",
     [
         (5, ("loss",), (), "--step=5 is not saved in .*; saved: 3, 6"),
-        (0, ("lose",), (), "--suite=lose is unknown; suites: loss, routing"),
+        (0, ("lose",), (), "--suite=lose is unknown; suites: loss, .* tasks, compare, verify"),
+        (0, ("sample",), ("caf\udce9",), "is not UTF-8"),
         (0, ("sample",), ("x" * 99,), "has 100 tokens"),
     ],
 )

@@ -133,7 +133,7 @@ def _choose_threshold(data: DataConfig, parts: list[Part], scans: list[PartScan]
         raise UserError(
             f"source {data.source!r} is a single document of {split_by_name[0].bytes} bytes, which "
             "cannot be split into training and validation; give more files, or one file of over "
-            f"{PIECE_BYTES} bytes with blank lines, or a validation_source"
+            f"{2 * PIECE_BYTES} bytes, or a validation_source"
         )
     return validation_split.holdout_threshold(
         sum(scan.below for scan in split_by_name),

@@ -101,7 +101,7 @@ def _read_run(path: pathlib.Path, step: int, limit: int) -> RunResults:
         )
     step = step or max(found)
     file = result_files.results_path(path, step, limit)
-    records = json.loads(file.read_text()).get("tasks", {}) if file.exists() else {}
+    records = json.loads(file.read_text(encoding="utf-8")).get("tasks", {}) if file.exists() else {}
     return RunResults(path, step, records)
 
 
@@ -205,7 +205,7 @@ def _read_scores(path: pathlib.Path) -> dict[Metric, DocumentScores]:
             "on that workdir first"
         )
     scores: dict[Metric, DocumentScores] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         for metric, value in row["metrics"].items():
             if metric in LOG_PROBABILITY_METRICS:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from modse_jax.data.sources import folder_files
 from modse_jax.errors import UserError
 
 TASKS_FOLDER = pathlib.Path(__file__).parents[3] / "configs" / "tasks"
@@ -170,16 +171,16 @@ def copy_task_folders(
 
 
 def _copy_task_folder(source: pathlib.Path, target: pathlib.Path, values: dict[str, str]) -> None:
-    for path in source.rglob("*"):
-        is_task_code = path.suffix in ("", ".yaml", ".py") and path.is_file()
+    for name, path in folder_files.find_in_folder("text", source, ()).files:
+        is_task_code = path.suffix in ("", ".yaml", ".py")
         if not is_task_code or path.stat().st_size >= MAX_FILE_BYTES:
             continue
-        text = path.read_text(errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
         if path.suffix == ".yaml":
             text = _resolve_task_file(text, values)
-        copy = target / path.relative_to(source)
+        copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(text)
+        copy.write_text(text, encoding="utf-8")
 
 
 def _resolve_task_file(text: str, values: dict[str, str]) -> str:

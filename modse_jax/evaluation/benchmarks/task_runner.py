@@ -170,7 +170,9 @@ def _evaluate_tasks(
         result = _evaluate_task(adapter, loaded.manager, task, limit)
         documents_path = result_files.samples_path(workdir, step, limit, task.name)
         _write_documents(documents_path, result.documents)
-        earlier = json.loads(path.read_text()).get("tasks", {}) if path.exists() else {}
+        earlier = {}
+        if path.exists():
+            earlier = json.loads(path.read_text(encoding="utf-8")).get("tasks", {})
         added = {"step": step, "limit": limit, "tasks": {**earlier, task.name: result.record}}
         results = result_files.add_results(workdir, step, limit, added)
         show(format_record(task.name, result.record) + "\n")
