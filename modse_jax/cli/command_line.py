@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from modse_jax.errors import ExitCode, RunError, UserError
+from modse_jax.errors import ExitCode, RunError, UserError, describe_exception
 from modse_jax.runtime import files, malloc
 
 FLAGS = flags.FLAGS
@@ -95,9 +95,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = FLAGS(argv)
     except FLAG_ERRORS as error:
-        # str() of a KeyError puts its argument in quotes, so the argument is printed instead.
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.exit(_print_error(message))
+        sys.exit(_print_error(describe_exception(error)))
     if len(rest) > 1:
         sys.exit(_print_error(f"unexpected argument {rest[1]!r}; options are written --name=value"))
     return rest
@@ -148,8 +146,9 @@ def _report_failed_process(error: Exception) -> None:
     traceback.print_exc()
     _print_error(
         f"process {processes.index()} of {processes.count()} stopped: "
-        f"{type(error).__name__}: {str(error)[:300]}; if another process has ended, its own output "
-        "gives the reason. Start all of them again: the run resumes from its last checkpoint"
+        f"{type(error).__name__}: {describe_exception(error)[:300]}; if another process has "
+        "ended, its own output gives the reason. Start all of them again: the run resumes from its "
+        "last checkpoint"
     )
 
 

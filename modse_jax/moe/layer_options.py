@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from modse_jax.moe.experts.block_sizes import DEFAULT_BLOCKS, Blocks
+from modse_jax.runtime import choices
 
 # See gates.GATES. The names are repeated here because this module imports no array library.
 GATES = (
@@ -25,7 +26,7 @@ PLACEMENTS = ("whole", "split")
 EXCHANGES = ("auto", "gather", "all_to_all")
 CAPACITY_ORDERS = ("choice", "token")
 
-# Gates whose value is 1 if a token has a single expert, whatever its logit is.
+# Gates of a token that sum to 1. A single one is constant, so its router has no gradient.
 RENORMALIZED_GATES = ("top_k_softmax", "softmax_top_k_renormalized", "sigmoid_renormalized")
 
 
@@ -57,20 +58,6 @@ def pool_ranges(pools: Sequence[Pool]) -> tuple[PoolRange, ...]:
         ranges.append(PoolRange(experts, choices, pool.top_k))
         expert, choice = experts.stop, choices.stop
     return tuple(ranges)
-
-
-def explain_missing_gradient(gate: str, pools: Sequence[Pool]) -> str:
-    """Returns why the cross-entropy gives the router of a pool no gradient; "" if it gives one.
-
-    Only the auxiliary losses then train the router.
-    """
-    if gate == "uniform":
-        return "moe.gate=uniform gives every chosen expert the weight 1/k, whatever its logit is"
-    single = [i for i, pool in enumerate(pools) if pool.top_k == 1]
-    if gate not in RENORMALIZED_GATES or not single:
-        return ""
-    where = "" if len(pools) == 1 else f" in pool {single[0]}"
-    return f"moe.gate={gate} with top_k=1{where} gives the only chosen expert the weight 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +96,14 @@ class RouterOptions:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_choice("gate", self.gate, GATES)
-        _check_choice("router_noise", self.router_noise, ROUTER_NOISES)
-        _check_choice("balance_loss_count", self.balance_loss_count, BALANCE_LOSS_COUNTS)
-        _check_choice("balance_loss_scope", self.balance_loss_scope, BALANCE_LOSS_SCOPES)
-        _check_choice(
-            "balance_loss_over_choices", self.balance_loss_over_choices, BALANCE_LOSS_OVER_CHOICES
+        choices.check(GATES, "gate", self.gate)
+        choices.check(ROUTER_NOISES, "router_noise", self.router_noise)
+        choices.check(BALANCE_LOSS_COUNTS, "balance_loss_count", self.balance_loss_count)
+        choices.check(BALANCE_LOSS_SCOPES, "balance_loss_scope", self.balance_loss_scope)
+        choices.check(
+            BALANCE_LOSS_OVER_CHOICES, "balance_loss_over_choices", self.balance_loss_over_choices
         )
-        _check_choice("width_penalty_scale", self.width_penalty_scale, WIDTH_PENALTY_SCALES)
+        choices.check(WIDTH_PENALTY_SCALES, "width_penalty_scale", self.width_penalty_scale)
 
     def pools_of(self, num_experts: int) -> tuple[Pool, ...]:
         """Returns the pools of a layer; one with all experts if none are given.
@@ -167,17 +154,12 @@ class ExpertOptions:
     blocks: Blocks = DEFAULT_BLOCKS
 
     def __post_init__(self) -> None:
-        _check_choice("backend", self.backend, BACKENDS)
-        _check_choice("placement", self.placement, PLACEMENTS)
-        _check_choice("exchange", self.exchange, EXCHANGES)
-        _check_choice("capacity_order", self.capacity_order, CAPACITY_ORDERS)
+        choices.check(BACKENDS, "backend", self.backend)
+        choices.check(PLACEMENTS, "placement", self.placement)
+        choices.check(EXCHANGES, "exchange", self.exchange)
+        choices.check(CAPACITY_ORDERS, "capacity_order", self.capacity_order)
         if self.exchange == "all_to_all" and (self.placement != "whole" or self.capacity_factor):
             raise ValueError(
                 "exchange='all_to_all' needs whole experts and no capacity: set placement='whole' "
                 "and capacity_factor=0, or choose exchange='gather'"
             )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")

@@ -9,9 +9,7 @@ import math
 from typing import NamedTuple
 
 from modse_jax.config.options import Config
-
-# The gates of a token that sum to 1. A single one is constant, so its router has no gradient.
-RENORMALIZED_GATES = ("top_k_softmax", "softmax_top_k_renormalized", "sigmoid_renormalized")
+from modse_jax.moe.layer_options import RENORMALIZED_GATES
 
 
 class AuxiliaryLoss(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import optax
 
-from modse_jax.config.options import Config
+from modse_jax.config.options import WEIGHT_DECAY_ON, Config
+from modse_jax.runtime import choices
 from modse_jax.training import hyperparameters
 from modse_jax.training.hyperparameters import Hyperparameters
 
@@ -17,8 +18,11 @@ from modse_jax.training.hyperparameters import Hyperparameters
 def learning_rate(config: Config, values: Hyperparameters | None = None) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
-    It rises linearly to the peak in `warmup_steps`, then follows a cosine that reaches its floor at
-    the last step (MoDSE, section 4: from 2e-7, 2000 warmup steps, floor 3e-5).
+    It rises linearly to the peak in `warmup_steps`, then follows a cosine that reaches its floor
+    after `training.steps` updates (MoDSE, section 4: from 2e-7, 2000 warmup steps, floor 3e-5). The
+    last update has the number steps - 1, and so a rate slightly above the floor: with a peak of
+    3e-4 and a floor of 3e-5, by 5.5% of the floor with 30 steps, and by 0.02% with 1,000. Moving
+    the end by one step would change every rate of every run, also of those that resume.
 
     Args:
       config: the config.
@@ -72,6 +76,8 @@ def weight_decay_mask(params: Any, decays_on: str) -> Any:
         but the scales of norms, which are recognized by name. They cannot be recognized as vectors,
         because the parameters of all layers are stacked.
     """
+
+    choices.check(WEIGHT_DECAY_ON, "optimizer.weight_decay_on", decays_on)
 
     def decays(path: tuple, _: Any) -> bool:
         return decays_on == "all" or "scale" not in path[-1].key

@@ -34,20 +34,32 @@ def sigmoid(z):
     return 1 / (1 + np.exp(-z))
 
 
+SCORES = {
+    "top_k_softmax": softmax,
+    "softmax_top_k": softmax,
+    "softmax_top_k_renormalized": softmax,
+    "sigmoid": sigmoid,
+    "sigmoid_renormalized": sigmoid,
+    "uniform": softmax,
+}
+
+
 def score(logits, gate):
-    return sigmoid(logits) if gate.startswith("sigmoid") else softmax(logits)
+    return SCORES[gate](logits)
 
 
 def compute_gates(logits, chosen, gate):
     """The weights of the chosen experts, each from its definition."""
-    scores = score(logits, gate)
-    if gate == "uniform":
-        return np.full(len(chosen), 1 / len(chosen))
-    if gate == "top_k_softmax":
-        return softmax(logits[chosen])
-    if gate.endswith("_renormalized"):
-        return scores[chosen] / scores[chosen].sum()
-    return scores[chosen]
+    scores = score(logits, gate)[chosen]
+    weights = {
+        "top_k_softmax": softmax(logits[chosen]),
+        "softmax_top_k": scores,
+        "softmax_top_k_renormalized": scores / scores.sum(),
+        "sigmoid": scores,
+        "sigmoid_renormalized": scores / scores.sum(),
+        "uniform": np.full(len(chosen), 1 / len(chosen)),
+    }
+    return weights[gate]
 
 
 def choose(x_TD, valid_T, w, pools, gate, scale, bias):
@@ -74,10 +86,11 @@ def drop_over_capacity(choices, widths, pools, factor, order, num_valid):
     """Returns the choices that are served, and the number of the others."""
     if not factor:
         return choices, 0
-    if order == "choice":
-        queue = sorted(choices, key=lambda c: (c.rank, c.token))
-    else:
-        queue = sorted(choices, key=lambda c: (c.token, c.rank))
+    sort_keys = {
+        "choice": lambda c: (c.rank, c.token),
+        "token": lambda c: (c.token, c.rank),
+    }
+    queue = sorted(choices, key=sort_keys[order])
     served = []
     rows = [0] * len(widths)
     for choice in queue:
@@ -107,7 +120,7 @@ def balance(choices, logits_of_pools, tokens, pools, widths, options):
             p_sum += scores / scores.sum()
         n = len(tokens)
         products = chosen / n * p_sum / n
-        divisor = pools[p][1] if options["over_choices"] == "mean" else 1
+        divisor = {"sum": 1, "mean": pools[p][1]}[options["over_choices"]]
         loss += num_experts * products.sum() / divisor
         penalty += num_experts * (products * relative).sum()
         first += num_experts

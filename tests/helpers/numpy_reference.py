@@ -38,12 +38,14 @@ def layer(x_TD, w, widths, top_k, gate, eps=1e-5, valid_T=None, count="top_k"):
             logits = logits + w["router_noise_scale"] * term / np.sqrt((term**2).mean() + eps)
         p = softmax(logits)
         chosen = np.argsort(-logits, kind="stable")[:top_k]
-        gates = softmax(logits[chosen]) if gate == "top_k_softmax" else p[chosen]
-        if gate == "softmax_top_k_renormalized":
-            gates = gates / gates.sum()
+        gates = {
+            "top_k_softmax": softmax(logits[chosen]),
+            "softmax_top_k": p[chosen],
+            "softmax_top_k_renormalized": p[chosen] / p[chosen].sum(),
+        }[gate]
         for e, g in zip(chosen, gates):
             y[t] += g * expert(x_TD[t], w, firsts[e], widths[e])
-        f[chosen if count == "top_k" else chosen[:1]] += 1
+        f[{"top_k": chosen, "argmax": chosen[:1]}[count]] += 1
         p_sum += p
         z += (np.log(np.exp(logits - logits.max()).sum()) + logits.max()) ** 2
     return y, E * np.sum(f / tokens * p_sum / tokens), z / tokens

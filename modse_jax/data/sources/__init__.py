@@ -17,7 +17,7 @@ from modse_jax.data.sources import (
     tfds_records,
 )
 from modse_jax.data.sources.documents_and_parts import Document, Part, SourceOptions
-from modse_jax.errors import UserError
+from modse_jax.errors import UserError, describe_exception
 
 READERS: dict[str, Callable[[Part], Iterator[Document]]] = {
     "text": text_files.read_text,
@@ -71,7 +71,7 @@ def read_part(part: Part) -> Iterator[Document]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return describe_exception(error).splitlines()[0]
 
 
 def read_documents(source: str, field: str = "text") -> Iterator[Document]:
