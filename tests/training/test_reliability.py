@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from modse_jax.runtime.signals import StopRequest
 from modse_jax.training import (
     loop,
     replay_check,
+    fingerprints,
     restore,
     run_logs,
     state_arrays,
@@ -131,7 +133,7 @@ def test_fingerprints_find_changed_arrays_in_intact_files(copy, state, monkeypat
     monkeypatch.setattr(
         state_arrays,
         "compute_fingerprints",
-        lambda s: {k: v + (k == "params/head") for k, v in right(s).items()},
+        lambda *a: {k: v + (k == "params/head") for k, v in right(*a).items()},
     )
     checkpoints = Checkpoints(copy, 3)
     reason = checkpoints.restore(3, abstract(state))[1]
@@ -141,16 +143,49 @@ def test_fingerprints_find_changed_arrays_in_intact_files(copy, state, monkeypat
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "uint8"])
 def test_fingerprint_depends_on_every_element_but_not_on_the_mesh(dtype):
     array = jnp.asarray(np.random.default_rng(0).integers(0, 2, (8, 6)), dtype)
-    plain = int(jax.jit(state_arrays.fingerprint)(array))
+    plain = int(jax.jit(fingerprints.fingerprint)(array))
     for sizes in ((8, 1, 1), (1, 2, 1), (2, 2, 2)):
         mesh = device_mesh.build_mesh(tiny_config(mesh=MeshConfig(*sizes)))
         spec = jax.sharding.PartitionSpec(("data", "fsdp"), "expert")
         there = jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
-        assert int(jax.jit(state_arrays.fingerprint)(there)) == plain
+        assert int(jax.jit(fingerprints.fingerprint)(there)) == plain
     for place in ((0, 0), (3, 2), (7, 5)):
         changed = array.at[place].set((1 - array[place]).astype(array.dtype))
-        assert int(jax.jit(state_arrays.fingerprint)(changed)) != plain
-    assert int(jax.jit(state_arrays.fingerprint)(array[::-1])) != plain
+        assert int(jax.jit(fingerprints.fingerprint)(changed)) != plain
+    assert int(jax.jit(fingerprints.fingerprint)(array[::-1])) != plain
+
+
+def test_fingerprint_depends_on_several_changes_of_the_same_bit():
+    """A sum that is linear in the bits does not change if an even number of signs does."""
+    rng = np.random.default_rng(0)
+    bits = rng.normal(size=(16, 12)).astype(np.float32).reshape(-1).view(np.uint32)
+    changed = [bits.copy() for _ in range(301)]
+    for trial, array in enumerate(changed[1:]):
+        places = rng.choice(bits.size, 2 * int(rng.integers(1, 20)), replace=False)
+        array[places] ^= np.uint32(1 << (31, 30, int(rng.integers(32)))[trial % 3])
+    changed.append(bits ^ np.uint32(1 << 31))  # every sign
+    find = jax.jit(jax.vmap(fingerprints.fingerprint))
+    values = np.asarray(find(np.stack(changed).view(np.float32).reshape(-1, 16, 12)))
+    assert not (values[1:] == values[0]).any()
+
+
+def test_checkpoints_of_format_2_are_verified_with_their_own_fingerprints(copy, state):
+    """The arrays are intact if their fingerprints match, and damaged if one does not."""
+    path = copy / "00000003" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    assert meta["format"] == 3
+    old = state_arrays.compute_fingerprints(at(state, 3), 2)
+    assert all(old[name] != new for name, new in meta["fingerprints"].items() if "params" in name)
+    for fingerprints_of_file, reason in (
+        (old, ""),
+        (meta["fingerprints"], r".* is not what was saved \(\d+ arrays differ\)"),
+        (old | {"params/head": 1}, r"params/head is not what was saved \(1 arrays differ\)"),
+    ):
+        path.write_text(json.dumps(meta | {"format": 2, "fingerprints": fingerprints_of_file}))
+        assert re.fullmatch(reason, Checkpoints(copy, 3).restore(3, abstract(state))[1])
+    path.write_text(json.dumps(meta | {"format": 4}))
+    with pytest.raises(UserError, match="checkpoint 3 has format 4, but .* reads formats 2, 3"):
+        Checkpoints(copy, 3).meta(3)
 
 
 def test_newest_best_and_every_nth_step_are_kept(tmp_path, state):
