@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
@@ -201,6 +202,15 @@ def test_newest_best_and_every_nth_step_are_kept(tmp_path, state):
 
 
 def test_step_without_a_file_does_not_count_as_kept(copy, state):
+def test_step_with_a_loss_that_is_not_finite_is_never_the_best(tmp_path, state):
+    """A comparison with NaN is always false, so the first step would be kept, and not the best."""
+    checkpoints = Checkpoints(tmp_path, 1)
+    for step, loss in ((1, math.nan), (2, 2.0), (3, 1.0), (4, math.inf), (5, None)):
+        checkpoints.save(at(state, step), {"validation_loss": loss})
+    checkpoints.close()
+    assert checkpoints.steps() == [3, 5]
+
+
     (copy / "00000003" / "state" / "_METADATA").unlink()
     checkpoints = Checkpoints(copy, 2)
     checkpoints.save(at(state, 4), NOTHING)
