@@ -220,7 +220,7 @@ class Run:
     def _log_metrics(self, step: int, results: Metrics) -> None:
         interval = self.timer.restart(step)
         data = self._context.data
-        batches_taken = self._batch_number(step)
+        batches = restore.batches_read(step, self._context.metadata["skipped_data"])
         row = metrics.train_row(
             self._config,
             step,
@@ -230,9 +230,9 @@ class Run:
             self._context.peak_flops,
         )
         row["data_wait"] = interval.data_wait
-        row["epochs"] = batching.epochs(data, self._config, batches_taken)
+        row["epochs"] = batching.epochs(data, self._config, batches)
         if len(data.datasets) > 1:
-            row["tokens_by_source"] = batching.tokens_by_dataset(data, self._config, batches_taken)
+            row["tokens_by_source"] = batching.tokens_by_dataset(data, self._config, batches)
         layers = metrics.routing_by_layer(
             results.statistics, self._config.widths, self._context.setup.placement
         )

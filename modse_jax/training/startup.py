@@ -153,7 +153,11 @@ def prepare_run(
         setup=setup,
         data=data,
         checkpoints=checkpoints,
-        metadata={**metadata, "skipped_data": restored.skipped_data},
+        metadata={
+            **metadata,
+            "skipped_data": restored.skipped_data,
+            "independent_seeds": restored.has_independent_seeds,
+        },
         compiled_step=None if is_finished else compile_step(config, setup, programs),
         score_step=programs.score_step(config, setup.mesh),
         peak_flops=peak_rate.peak_flops(setup.mesh.devices.flat),
@@ -177,6 +181,7 @@ def load_data(config: Config, workdir: pathlib.Path) -> training_data.TrainingDa
 
 
 def open_checkpoints(config: Config, workdir: pathlib.Path, setup: Setup) -> Checkpoints:
+    data = data._replace(has_independent_seeds=restored.has_independent_seeds)
     """Opens the checkpoints of a workdir."""
     return Checkpoints(
         workdir / "checkpoints",

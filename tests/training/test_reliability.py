@@ -6,11 +6,12 @@ import math
 import os
 import pathlib
 import random
-import shutil
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +28,16 @@ from modse_jax.runtime import files, integrity, signals
 from modse_jax.runtime.lock import Lock
 from modse_jax.runtime.signals import StopRequest
 from modse_jax.training import (
+    fingerprints,
     loop,
     replay_check,
-    fingerprints,
     restore,
     run_logs,
     state_arrays,
     train_step,
     validation,
 )
-from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
+from modse_jax.training.checkpointing import REWRITTEN, Checkpoints, Found
 from tests.helpers import faults
 from tests.helpers.configs import tiny_config
 from tests.helpers.runs import config_for, state_of
@@ -201,7 +202,6 @@ def test_newest_best_and_every_nth_step_are_kept(tmp_path, state):
     assert checkpoints.steps() == [4, 6, 7] and not (tmp_path / "trash").exists()
 
 
-def test_step_without_a_file_does_not_count_as_kept(copy, state):
 def test_step_with_a_loss_that_is_not_finite_is_never_the_best(tmp_path, state):
     """A comparison with NaN is always false, so the first step would be kept, and not the best."""
     checkpoints = Checkpoints(tmp_path, 1)
@@ -211,6 +211,7 @@ def test_step_with_a_loss_that_is_not_finite_is_never_the_best(tmp_path, state):
     assert checkpoints.steps() == [3, 5]
 
 
+def test_step_without_a_file_does_not_count_as_kept(copy, state):
     (copy / "00000003" / "state" / "_METADATA").unlink()
     checkpoints = Checkpoints(copy, 2)
     checkpoints.save(at(state, 4), NOTHING)
@@ -335,6 +336,26 @@ def test_replayed_step_is_compared_bit_by_bit():
 # ---- runs ----
 
 
+def test_batches_read_are_those_of_every_step():
+    for skipped_data in ([], [[4, 3]], [[2, 1], [4, 3]], [[4, 3], [4, 2], [6, 1]]):
+        for step in range(9):
+            expected = [restore.next_batch_number(number, skipped_data) for number in range(step)]
+            batches = restore.batches_read(step, skipped_data)
+            assert [number for numbers in batches for number in numbers] == expected
+
+
+@pytest.mark.parametrize("entry", [{}, {"independent_seeds": False}, {"independent_seeds": True}])
+def test_a_resumed_run_keeps_the_seeds_of_its_mixture(entry):
+    """Checkpoints of older versions have no entry, and their seeds are not independent."""
+    found = Found(3, {"skipped_data": [], **entry}, [])
+    checkpoints = types.SimpleNamespace(
+        newest=lambda check: found, restore=lambda step, shapes: ("the state", "")
+    )
+    restored = restore.restore_state(checkpoints, None, {}, ())
+    assert restored.state == "the state"
+    assert restored.has_independent_seeds == entry.get("independent_seeds", False)
+
+
 def test_rewind_happens_once_and_its_skipped_data_stays_skipped(corpus, tmp_path, capsys):
     config = config_for(
         corpus,
@@ -369,10 +390,11 @@ def test_rewind_happens_once_and_its_skipped_data_stays_skipped(corpus, tmp_path
         and restore.next_batch_number(4, meta["skipped_data"]) == 7
         and restore.next_batch_number(3, meta["skipped_data"]) == 3
     )
-    rows = [
-        r["step"] for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "train"
-    ]
-    assert rows == list(range(1, 9))
+    rows = [r for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    # The batches that the rewind skipped are not counted.
+    (first_epochs,), (last_epochs,) = (rows[i]["epochs"].values() for i in (0, -1))
+    assert last_epochs == pytest.approx(8 * first_epochs)
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=9))
     assert (
         loop.train(longer, str(workdir)) == ExitCode.FINISHED
