@@ -80,7 +80,9 @@ class KernelFacts(NamedTuple):
 class Case(NamedTuple):
     """One program that is compiled."""
 
-    kind: str  # "kernels": one layer's forward and backward pass; "step": a training step
+    # "kernels": one layer's forward and backward pass; "kernels-once": the output and the gradient
+    # of w_down, which need each kind of kernel; "step": a training step
+    kind: str
     backend: str
     gpu: str
     model: str  # of DIMS
@@ -264,7 +266,7 @@ def _compile_here(case: Case, folder: str) -> dict:
     devices = gpu_compiler.describe_topology(case.gpu)
     options = {**gpu_compiler.compile_options(dump_to=folder), **VERBOSE_PTXAS}
     start = time.perf_counter()
-    if case.kind == "kernels":
+    if case.kind != "step":
         compiled = _lower_kernels(case, devices).compile(compiler_options=options)
     else:
         config = phases.step_config(
@@ -311,16 +313,17 @@ def _lower_kernels(case: Case, devices: Sequence[jax.Device]) -> jax.stages.Lowe
     def describe(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def run(
-        x_ND: jax.Array, rows_E: jax.Array, weights: tuple, dy_ND: jax.Array
-    ) -> tuple[jax.Array, tuple]:
+    def run(x_ND: jax.Array, rows_E: jax.Array, weights: tuple, dy_ND: jax.Array) -> tuple:
         def forward(x_ND: jax.Array, weights: tuple) -> jax.Array:
             return select.run_kernels(
                 case.backend, x_ND, rows_E, weights, jnp.int32(0), placement, job
             )
 
         y_ND, pull = jax.vjp(forward, x_ND, weights)
-        return y_ND, pull(dy_ND)
+        dx_ND, dw = pull(dy_ND)
+        if case.kind == "kernels-once":
+            return y_ND, dw[-1]
+        return y_ND, dx_ND, dw
 
     hidden = sum(widths)
     weights = describe(dim, hidden), describe(dim, hidden), describe(hidden, dim)

@@ -142,12 +142,15 @@ def plan_step(config: Config, name: str) -> StepPlan:
 
 
 def add_collectives(plan: StepPlan, hlo: str, topology: Topology) -> list[Collective]:
-    """Fills in the fields of a plan about communication; returns the collectives of the step.
+    """Finds the collectives of a compiled training step, and adds their bytes to the plan.
 
     Args:
-        plan: the plan.
+        plan: the predicted time and memory of the step. Its fields about communication are set.
         hlo: the text of the compiled step.
-        topology: the devices.
+        topology: the devices of the step, and how they are connected.
+
+    Returns:
+        The collectives, in the order of the text.
     """
     collectives, unknown = hlo_collectives.find_collectives(hlo)
     plan.unknown_collectives = unknown
@@ -165,10 +168,11 @@ def add_collectives(plan: StepPlan, hlo: str, topology: Topology) -> list[Collec
 
 
 def add_launches(plan: StepPlan, launches: gpu_compiler.Launches | None) -> None:
-    """Fills in the fields of a plan about what the host launches on a GPU in a step.
+    """Adds to the plan how many kernels and CUDA graphs the host launches in a step on a GPU.
 
     Args:
-        plan: the plan. These fields stay None if the launches are unknown.
+        plan: the predicted time and memory of the step. Its fields about launches are set; they
+            stay None if the launches are unknown.
         launches: the launches; None if XLA wrote no list of them.
     """
     if launches is None:

@@ -290,9 +290,14 @@ def share_by_source(trace: Trace, num_sources: int, num_experts: int) -> np.ndar
 
 
 def share_of_moved_choices(early: Trace, late: Trace) -> np.ndarray:
-    """Returns the share of positions whose first choice differs between two checkpoints, [Y].
+    """Returns the share of tokens whose first-choice expert differs between two checkpoints.
 
-    The traces must be of the same text.
+    Args:
+        early: the recorded routing of the first checkpoint.
+        late: the recorded routing of the second checkpoint on the same text.
+
+    Returns:
+        The share in each MoE layer, [layers].
     """
     return (early.ids_YTK[:, :, 0] != late.ids_YTK[:, :, 0]).mean(axis=1)
 

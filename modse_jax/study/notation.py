@@ -178,9 +178,18 @@ def from_study(
     shared: Fraction | int = 0,
     dense_over_dim: Fraction | int = 4,
 ) -> LayerShape:
-    """Returns the FLOP-matched layer of one pool with the s and g of Slicing and Dicing.
+    """Returns a layer with as many FLOPs per token as a dense layer, in one pool of equal experts.
 
-    The shared expert replaces routed ones: k = (1 - shared) / g and n = (s - shared) / g.
+    The notation is that of "Slicing and Dicing": s is the width of all experts together and g the
+    width of one expert, both divided by the width of the dense layer. A shared expert takes its
+    share of the dense width from the routed experts, so that k = (1 - shared) / g experts are
+    chosen for a token, out of n = (s - shared) / g.
+
+    Args:
+        sparsity: s.
+        granularity: g.
+        shared: the width of the shared expert divided by the width of the dense layer.
+        dense_over_dim: the width of the dense layer divided by the width of the model.
 
     Raises:
         ValueError: n or k is not a whole number.

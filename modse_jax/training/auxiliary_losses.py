@@ -19,8 +19,10 @@ class AuxiliaryLoss(NamedTuple):
       name: its name.
       weight: its weight; the loss is not used if it is 0.
       normalization: how it is normalized.
-      value: its value, before the weight, under `condition`.
-      condition: a state of the router or of the model in which the value is known.
+      value: a reference value for users to compare with: what the loss is, before it is
+        multiplied by the weight, if `condition` holds.
+      condition: the state of the router or of the model, in words, for which theory gives `value`,
+        such as perfectly balanced routing.
     """
 
     name: str

@@ -107,7 +107,9 @@ def finished(tmp_path_factory):
     config = config_for(corpus)
     workdir = root / "run"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with record_options_read() as options_read:
+    with record_options_read() as options_read, pytest.MonkeyPatch.context() as patch:
+        compile_train_step = train_step.compile_train_step.__wrapped__  # shares no compiled step
+        patch.setattr(train_step, "compile_train_step", compile_train_step)
         device_mesh.request_determinism(config)
         loop.train(config, str(workdir))
         scoring.evaluate(str(workdir), 0, ("sample",), 0, 0, ())

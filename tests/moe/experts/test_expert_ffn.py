@@ -94,7 +94,7 @@ def test_outputs_and_gradients_equal_numpy(case, backend, saved):
     "case, saved, chip",
     [
         ("unequal", 0.5, "h100"),
-        ("empty experts", 0.9, "h100"),
+        pytest.param("empty experts", 0.9, "h100", marks=pytest.mark.slow),
         ("all on one", 9.0, "h100"),
         ("unequal", 0.5, "cpu"),
     ],
@@ -140,8 +140,15 @@ def test_residuals_hold_no_empty_array(saved):
     assert all(leaf.size for leaf in jax.tree.leaves(pull))
 
 
-@pytest.mark.parametrize("saved", [0.0, 1.0])
-@pytest.mark.parametrize("kind, shards", [("whole", 2), ("split", 2)])
+@pytest.mark.parametrize(
+    "kind, shards, saved",
+    [
+        ("whole", 2, 1.0),
+        ("split", 2, 0.0),
+        pytest.param("whole", 2, 0.0, marks=pytest.mark.slow),
+        pytest.param("split", 2, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_all_shards_run_one_program(kind, shards, saved):
     """The shard is an argument of the compiled program. Padding rows are NaN."""
     placement = (
@@ -298,7 +305,12 @@ def in_blocks(x, rows, w, dy, widths, blocks):
 
 @pytest.mark.parametrize(
     "body, tail, saved, total, experts",
-    [(128, 8, 1.25, 260, 3), (128, 8, 0.4, 260, 3), (100, 8, 9.0, 400, 2), (64, 64, 1.0, 150, 2)],
+    [
+        (128, 8, 0.4, 260, 3),
+        (64, 64, 1.0, 150, 2),
+        pytest.param(128, 8, 1.25, 260, 3, marks=pytest.mark.slow),
+        pytest.param(100, 8, 9.0, 400, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_single_block_and_multi_block_experts_match_the_reference(
     body, tail, saved, total, experts

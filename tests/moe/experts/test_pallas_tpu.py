@@ -231,18 +231,31 @@ def test_errors_name_an_alternative():
         select.check_backend("pallas_tpu", placement, (2**20, 128), "v5e", "bfloat16")
 
 
-def test_self_test_finds_wrong_kernels(monkeypatch):
-    def self_test(placement, dtype):
+@pytest.mark.slow
+def test_self_test_accepts_the_kernels_with_the_tiles_of_a_chip():
+    for widths, num_shards, dtype in (
+        ((128, 128, 256), 1, "bfloat16"),
+        ((128, 128), 2, "float32"),
+    ):
+        placement = expert_placement.place_experts(widths, num_shards, "pairs")
         select.self_test_kernels("pallas_tpu", placement, 128, "v5e", dtype, interpret=True)
 
-    placement = place_on_one_shard((128, 128, 256))
+
+def test_self_test_finds_wrong_kernels(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "tiles_for", lambda *_: TILES)
+    monkeypatch.setattr(pallas_tpu, "unit_for", lambda *_: TILES.hidden)
+
+    def self_test(placement, dtype):
+        select.self_test_kernels("pallas_tpu", placement, DIM, "v5e", dtype, interpret=True)
+
+    placement = place_on_one_shard((8, 8, 16))
     self_test(placement, "bfloat16")
     one_expert_per_device = expert_placement.place_experts((128, 128), 2, "whole")
     self_test(one_expert_per_device, "float32")
     correct = pallas_tpu.pallas_tpu
 
     def double_some_weights(x, rows, w_gate, *arguments):
-        return correct(x, rows, w_gate.at[:, -64:].mul(2), *arguments)
+        return correct(x, rows, w_gate.at[:, -8:].mul(2), *arguments)
 
     monkeypatch.setattr(pallas_tpu, "pallas_tpu", double_some_weights)
     with pytest.raises(
