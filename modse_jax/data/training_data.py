@@ -23,11 +23,14 @@ class TrainingData(NamedTuple):
         datasets: the prepared directories that the run trains on.
         weights: the share of training records from each; the shares sum to 1.
         validation_sets: further data that only the validation reads; see `validation_sets`.
+        has_independent_seeds: True if the orders of the datasets of a mixture are drawn with
+            independent seeds; False for runs that began with an older version.
     """
 
     datasets: tuple[Dataset, ...]
     weights: tuple[float, ...]
     validation_sets: tuple[Dataset, ...] = ()
+    has_independent_seeds: bool = True
 
     @property
     def tokenizer(self) -> tokenizers.Tokenizer:

@@ -41,5 +41,5 @@ def add_results(workdir: pathlib.Path, step: int, limit: int, results: dict) -> 
     path.parent.mkdir(exist_ok=True)
     if path.exists():
         results = {**json.loads(path.read_text(encoding="utf-8")), **results}
-    files.write_atomically(path, json.dumps(results, indent=2) + "\n")
+    files.write_atomically(path, files.format_json(results, indent=2) + "\n")
     return results

@@ -11,7 +11,7 @@ from modse_jax.data import batching, prepared_data
 from modse_jax.errors import UserError
 from modse_jax.evaluation import model_loading, result_files, text_table
 from modse_jax.evaluation.model_loading import LoadedModel
-from modse_jax.evaluation.text_table import Column
+from modse_jax.evaluation.text_table import Column, format_number
 from modse_jax.model import kernel_selection, sampling, transformer
 from modse_jax.runtime import processes, sharding
 from modse_jax.training import metrics, train_step, validation
@@ -243,8 +243,8 @@ def format_results(results: dict) -> str:
         loss = results["loss"]
         part = f" (first {results['limit']} records)" if results["limit"] else ""
         lines.append(
-            f"  validation{part}: loss {loss['loss']:.4f} nats/token, "
-            f"{loss['bits_per_byte']:.4f} bits/byte, {loss['tokens']:,} tokens"
+            f"  validation{part}: loss {format_number(loss['loss'], '.4f')} nats/token, "
+            f"{format_number(loss['bits_per_byte'], '.4f')} bits/byte, {loss['tokens']:,} tokens"
             + (f", {loss['dropped']:,} dropped" if "dropped" in loss else "")
         )
         if "sets" in loss:
@@ -268,12 +268,12 @@ def _format_sets(loss: dict) -> str:
         rows.append(
             [
                 name,
-                f"{result['loss']:.4f}",
-                f"{result['bits_per_byte']:.4f}",
+                format_number(result["loss"], ".4f"),
+                format_number(result["bits_per_byte"], ".4f"),
                 f"{result['tokens']:,}",
             ]
         )
-    rows.append(["macro-average", f"{loss['macro_loss']:.4f}"])
+    rows.append(["macro-average", format_number(loss["macro_loss"], ".4f")])
     return text_table.text_table(columns, rows)
 
 
@@ -296,9 +296,9 @@ def _format_routing(routing: dict) -> str:
             [
                 str(layer["layer"]),
                 *(f"{100 * count / total:.1f}" for count in counts[:SHOWN_EXPERTS]),
-                f"{layer['max_over_mean']:.3f}",
-                f"{layer['entropy']:.3f}",
-                f"{layer['count_weighted_width']:.1f}",
+                format_number(layer["max_over_mean"], ".3f"),
+                format_number(layer["entropy"], ".3f"),
+                format_number(layer["count_weighted_width"], ".1f"),
             ]
         )
     return "share of tokens per expert, %\n" + text_table.text_table(columns, rows)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from modse_jax.data import decoding, training_data
 from modse_jax.errors import UserError
 from modse_jax.evaluation import model_loading, result_files
-from modse_jax.runtime import console_encoding
+from modse_jax.runtime import console_encoding, files
 from modse_jax.runtime.one_line_parser import OneLineParser
 from modse_jax.training import run_logs
 
@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     try:
-        print(json.dumps(summarize_run(pathlib.Path(options.workdir).absolute(), options.since)))
+        summary = summarize_run(pathlib.Path(options.workdir).absolute(), options.since)
+        print(files.format_json(summary))
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import pathlib
 import stat
@@ -54,6 +55,27 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     flush_to_disk(path.parent)
+
+
+def format_json(value: Any, **options: Any) -> str:
+    """Returns a value as JSON. NaN and infinity, which JSON does not have, become null.
+
+    Args:
+      value: the value.
+      **options: see `json.dumps`.
+    """
+    return json.dumps(_without_nonfinite(value), allow_nan=False, **options)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    """Returns a copy of nested dicts, lists and tuples with None for NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def flush_to_disk(path: pathlib.Path) -> None:

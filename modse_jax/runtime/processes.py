@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modse_jax.errors import UserError
+from modse_jax.errors import UserError, describe_exception
 
 # Timeouts in seconds.
 START_TIMEOUT = 100  # for all processes to connect
@@ -83,9 +83,10 @@ def start(coordinator: str = "", count: int = 0, index: int = -1, detect: bool =
             shutdown_timeout_seconds=END_TIMEOUT,
         )
     except (ValueError, RuntimeError) as error:
+        reason = describe_exception(error).splitlines()[0]
         raise UserError(
             f"the processes of this run did not connect within {START_TIMEOUT} s: "
-            f"{str(error).splitlines()[0]}; start all of them, with the same --coordinator and "
+            f"{reason}; start all of them, with the same --coordinator and "
             "--process_count, and with each --process_index once"
         ) from None
 

@@ -15,7 +15,14 @@ from collections.abc import Iterator
 
 from modse_jax.config import device_mesh
 from modse_jax.config.options import Config
-from modse_jax.errors import DiskFullError, ExitCode, NoRoomError, RunError, UserError
+from modse_jax.errors import (
+    DiskFullError,
+    ExitCode,
+    NoRoomError,
+    RunError,
+    UserError,
+    describe_exception,
+)
 from modse_jax.runtime import compilation_cache, console_encoding, files, signals
 from modse_jax.runtime.lock import Lock, LockHeldError
 from modse_jax.sweeps import orders, results
@@ -97,7 +104,7 @@ def _train(config: Config, workdir: pathlib.Path, programs: Programs) -> tuple[s
         return results.FAILED, _one_line(f"{type(error).__name__}: {error}")
     except Exception as error:  # such as an error of XLA; the other arms go on
         traceback.print_exc()
-        return results.FAILED, _one_line(f"{type(error).__name__}: {error}")
+        return results.FAILED, _one_line(f"{type(error).__name__}: {describe_exception(error)}")
     if code == ExitCode.STOPPED:
         return orders.STOPPED, ""
     return (results.DIVERGED if code == ExitCode.DIVERGED else results.FINISHED), ""

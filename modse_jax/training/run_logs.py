@@ -88,7 +88,7 @@ class RunLogWriter:
     def _append(self, log: str, values: dict) -> None:
         file = self._files[log]
         try:
-            file.write(json.dumps(values) + "\n")
+            file.write(files.format_json(values) + "\n")
         except OSError as error:
             raise write_error_class(error)(
                 f"cannot write {file.name}: {error.strerror}; checkpoints are untouched: make room "

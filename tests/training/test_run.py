@@ -438,6 +438,53 @@ def test_diverging_run_stops_with_its_last_good_checkpoint(corpus, tmp_path, mon
         assert np.isfinite(array).all()
 
 
+def test_run_whose_validation_loss_is_not_finite_has_diverged(corpus, tmp_path, capsys):
+    """Its logs are JSON, and the same command says the same again."""
+    config = config_for(
+        corpus,
+        model=dict(dtype="bfloat16", num_layers=1),
+        training=dict(steps=4, log_every=1),
+        optimizer=dict(learning_rate=1e12, final_learning_rate=1e12, warmup_steps=1),
+    )
+    workdir = tmp_path / "run"
+    message = "diverged: the validation loss after the last step, 4, is not finite"
+    assert loop.train(config, str(workdir)) == ExitCode.DIVERGED
+    assert message in capsys.readouterr().err
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    for name in ("metrics", "routing"):
+        for line in (workdir / f"{name}.jsonl").read_text().splitlines():
+            json.loads(line, parse_constant=refuse)
+    (validation_row,) = read_rows(workdir, "validation")
+    assert validation_row["loss"] is None and validation_row["bits_per_byte"] is None
+    assert loop.train(config, str(workdir)) == ExitCode.DIVERGED
+    output = capsys.readouterr()
+    assert message in output.err and "nothing to do" not in output.out
+    scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, 0, ())
+    pages.write(str(workdir))
+    assert "loss nan nats/token" in (workdir / "report" / "index.html").read_text()
+
+
+def test_changed_options_of_a_finished_run_are_saved(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished.workdir, workdir)
+    environment = (workdir / "environment.json").read_bytes()
+    config = change(finished.config, "evaluation", temperature=0.0)
+    config = change(config, "training", steps=4)
+    assert loop.train(config, str(workdir)) == ExitCode.FINISHED
+    output = capsys.readouterr().out
+    assert f"changed in {workdir / 'config.json'}: evaluation.temperature: 0.8 -> 0.0\n" in output
+    assert "holds step 6 of 4; nothing to do" in output
+    saved = loading.from_saved(json.loads((workdir / "config.json").read_text()))
+    # The steps stay those of the training, because the learning rate depends on them.
+    assert saved == change(finished.config, "evaluation", temperature=0.0)
+    assert (workdir / "environment.json").read_bytes() == environment
+    assert loop.train(change(config, "training", steps=6), str(workdir)) == ExitCode.FINISHED
+    assert "changed" not in capsys.readouterr().out
+
+
 def assert_refused(arguments: list[str], message: str, workdir: pathlib.Path) -> None:
     """Asserts that train.py ends with one line of error and exit code 2, and writes nothing."""
     _, error_output, code = command("train.py", *arguments)

@@ -12,7 +12,7 @@ from modse_jax.data.sources.documents_and_parts import (
     SourceOptions,
     named_by_content,
 )
-from modse_jax.errors import UserError
+from modse_jax.errors import UserError, describe_exception
 
 if TYPE_CHECKING:
     import pyarrow
@@ -99,7 +99,7 @@ def _open_parquet(path: pathlib.Path, field: str) -> "ParquetFile":
     try:
         file = parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = describe_exception(error).splitlines()[0][:120]
         raise UserError(f"{path} is not a Parquet file ({reason})") from None
     columns = file.schema_arrow.names
     if field not in columns:

@@ -14,7 +14,7 @@ from modse_jax.data.sources.documents_and_parts import (
     SourceOptions,
     named_by_content,
 )
-from modse_jax.errors import UserError
+from modse_jax.errors import UserError, describe_exception
 
 RECORDS_PER_PART = 50_000
 
@@ -96,7 +96,7 @@ def _open_split(name: str, split: str) -> Any:
         text = str(error).lower()
         if "tensorflow" in text and "pip install" in text:
             raise UserError(_build_instructions(name)) from None
-        message = " ".join(str(error).split())
+        message = " ".join(describe_exception(error).split())
         raise UserError(
             f"tfds:{name}, split {split!r}, cannot be opened: {message[:300]}; if the dataset "
             f"has not been built yet: {_build_instructions(name)}"

@@ -1,6 +1,7 @@
 """Compares the benchmark results of several runs, document by document."""
 
 import json
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -211,6 +212,8 @@ def _read_scores(path: pathlib.Path) -> dict[Metric, DocumentScores]:
             if metric in LOG_PROBABILITY_METRICS:
                 metric = "log p"
                 value = value[0] if isinstance(value, list) else value
+            if value is None:  # NaN, which JSON does not have
+                value = math.nan
             if isinstance(value, (int, float)):
                 documents = scores.setdefault((metric, row["filter"]), {})
                 documents[row["task"], row["document"]] = (row["hash"], value)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from modse_jax.data.sources import folder_files
-from modse_jax.errors import UserError
+from modse_jax.errors import UserError, describe_exception
 
 TASKS_FOLDER = pathlib.Path(__file__).parents[3] / "configs" / "tasks"
 
@@ -141,7 +141,7 @@ def _load_task(manager: Any, name: str) -> Task:
 
 def _describe_error(name: str, error: Exception) -> str:
     """Returns the first line of an error, with advice if the data could not be downloaded."""
-    first_line = str(error).splitlines()[0] if str(error) else ""
+    first_line = describe_exception(error).splitlines()[0]
     package = type(error).__module__.partition(".")[0]
     is_download = isinstance(error, OSError) or package in ("datasets", "huggingface_hub")
     advice = f"; {OFFLINE_ADVICE}" if is_download else ""
@@ -213,6 +213,6 @@ def _find_unreadable(folder: pathlib.Path) -> list[str]:
         try:
             load_yaml(path, resolve_func=False)
         except Exception as error:
-            message = " ".join(str(error).split())[:MAX_ERROR_CHARACTERS]
+            message = " ".join(describe_exception(error).split())[:MAX_ERROR_CHARACTERS]
             unreadable.append(f"{path.name}: {message}")
     return unreadable

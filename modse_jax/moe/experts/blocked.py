@@ -591,13 +591,15 @@ def saved_buffer_size(
     """Returns the number of elements of the buffer of saved activations; 0 if none are saved.
 
     The buffer has room for blocks.saved times what balanced routing needs, and scratch space for
-    one block whose activations do not fit there. Its size is limited to what int32 can index.
+    one block whose activations do not fit there. Its size is limited to what int32 can index. If
+    the scratch space alone exceeds that, none are saved, so all are recomputed.
     """
-    if not blocks.saved:
+    scratch = _scratch_size(placement, sizes)
+    if not blocks.saved or scratch > MAX_INT32:
         return 0
     num_hidden = max(map(sum, placement.widths))
     budget = int(blocks.saved * num_rows * 2 * num_hidden / placement.num_experts)
-    return min(budget + _scratch_size(placement, sizes), MAX_INT32)
+    return min(budget + scratch, MAX_INT32)
 
 
 def _scratch_size(placement: expert_placement.Placement, sizes: BlockSizes) -> int:

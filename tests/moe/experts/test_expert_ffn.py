@@ -267,6 +267,25 @@ def test_saved_range_does_not_overflow_32_bits():
     )
 
 
+@pytest.mark.parametrize("limit, saves", [(0.75, False), (1.25, True)])
+def test_no_activations_are_saved_if_int32_cannot_index_one_block(limit, saves, monkeypatch):
+    """`limit` is what int32 can index, relative to one block, whose halves must not overlap."""
+    widths, rows, w, x, dy = numbers("unequal")
+    expected = numpy_value_and_grads(widths, rows, w, x, dy)
+    placement = expert_placement.place_experts(widths, 1, "whole")
+    sizes = blocked.choose_block_sizes(block_sizes.Blocks(8, 4), len(x), len(rows), "h100")
+    one_block = 2 * max(sizes.multi_block) * max(widths)
+    monkeypatch.setattr(blocked, "MAX_INT32", int(limit * one_block))
+    blocks = block_sizes.Blocks(8, 4, 1.25)
+    assert bool(blocked.saved_buffer_size(blocks, len(x), placement, sizes)) == saves
+    x, w, dy = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (x, w, dy))
+    x, dy = x.at[sum(rows) :].set(0), dy.at[sum(rows) :].set(0)
+    rows = jnp.asarray(rows, jnp.int32)
+    got = value_and_grads.__wrapped__(x, rows, w, dy, widths, "blocked", 1.25, "h100")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, atol=3e-6 * max(1e-3, np.abs(b).max()))
+
+
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def in_blocks(x, rows, w, dy, widths, blocks):
     def f(x, w):
