@@ -482,7 +482,7 @@ def test_changed_options_of_a_finished_run_are_saved(finished, tmp_path, capsys)
     assert saved == change(finished.config, "evaluation", temperature=0.0)
     assert (workdir / "environment.json").read_bytes() == environment
     assert loop.train(change(config, "training", steps=6), str(workdir)) == ExitCode.FINISHED
-    assert "changed" not in capsys.readouterr().out
+    assert "changed in" not in capsys.readouterr().out
 
 
 def assert_refused(arguments: list[str], message: str, workdir: pathlib.Path) -> None:
