@@ -81,7 +81,7 @@ PY
     finished() { cut -d, -f1,2 "$work/sweep/results.csv" | grep -c ",finished" || true; }
     sweep --launcher=slurm --jobs=2 --slurm=time=30 --slurm=cpus-per-task=1
     # Slurm stops one of the jobs. It saves its run, is put back into the queue, and goes on.
-    for _ in $(seq 600); do
+    for _ in $(seq 3000); do
         step=$(cat "$work"/sweep/runs/*/training/metrics.jsonl 2>/dev/null | grep -c '"train"' || true)
         [ "$step" -ge 10 ] && break
         sleep 0.2
