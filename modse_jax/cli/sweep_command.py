@@ -48,11 +48,11 @@ def sweep() -> int:
     from modse_jax.sweeps import dry_run, planning, runner
     from modse_jax.sweeps.results import SweepDirectory
 
-    arms = planning.load_arms(FLAGS.sweep)
+    loaded = planning.load_sweep(FLAGS.sweep)
     directory = SweepDirectory(FLAGS.workdir) if FLAGS.workdir else None
     if FLAGS.dry_run:
-        print(dry_run.describe_sweep(arms, directory, FLAGS.flops_per_second))
+        print(dry_run.describe_sweep(loaded.arms, directory, FLAGS.flops_per_second))
         return ExitCode.FINISHED
     if directory is None:
         raise UserError("--workdir is missing; name a directory for the sweep (or --dry_run)")
-    return runner.run_sweep(directory, pathlib.Path(FLAGS.sweep).stem, arms, FLAGS.retry)
+    return runner.run_sweep(directory, pathlib.Path(FLAGS.sweep).stem, loaded, FLAGS.retry)
