@@ -13,7 +13,6 @@ nvidia-nvvm.
 
 import argparse
 import collections
-import importlib
 import json
 import os
 import pathlib
@@ -23,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
@@ -36,11 +36,34 @@ from modse_jax.errors import UserError
 from modse_jax.moe import expert_placement, expert_widths
 from modse_jax.moe.experts import select
 from modse_jax.planning import gpu_compiler
+from modse_jax.study import arms
 from modse_jax.training import train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-DIMS = {"300Mx8": 1536, "700Mx8": 2048}
+
+class ExpertLayer(NamedTuple):
+    """The sizes of an expert layer."""
+
+    dim: int
+    widths: tuple[int, ...]
+
+
+def _paper_layer(dim: int) -> ExpertLayer:
+    return ExpertLayer(dim, expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, dim))
+
+
+def _study_layer(size: str, num_experts: int, granularity: Fraction) -> ExpertLayer:
+    config = arms.build_mixture(size, num_experts, granularity)
+    return ExpertLayer(config.model.dim, config.widths)
+
+
+# The models of MoDSE, and an arm of Slicing and Dicing with narrow experts, top-32.
+LAYERS = {
+    "300Mx8": _paper_layer(1536),
+    "700Mx8": _paper_layer(2048),
+    "80M_n256_k32": _study_layer("80M", 256, Fraction(1, 32)),
+}
 
 ROUTED = 131_072  # tokens
 
@@ -80,10 +103,12 @@ class KernelFacts(NamedTuple):
 class Case(NamedTuple):
     """One program that is compiled."""
 
-    kind: str  # "kernels": one layer's forward and backward pass; "step": a training step
+    # "kernels": one layer's forward and backward pass; "kernels-once": the output and the gradient
+    # of w_down, which need each kind of kernel; "step": a training step
+    kind: str
     backend: str
     gpu: str
-    model: str  # of DIMS
+    model: str  # of LAYERS
     attention: str = ""  # of a step
 
     @property
@@ -205,7 +230,7 @@ def list_cases() -> list[Case]:
     for gpu in ("h100", "h200", "a100", "b200"):
         backends = [backend for backend in select.KERNELS if _takes(backend, gpu)]
         for backend in backends:
-            kernels += [Case("kernels", backend, gpu, model) for model in DIMS]
+            kernels += [Case("kernels", backend, gpu, model) for model in LAYERS]
         for attention in ATTENTIONS:
             for backend in [*backends, "blocked"]:
                 step_cases.append(Case("step", backend, gpu, "300Mx8", attention))
@@ -213,9 +238,9 @@ def list_cases() -> list[Case]:
 
 
 def _takes(backend: str, gpu: str) -> bool:
-    widths = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, 1536)
+    layer = LAYERS["300Mx8"]
     try:
-        select.KERNELS[backend].tiles_for(widths, 1536, gpu, "bfloat16")
+        select.KERNELS[backend].tiles_for(layer.widths, layer.dim, gpu, "bfloat16")
     except ValueError:
         return False
     return True
@@ -264,7 +289,7 @@ def _compile_here(case: Case, folder: str) -> dict:
     devices = gpu_compiler.describe_topology(case.gpu)
     options = {**gpu_compiler.compile_options(dump_to=folder), **VERBOSE_PTXAS}
     start = time.perf_counter()
-    if case.kind == "kernels":
+    if case.kind != "step":
         compiled = _lower_kernels(case, devices).compile(compiler_options=options)
     else:
         config = phases.step_config(
@@ -297,30 +322,26 @@ def _gib(size: int) -> float:
 
 def _lower_kernels(case: Case, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
     """Lowers one expert layer's forward and backward pass."""
-    dim = DIMS[case.model]
+    dim, widths = LAYERS[case.model]
     mesh = Mesh(np.array(devices[:1]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
-    widths = expert_widths.widths_from_ratio_pairs(expert_widths.PAPER_PAIRS, dim)
     placement = expert_placement.place_experts(widths, 1, "whole")
-    module = importlib.import_module(select.KERNELS[case.backend].__name__)
-    job = (
-        module.tiles_for(widths, dim, case.gpu, "bfloat16"),
-        module.unit_for(widths, case.gpu, "bfloat16"),
-    )
+    job = select.checked_tiles(case.backend, placement, (ROUTED, dim), case.gpu, "bfloat16")
 
     def describe(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def run(
-        x_ND: jax.Array, rows_E: jax.Array, weights: tuple, dy_ND: jax.Array
-    ) -> tuple[jax.Array, tuple]:
+    def run(x_ND: jax.Array, rows_E: jax.Array, weights: tuple, dy_ND: jax.Array) -> tuple:
         def forward(x_ND: jax.Array, weights: tuple) -> jax.Array:
             return select.run_kernels(
                 case.backend, x_ND, rows_E, weights, jnp.int32(0), placement, job
             )
 
         y_ND, pull = jax.vjp(forward, x_ND, weights)
-        return y_ND, pull(dy_ND)
+        dx_ND, dw = pull(dy_ND)
+        if case.kind == "kernels-once":
+            return y_ND, dw[-1]
+        return y_ND, dx_ND, dw
 
     hidden = sum(widths)
     weights = describe(dim, hidden), describe(dim, hidden), describe(hidden, dim)

@@ -20,6 +20,7 @@ _PUBLIC = {
     "MoELayer": "modse_jax.moe.layer",
     "LayerOutput": "modse_jax.moe.layer",
     "RouterOptions": "modse_jax.moe.layer_options",
+    "Pool": "modse_jax.moe.layer_options",
     "ExpertOptions": "modse_jax.moe.layer_options",
     "Blocks": "modse_jax.moe.experts.block_sizes",
     "route": "modse_jax.moe.router",

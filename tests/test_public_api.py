@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import modse_jax
-from modse_jax import ExpertOptions, MoELayer, RouterOptions
+from modse_jax import ExpertOptions, MoELayer, Pool, RouterOptions
 
 WIDTHS = (300, 100, 200, 200)
 
@@ -86,3 +86,12 @@ def test_every_public_name_exists_and_the_package_imports_without_jax():
         assert getattr(modse_jax, name) is not None
     code = "import sys, modse_jax; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_layer_of_pools_is_built_from_public_names():
+    pools = (Pool(num_experts=2, top_k=1), Pool(num_experts=3, top_k=2))
+    options = RouterOptions(pools=pools, gate="uniform")
+    layer = MoELayer(16, (8, 4, 2, 2, 2), options, rngs=nnx.Rngs(0))
+    gates_BLK, ids_BLK = layer.choose_experts(jnp.ones((1, 2, 16)))
+    np.testing.assert_allclose(gates_BLK, 1 / 3, rtol=1e-6)
+    assert (ids_BLK[..., :1] < 2).all() and (ids_BLK[..., 1:] >= 2).all()

@@ -183,11 +183,8 @@ def compare_with_reference(backend: str, layer: Layer) -> tuple[list[dict], dict
     placement = expert_placement.place_experts(layer.widths, 1, "whole")
     interpret = jax.devices()[0].platform == "cpu"
     chip = INTERPRETED[backend] if interpret else sharding.chip_name(None)
-    module = select.KERNELS[backend]
-    job = (
-        module.tiles_for(layer.widths, layer.dim, chip, DTYPE),
-        module.unit_for(layer.widths, chip, DTYPE),
-    )
+    shape = (sum(layer.rows), layer.dim)
+    job = select.checked_tiles(backend, placement, shape, chip, DTYPE)
 
     @jax.jit
     def run(x_ND, weights, dy_ND):

@@ -1,6 +1,7 @@
 """Runs a command: parses its flags, and reports errors as one line and an exit code."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from modse_jax.config import loading
 from modse_jax.errors import ExitCode, RunError, UserError
 from modse_jax.runtime import files, malloc
 
@@ -95,22 +97,49 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = FLAGS(argv)
     except FLAG_ERRORS as error:
-        # str() of a KeyError puts its argument in quotes, so the argument is printed instead.
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.exit(_print_error(message))
+        sys.exit(_print_error(_explain_flag_error(argv, error)))
     if len(rest) > 1:
         sys.exit(_print_error(f"unexpected argument {rest[1]!r}; options are written --name=value"))
     return rest
 
 
+def _explain_flag_error(argv: list[str], error: Exception) -> str:
+    """Returns the message for an error that absl or ml_collections raised for the flags.
+
+    Theirs do not have the name of an unknown option, and hold the traceback of a config file.
+    """
+    for argument in argv[1:]:
+        option = re.match(r"--?(\w+)\.([\w.]+)(=|$)", argument)
+        if option and _is_config_flag(option[1]):
+            unknown = loading.explain_unknown(option[2])
+            if unknown:
+                return unknown
+    # str() of a KeyError puts its argument in quotes, so the argument is printed instead.
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    flag, is_traceback, trace = message.partition(" Error whilst parsing config file:")
+    if not is_traceback:
+        return message
+    reason = trace.strip().splitlines()[-1]
+    if "get_config() takes 0 positional arguments" in reason:
+        return f"{flag} this config takes no argument; remove the colon and what follows it"
+    places = re.findall(r'File "(.*)", line (\d+)', trace)
+    file, line = next(place for place in places if "site-packages" not in place[0])
+    return f"{flag} the config file failed with {reason} (line {line} of {file})"
+
+
+def _is_config_flag(name: str) -> bool:
+    return name in FLAGS and hasattr(type(FLAGS[name]), "config_filename")
+
+
 def _run_main(main: Callable[[], int]) -> int:
     # Imported here: JAX takes a second to import, which a mistyped flag need not wait for.
-    from modse_jax.runtime import processes
+    from modse_jax.runtime import compilation_cache, processes
 
     try:
         processes.start(
             FLAGS.coordinator, FLAGS.process_count, FLAGS.process_index, FLAGS.distributed
         )
+        compilation_cache.enable()
         return main()
     except UserError as error:
         return _print_error(error)

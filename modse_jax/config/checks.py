@@ -8,7 +8,7 @@ from typing import Any
 
 from modse_jax.config.option_fields import fields_of, get_option
 from modse_jax.errors import UserError
-from modse_jax.moe import expert_widths
+from modse_jax.moe import expert_widths, layer_options
 
 SET_NAME = "[A-Za-z0-9][A-Za-z0-9_-]{0,63}"  # of a validation set
 
@@ -56,22 +56,11 @@ def check_model(config: Any) -> None:
 
 def check_moe(config: Any) -> None:
     """Checks the options of the mixture-of-experts layers against each other."""
-    moe = config.moe
     if not config.is_dense:
         _check_pools(config)
         _check_experts(config)
+        _check_dispatch(config)
     check_shared_expert(config)
-    if moe.exchange == "all_to_all" and (moe.placement != "whole" or moe.capacity_factor):
-        raise UserError(
-            "moe.exchange=all_to_all needs whole experts and no capacity: set "
-            "moe.placement=whole and moe.capacity_factor=0, or choose moe.exchange=gather"
-        )
-    if moe.bias_rule != "none" and moe.gate == "uniform":
-        raise UserError(
-            f"moe.bias_rule={moe.bias_rule} does not fit moe.gate=uniform: its gates are all 1/k, "
-            "so the cross-entropy does not train the router, and the bias alone would choose the "
-            "experts; set moe.bias_rule=none or choose another gate"
-        )
     advanced = config.advanced
     if advanced.tail_rows > advanced.block_rows:
         raise UserError(
@@ -84,7 +73,10 @@ def _check_pools(config: Any) -> None:
     """Checks the numbers of experts, choices and hidden units of every pool."""
     moe = config.moe
     if not moe.pools and moe.top_k > moe.num_experts:
-        raise UserError(f"moe.top_k={moe.top_k} is larger than moe.num_experts={moe.num_experts}")
+        raise UserError(
+            f"moe.top_k={moe.top_k} is larger than moe.num_experts={moe.num_experts}; lower the "
+            "first or raise the second"
+        )
     if moe.pools and moe.pairs:
         raise UserError(
             "moe.pairs=True compares widths with moe.width, which moe.pools replaces; set "
@@ -98,7 +90,10 @@ def _check_pools(config: Any) -> None:
                 "least 1"
             )
         if top_k > experts:
-            raise UserError(f"{pool} has top_k={top_k}, more than its {experts} experts")
+            raise UserError(
+                f"{pool} has top_k={top_k}, more than its {experts} experts; lower its top_k or "
+                "give it more experts"
+            )
         if moe.widths and width:
             raise UserError(
                 f"{pool} has width {width}, but moe.widths gives the width of every expert; set "
@@ -115,7 +110,10 @@ def _check_experts(config: Any) -> None:
         if moe.widths:
             expert_widths.check_widths(moe.widths)
             if len(moe.widths) != config.num_experts:
-                raise ValueError(f"{len(moe.widths)} widths for {config.num_experts} experts")
+                raise ValueError(
+                    f"{len(moe.widths)} widths for {config.num_experts} experts; give one width "
+                    "for each expert, or change moe.num_experts or the pools"
+                )
         if moe.pairs:
             expert_widths.check_pairs(config.widths, moe.width)
     except ValueError as error:
@@ -124,6 +122,27 @@ def _check_experts(config: Any) -> None:
         expert_widths.check_copy_experts(moe.copy_experts, config.widths)
     except ValueError as error:
         raise UserError(f"moe.copy_experts: {error}") from None
+
+
+def _check_dispatch(config: Any) -> None:
+    """Checks the options of balancing, capacity and exchange."""
+    moe = config.moe
+    for path in ("moe.capacity_factor", "evaluation.capacity_factor"):
+        try:
+            layer_options.check_capacity_factor(get_option(config, path))
+        except ValueError as error:
+            raise UserError(f"{path}={error}") from None
+    if moe.exchange == "all_to_all" and (moe.placement != "whole" or moe.capacity_factor):
+        raise UserError(
+            "moe.exchange=all_to_all needs whole experts and no capacity: set "
+            "moe.placement=whole and moe.capacity_factor=0, or choose moe.exchange=gather"
+        )
+    if moe.bias_rule != "none" and moe.gate == "uniform":
+        raise UserError(
+            f"moe.bias_rule={moe.bias_rule} does not fit moe.gate=uniform: its gates are all 1/k, "
+            "so the cross-entropy does not train the router, and the bias alone would choose the "
+            "experts; set moe.bias_rule=none or choose another gate"
+        )
 
 
 def check_shared_expert(config: Any) -> None:

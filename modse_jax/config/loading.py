@@ -3,10 +3,10 @@
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from modse_jax.config.migration import FORMAT, migrate, report_once
+from modse_jax.config.migration import FORMAT, migrate, moved_options, report_once
 from modse_jax.config.option_dict import OptionDict, build_option_dict
 from modse_jax.config.option_fields import get_option
 from modse_jax.config.options import Config, fields
@@ -137,6 +137,30 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
+def explain_unknown(path: str) -> str:
+    """Returns why "section.option" is not the name of an option; "" if it is one, or an old one."""
+    by_section: dict[str, list[str]] = {}
+    for known, _ in fields():
+        section, _, name = known.rpartition(".")
+        by_section.setdefault(section, []).append(name)
+    whole = by_section.pop("")  # options without a section
+    section, _, name = path.partition(".")
+    if path in moved_options() or path in whole or name in by_section.get(section, []):
+        return ""
+    if section not in by_section:
+        return _describe_unknown(section, [*whole, *by_section], "")
+    if not name:
+        example = f"{section}.{by_section[section][0]}"
+        return f"{section} is a section of options; set one of them, such as {example}"
+    return _describe_unknown(name, by_section[section], f"{section}.")
+
+
+def _describe_unknown(name: str, known: Iterable[str], prefix: str) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
+    return f"unknown option {prefix}{name}; {hint}"
+
+
 def _build(config_class: type, values: Any, prefix: str) -> Any:
     """Builds a config class from a mapping that holds exactly its fields."""
     if not isinstance(values, Mapping):
@@ -144,9 +168,7 @@ def _build(config_class: type, values: Any, prefix: str) -> Any:
     known = {field.name: field for field in dataclasses.fields(config_class)}
     for name in values:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
-            raise UserError(f"unknown option {prefix}{name}; {hint}")
+            raise UserError(_describe_unknown(name, known, prefix))
     missing = [prefix + name for name in known if name not in values]
     if missing:
         raise UserError(f"config lacks {', '.join(missing)}")

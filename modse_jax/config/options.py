@@ -68,7 +68,8 @@ class ModelConfig:
     dense_width: int = option(
         0,
         "hidden width of a dense SwiGLU FFN that takes the place of every MoE layer; such a model "
-        "has no experts and no router, and the options `moe.*` are not used. 0 = MoE layers",
+        "has no experts and no router, and of the options `moe.*` only `flop_matched_width` is "
+        "used. 0 = MoE layers",
         minimum=0,
     )
     tie_embeddings: bool = option(False, "use one matrix for the input and the output embedding")
@@ -360,12 +361,19 @@ class OptimizerConfig:
 
     learning_rate: float = option(3e-4, "peak learning rate of AdamW", above=0)
     initial_learning_rate: float = option(
-        2e-7, "learning rate of step 0, where the warm-up starts", minimum=0
+        2e-7, "learning rate of step 0 of the schedule, where the warm-up starts", minimum=0
     )
     final_learning_rate: float = option(
         3e-5, "learning rate at the end of the cosine schedule", minimum=0
     )
     warmup_steps: int = option(100, "steps of linear warm-up", minimum=0)
+    first_step: int = option(
+        0,
+        "step of the schedule that the first update uses: 0, or 1 as in OLMo-core, where the last "
+        "update has the final learning rate",
+        minimum=0,
+        below=2,
+    )
     beta1: float = option(0.9, "decay rate of the first moment", minimum=0, below=1)
     beta2: float = option(0.95, "decay rate of the second moment", minimum=0, below=1)
     eps: float = option(1e-8, "constant added to the square root of the second moment", above=0)
@@ -477,6 +485,15 @@ class Config:
     def is_dense(self) -> bool:
         """True for a model with a dense FFN in place of every MoE layer."""
         return self.model.dense_width > 0
+
+    @property
+    def depends_on_mesh(self) -> bool:
+        """True if training depends on which tokens are on the same device, so on the mesh.
+
+        That is so with a capacity, or with a balancing loss per device. A dense model has neither.
+        """
+        has_capacity = self.moe.capacity_factor > 0
+        return not self.is_dense and (has_capacity or self.moe.balance_loss_scope == "device")
 
     @property
     def widths(self) -> tuple[int, ...]:

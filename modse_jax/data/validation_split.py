@@ -21,10 +21,11 @@ def holdout_score(name: str) -> float:
 def holdout_threshold(
     num_below: int, lowest_score: float, highest_score: float, fraction: float
 ) -> float:
-    """Returns the score below which documents belong to the validation split.
+    """Returns the threshold of the validation split.
 
-    It is `fraction`, or a little lower or higher if one of the splits would be empty otherwise. A
-    source of a single document cannot be split.
+    A document belongs to it if its holdout score, a hash of its name in [0, 1), is below the
+    threshold. The threshold is `fraction`, or a little lower or higher if one of the splits would
+    be empty otherwise. A source of a single document cannot be split.
 
     Args:
         num_below: number of documents whose score is below `fraction`.

@@ -114,7 +114,9 @@ def validate(model: LoadedModel, limit: int, batch_size: int) -> ValidationResul
     loss |= validation.summarize_sets(score_all(model.data.validation_sets), has_capacity)
     if has_capacity:
         loss["dropped"] = metrics.count_dropped(statistics)
-    return ValidationResult(loss, metrics.routing_by_layer(statistics, model.config.widths))
+    config = model.config
+    layers = metrics.routing_by_layer(statistics, config.widths, config.pools)
+    return ValidationResult(loss, layers)
 
 
 def _score_dataset(

@@ -52,7 +52,7 @@ def expert_capacity(num_tokens: int, pool: Pool, factor: float) -> int:
     Args:
         num_tokens: number of valid tokens T.
         pool: k and E.
-        factor: above 0.
+        factor: the capacity factor; see layer_options.check_capacity_factor.
     """
     ratio = _capacity_ratio(pool, factor)
     return -(-num_tokens * ratio.numerator // ratio.denominator)

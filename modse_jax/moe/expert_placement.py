@@ -6,6 +6,7 @@ an equal slice of every expert ("split"). Its order is also the order in which w
 
 import math
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from modse_jax.moe import expert_widths
@@ -161,7 +162,7 @@ def hidden_unit_order(widths: Sequence[int], placement: Placement) -> list[int]:
     return order
 
 
-def straggler_factor(counts: Sequence[float], placement: Placement) -> float:
+def straggler_factor(counts: Sequence[float | Fraction], placement: Placement) -> float:
     """Returns the load imbalance (max/mean) over the shards of one expert axis.
 
     The load of a shard is the number of routed tokens times hidden units, summed over its experts.
@@ -176,7 +177,7 @@ def straggler_factor(counts: Sequence[float], placement: Placement) -> float:
         for experts, widths in zip(placement.experts, placement.widths)
     ]
     total = sum(loads)
-    return max(loads) * len(loads) / total if total else 1.0
+    return float(max(loads) * len(loads) / total) if total else 1.0
 
 
 def reference_placements(widths: Sequence[int]) -> dict[str, Placement]:

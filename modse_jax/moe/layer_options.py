@@ -25,6 +25,11 @@ PLACEMENTS = ("whole", "split")
 EXCHANGES = ("auto", "gather", "all_to_all")
 CAPACITY_ORDERS = ("choice", "token")
 
+# Capacity factors above 0. Within these limits, dispatch.expert_capacity neither rounds a factor to
+# 0 nor overflows.
+SMALLEST_CAPACITY_FACTOR = 1e-5
+LARGEST_CAPACITY_FACTOR = 1e4
+
 # Gates whose value is 1 if a token has a single expert, whatever its logit is.
 RENORMALIZED_GATES = ("top_k_softmax", "softmax_top_k_renormalized", "sigmoid_renormalized")
 
@@ -57,20 +62,6 @@ def pool_ranges(pools: Sequence[Pool]) -> tuple[PoolRange, ...]:
         ranges.append(PoolRange(experts, choices, pool.top_k))
         expert, choice = experts.stop, choices.stop
     return tuple(ranges)
-
-
-def explain_missing_gradient(gate: str, pools: Sequence[Pool]) -> str:
-    """Returns why the cross-entropy gives the router of a pool no gradient; "" if it gives one.
-
-    Only the auxiliary losses then train the router.
-    """
-    if gate == "uniform":
-        return "moe.gate=uniform gives every chosen expert the weight 1/k, whatever its logit is"
-    single = [i for i, pool in enumerate(pools) if pool.top_k == 1]
-    if gate not in RENORMALIZED_GATES or not single:
-        return ""
-    where = "" if len(pools) == 1 else f" in pool {single[0]}"
-    return f"moe.gate={gate} with top_k=1{where} gives the only chosen expert the weight 1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +162,28 @@ class ExpertOptions:
         _check_choice("placement", self.placement, PLACEMENTS)
         _check_choice("exchange", self.exchange, EXCHANGES)
         _check_choice("capacity_order", self.capacity_order, CAPACITY_ORDERS)
+        try:
+            check_capacity_factor(self.capacity_factor)
+        except ValueError as error:
+            raise ValueError(f"capacity_factor={error}") from None
         if self.exchange == "all_to_all" and (self.placement != "whole" or self.capacity_factor):
             raise ValueError(
                 "exchange='all_to_all' needs whole experts and no capacity: set placement='whole' "
                 "and capacity_factor=0, or choose exchange='gather'"
             )
+
+
+def check_capacity_factor(factor: float) -> None:
+    """Checks a capacity factor.
+
+    Raises:
+        ValueError: it is neither 0 nor within the limits, or it is NaN. The message begins with it.
+    """
+    if factor and not SMALLEST_CAPACITY_FACTOR <= factor <= LARGEST_CAPACITY_FACTOR:
+        raise ValueError(
+            f"{factor} must be 0, so that no token is dropped, or from "
+            f"{SMALLEST_CAPACITY_FACTOR:.5f} to {LARGEST_CAPACITY_FACTOR:g}"
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -68,7 +68,7 @@ def compute_logits(
     if weights.w_noise is None:
         return logits_TE
     noise_TE = jax.nn.softplus(jnp.einsum("td,de->te", x_TD, weights.w_noise, precision="highest"))
-    normed = [_divide_by_rms(noise_TE[:, pool.experts], eps) for pool in pools]
+    normed = [_divide_by_rms(_slice(noise_TE, pool.experts), eps) for pool in pools]
     return logits_TE + _concatenate(normed, axis=1) * weights.noise_scale[None, :]
 
 
@@ -169,7 +169,7 @@ def choose_experts(
     for pool in pools:
         bias_E = None if router_bias_E is None else router_bias_E[pool.experts]
         gates_TK, ids_TK = compute_gates(
-            logits_TE[:, pool.experts], pool.top_k, options.gate, chip, bias_E
+            _slice(logits_TE, pool.experts), pool.top_k, options.gate, chip, bias_E
         )
         factor = options.gate_scale * pool.top_k / total_k
         all_gates.append(gates_TK if factor == 1 else gates_TK * factor)
@@ -219,9 +219,9 @@ def route(
     num_groups = num_sequences if options.balance_loss_scope == "sequence" else 1
     sums = [
         _sum_over_tokens(
-            logits_TE[:, pool.experts],
-            gates_TK[:, pool.choices],
-            ids_TK[:, pool.choices] - pool.experts.start,
+            _slice(logits_TE, pool.experts),
+            _slice(gates_TK, pool.choices),
+            _slice(ids_TK, pool.choices) - pool.experts.start,
             valid_T,
             options.gate,
             chip,
@@ -353,6 +353,12 @@ def _mask(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 def _add(values: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, values)
+
+
+def _slice(array: jax.Array, columns: slice) -> jax.Array:
+    """Returns some columns. All of them are no slice, so that one pool costs what no pools did."""
+    is_whole = columns == slice(0, array.shape[1])
+    return array if is_whole else array[:, columns]
 
 
 def _concatenate(arrays: Sequence[jax.Array], axis: int) -> jax.Array:

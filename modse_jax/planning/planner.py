@@ -14,6 +14,7 @@ import os
 import pathlib
 import time
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -143,12 +144,15 @@ def plan_step(config: Config, name: str) -> StepPlan:
 
 
 def add_collectives(plan: StepPlan, hlo: str, topology: Topology) -> list[Collective]:
-    """Fills in the fields of a plan about communication; returns the collectives of the step.
+    """Finds the collectives of a compiled training step, and adds their bytes to the plan.
 
     Args:
-        plan: the plan.
+        plan: the predicted time and memory of the step. Its fields about communication are set.
         hlo: the text of the compiled step.
-        topology: the devices.
+        topology: the devices of the step, and how they are connected.
+
+    Returns:
+        The collectives, in the order of the text.
     """
     collectives, unknown = hlo_collectives.find_collectives(hlo)
     plan.unknown_collectives = unknown
@@ -166,10 +170,11 @@ def add_collectives(plan: StepPlan, hlo: str, topology: Topology) -> list[Collec
 
 
 def add_launches(plan: StepPlan, launches: gpu_compiler.Launches | None) -> None:
-    """Fills in the fields of a plan about what the host launches on a GPU in a step.
+    """Adds to the plan how many kernels and CUDA graphs the host launches in a step on a GPU.
 
     Args:
-        plan: the plan. These fields stay None if the launches are unknown.
+        plan: the predicted time and memory of the step. Its fields about launches are set; they
+            stay None if the launches are unknown.
         launches: the launches; None if XLA wrote no list of them.
     """
     if launches is None:
@@ -196,16 +201,20 @@ def write_json(plans: Sequence[StepPlan], path: str) -> None:
 def count_flops(config: Config, mesh: Mesh) -> StepFlops:
     """Returns the FLOPs of forward and backward pass, without rematerialization.
 
-    Every expert is assumed to receive equally many tokens. Devices then differ only in the total
-    width of their experts.
+    The experts of a pool are assumed to receive equally many tokens. Devices then differ only in
+    the widths of their experts and, if there are several pools, in how many they have of each.
     """
     length = config.data.sequence_length
     tokens = config.training.batch_size * length / mesh.size
     per_device = accounting.nominal_flops_per_token(config, length) * tokens
     expert_flops = accounting.nominal_expert_flops_per_token(config) * tokens
     placement = device_mesh.place_experts_on_mesh(config, mesh)
-    equal_counts = [1] * len(config.widths)
-    straggler = expert_placement.straggler_factor(equal_counts, placement)
+    tokens_per_expert = [
+        Fraction(pool.top_k, pool.num_experts)
+        for pool in config.pools
+        for _ in range(pool.num_experts)
+    ]
+    straggler = expert_placement.straggler_factor(tokens_per_expert, placement)
     return StepFlops(per_device, 1 + expert_flops * (straggler - 1) / per_device)
 
 

@@ -187,7 +187,7 @@ def _write_balance(
         routing_statistics.write_csv(path, counts_of_step)
     figures = {
         "tokens_per_expert.png": analysis_plots.plot_tokens_per_expert(counts_by_step),
-        "max_over_min.png": analysis_plots.plot_max_over_min(counts_by_step),
+        "max_over_min.png": analysis_plots.plot_max_over_min(counts_by_step, model.config.pools),
         "coactivation.png": analysis_plots.plot_coactivation(late, widths),
     }
     for name, figure in figures.items():
@@ -212,9 +212,12 @@ def _summarize(model: LoadedModel, counts: Counts, late: Trace, before: EarlierS
     )
     all_choices_YE = counts.counts_YKE.sum(axis=1)
     unused_experts = int((all_choices_YE == 0).sum())
-    all_choices = Counts(all_choices_YE[:, None], widths)
-    worst_layer = routing_statistics.max_over_min(all_choices).max()
-    worst_rank = routing_statistics.max_over_min(counts).max()
+    of_pools = routing_statistics.split_pools(counts, model.config.pools)
+    worst_rank = max(routing_statistics.max_over_min(pool).max() for pool in of_pools)
+    all_choices = [
+        Counts(pool.counts_YKE.sum(axis=1, keepdims=True), pool.widths) for pool in of_pools
+    ]
+    worst_layer = max(routing_statistics.max_over_min(pool).max() for pool in all_choices)
     lines = [
         f"step {model.step}, {late.nll_T.size:,} tokens, widths {', '.join(map(str, widths))}",
         f"mean width, by count: {routing_statistics.mean_width(counts):.1f} of "
@@ -303,7 +306,8 @@ def _write_sources(out: pathlib.Path, late: Trace, model: LoadedModel) -> list[s
         rows.append([layer, names[source], *shares])
     _write_csv(out / "by_source.csv", rows)
     mean_SE = share_YSE.mean(axis=0)
-    figure = analysis_plots.plot_sources(mean_SE, names, widths)
+    candidates = model.config.pools[0].num_experts
+    figure = analysis_plots.plot_sources(mean_SE, names, widths, candidates)
     plot_style.save_figure(out / "by_source.png", figure)
     mean_widths = [
         f"{name} {share_E @ np.array(widths):.1f}" for name, share_E in zip(names, mean_SE)

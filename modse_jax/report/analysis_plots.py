@@ -5,10 +5,13 @@ See routing_statistics.py for the numbers, and run_plots.py for figures from the
 Legend: Y layers, K choice ranks (0 is the largest gate), E experts, S sources (datasets).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from modse_jax.moe.layer_options import Pool
 from modse_jax.report import plot_style, routing_statistics
 from modse_jax.report.routing_statistics import Counts, Trace
 
@@ -51,18 +54,22 @@ def plot_tokens_per_expert(counts_by_step: dict[str, Counts]) -> Figure:
     return figure
 
 
-def plot_max_over_min(counts_by_step: dict[str, Counts]) -> Figure:
-    """Plots the most over the fewest tokens of an expert, by layer and choice rank.
+def plot_max_over_min(counts_by_step: dict[str, Counts], pools: Sequence[Pool]) -> Figure:
+    """Plots the most over the fewest tokens of an expert of a pool, by layer and choice rank.
 
     These are the numbers of MoDSE, Tables 7 and 8.
 
     Args:
         counts_by_step: {label, such as "step 100": tokens per expert}, at most two.
+        pools: the pools of experts.
     """
     figure, axes = plt.subplots(figsize=(7.5, 3.8))
     num_layers = 0
     for (name, counts), line in zip(counts_by_step.items(), STEP_LINES):
-        imbalance_YK = routing_statistics.max_over_min(counts)
+        of_pools = routing_statistics.split_pools(counts, pools)
+        imbalance_YK = np.concatenate(
+            [routing_statistics.max_over_min(of_pool) for of_pool in of_pools], axis=1
+        )
         num_layers = len(imbalance_YK)
         for rank, imbalance_Y in enumerate(imbalance_YK.T):
             axes.plot(
@@ -129,13 +136,16 @@ def plot_difficult_tokens(difficult: Counts, baseline: str) -> Figure:
     return figure
 
 
-def plot_sources(share_SE: np.ndarray, names: list[str], widths: tuple[int, ...]) -> Figure:
+def plot_sources(
+    share_SE: np.ndarray, names: list[str], widths: tuple[int, ...], candidates: int
+) -> Figure:
     """Plots which experts the tokens of each source (dataset) choose first.
 
     Args:
         share_SE: Share of each expert among the first choices of a source.
         names: Names of the sources.
         widths: Hidden widths of the experts.
+        candidates: Number of experts that can be a first choice, those of the first pool.
     """
     order = plot_style.order_by_width(widths)
     figure, axes = plt.subplots(figsize=(7.5, 3.8))
@@ -150,7 +160,7 @@ def plot_sources(share_SE: np.ndarray, names: list[str], widths: tuple[int, ...]
             color=color_map(number / max(len(names) - 1, 1)),
             align="edge",
         )
-    even_share = 100 / len(order)
+    even_share = 100 / candidates
     axes.axhline(even_share, color=plot_style.COLOR_TEXT, linewidth=0.8, linestyle="--")
     labels = plot_style.width_labels(widths, order)
     plot_style.label_experts(axes, np.arange(len(order)) + 0.4, labels)

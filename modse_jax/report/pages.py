@@ -11,6 +11,7 @@ import numpy as np
 
 from modse_jax.evaluation import model_loading, result_files, scoring, text_table
 from modse_jax.evaluation.text_table import Column
+from modse_jax.moe.layer_options import Pool
 from modse_jax.report import html_page, plot_style, run_plots
 from modse_jax.report.plot_style import CaptionedFigure
 from modse_jax.training import run_logs
@@ -35,12 +36,13 @@ def write(workdir: str) -> None:
     layers = run_logs.read_log(directory / "routing.jsonl")
     if not rows:
         return
-    widths = model_loading.read_config(directory).widths
+    config = model_loading.read_config(directory)
+    widths = config.widths
     figures = {"loss.png": run_plots.plot_loss(rows), **_plot_sets(rows)}
     stragglers = "no experts: the model is dense"
     if widths:
         newest = _newest_layers(layers)
-        figures |= _plot_routing(layers, newest, widths)
+        figures |= _plot_routing(layers, newest, widths, config.pools)
         stragglers = straggler_table(newest)
     out = directory / "report"
     out.mkdir(exist_ok=True)
@@ -61,7 +63,7 @@ def _newest_layers(layers: list[dict]) -> list[dict]:
 
 
 def _plot_routing(
-    layers: list[dict], newest: list[dict], widths: tuple[int, ...]
+    layers: list[dict], newest: list[dict], widths: tuple[int, ...], pools: tuple[Pool, ...]
 ) -> dict[str, CaptionedFigure]:
     """Returns the figures of the experts' load.
 
@@ -69,11 +71,12 @@ def _plot_routing(
         layers: All lines of routing.jsonl.
         newest: From `_newest_layers`.
         widths: Hidden widths of the experts.
+        pools: The pools of experts.
     """
     when = f"{newest[0]['split']}, step {newest[0]['step']}"
     return {
-        "expert_load.png": run_plots.plot_load_heatmap(newest, widths, when),
-        "load_by_width.png": run_plots.plot_load_by_width(newest, widths, when),
+        "expert_load.png": run_plots.plot_load_heatmap(newest, widths, pools, when),
+        "load_by_width.png": run_plots.plot_load_by_width(newest, widths, pools, when),
         "balance.png": run_plots.plot_balance(layers),
         "straggler.png": run_plots.plot_straggler(layers),
     }

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from modse_jax.moe.layer_options import Pool, pool_ranges
+
 # Lower ends of the bins of the baseline's cross-entropy, in nats (MoDSE, Table 5).
 THRESHOLDS = (2.0, 1.8, 1.6, 1.4, 1.2, 1.05)
 
@@ -138,6 +140,14 @@ def max_over_min(counts: Counts) -> np.ndarray:
     most_YK = counts.counts_YKE.max(axis=2)
     fewest_YK = counts.counts_YKE.min(axis=2)
     return np.where(fewest_YK > 0, most_YK / np.maximum(fewest_YK, 1), np.inf)
+
+
+def split_pools(counts: Counts, pools: Sequence[Pool]) -> list[Counts]:
+    """Returns the counts of every pool: its own experts, and its own choices."""
+    return [
+        Counts(counts.counts_YKE[:, pool.choices, pool.experts], counts.widths[pool.experts])
+        for pool in pool_ranges(pools)
+    ]
 
 
 def mean_width(counts: Counts, axes: tuple[int, ...] = (0, 1)) -> np.ndarray:
@@ -290,9 +300,14 @@ def share_by_source(trace: Trace, num_sources: int, num_experts: int) -> np.ndar
 
 
 def share_of_moved_choices(early: Trace, late: Trace) -> np.ndarray:
-    """Returns the share of positions whose first choice differs between two checkpoints, [Y].
+    """Returns the share of tokens whose first-choice expert differs between two checkpoints.
 
-    The traces must be of the same text.
+    Args:
+        early: the recorded routing of the first checkpoint.
+        late: the recorded routing of the second checkpoint on the same text.
+
+    Returns:
+        The share in each MoE layer, [layers].
     """
     return (early.ids_YTK[:, :, 0] != late.ids_YTK[:, :, 0]).mean(axis=1)
 

@@ -6,6 +6,7 @@ See analysis_plots.py for the figures that need a checkpoint.
 import numpy as np
 from matplotlib import pyplot as plt
 
+from modse_jax.moe.layer_options import Pool
 from modse_jax.report import plot_style
 from modse_jax.report.plot_style import CaptionedFigure
 
@@ -84,17 +85,21 @@ def plot_validation_sets(rows: list[dict]) -> CaptionedFigure:
     return CaptionedFigure(figure, caption)
 
 
-def plot_load_heatmap(layers: list[dict], widths: tuple[int, ...], when: str) -> CaptionedFigure:
-    """Plots the load of every expert in every layer: its tokens over the mean of the experts.
+def plot_load_heatmap(
+    layers: list[dict], widths: tuple[int, ...], pools: tuple[Pool, ...], when: str
+) -> CaptionedFigure:
+    """Plots the load of every expert in every layer: its tokens over an even share of its pool's.
 
     Args:
         layers: The lines of routing.jsonl of one step, one per layer.
         widths: Hidden widths of the experts.
+        pools: The pools of experts.
         when: Split and step, such as "validation, step 100", for the title.
     """
     order = plot_style.order_by_width(widths)
     counts = np.array([layer["tokens_per_expert"] for layer in layers], float)[:, order]
-    load = counts / counts.mean(axis=1, keepdims=True)
+    even = counts.sum(axis=1, keepdims=True) * even_shares(pools)[order]
+    load = counts / even
     brightest = max(2.0, load.max())
     width = max(5.5, 0.75 * min(len(widths), MAX_LABELED_EXPERTS) + 2)
     height = 0.5 * len(layers) + 2.2
@@ -120,13 +125,22 @@ def plot_load_heatmap(layers: list[dict], widths: tuple[int, ...], when: str) ->
     )
     figure.colorbar(image, ax=axes, label="load (1 = even)")
     caption = (
-        "Load of every expert in every layer; 1 is an even share, experts from the widest to the "
-        "narrowest."
+        "Load of every expert in every layer; 1 is an even share of the tokens of its pool. "
+        "Experts from the widest to the narrowest."
     )
     return CaptionedFigure(figure, caption)
 
 
-def plot_load_by_width(layers: list[dict], widths: tuple[int, ...], when: str) -> CaptionedFigure:
+def even_shares(pools: tuple[Pool, ...]) -> np.ndarray:
+    """Returns each expert's share of the routed tokens if every pool is evenly loaded, [E]."""
+    top_k = sum(pool.top_k for pool in pools)
+    shares = [np.full(pool.num_experts, pool.top_k / pool.num_experts / top_k) for pool in pools]
+    return np.concatenate(shares)
+
+
+def plot_load_by_width(
+    layers: list[dict], widths: tuple[int, ...], pools: tuple[Pool, ...], when: str
+) -> CaptionedFigure:
     """Plots the share of routed tokens of each expert, summed over the layers.
 
     See `plot_load_heatmap` for the arguments.
@@ -147,8 +161,15 @@ def plot_load_by_width(layers: list[dict], widths: tuple[int, ...], when: str) -
             label=f"choice {choice + 1}",
         )
         bottom_E += percent_KE[choice]
-    even_share = 100 / len(widths)
-    axes.axhline(even_share, color=plot_style.COLOR_TEXT, lw=1, ls="--", label="even share")
+    axes.stairs(
+        100 * even_shares(pools)[order],
+        np.arange(len(widths) + 1) - 0.5,
+        baseline=None,
+        color=plot_style.COLOR_TEXT,
+        lw=1,
+        ls="--",
+        label="even share of a pool" if len(pools) > 1 else "even share",
+    )
     if len(widths) <= MAX_LABELED_BARS:
         axes.set_xticks(range(len(widths)), plot_style.width_labels(widths, order))
     axes.set(

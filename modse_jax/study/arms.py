@@ -273,8 +273,8 @@ def _build(size: Size, options: Mapping[str, Any]) -> Config:
 
 
 def _width(size: Size, granularity: Fraction) -> int:
-    """Returns the hidden units of a granularity."""
-    width = granularity * size.dense_width
+    """Returns the hidden units of a granularity, which may be a float: 0.25 is exactly 1/4."""
+    width = Fraction(granularity) * size.dense_width
     if width.denominator != 1:
         raise UserError(
             f"granularity {granularity} of the dense width {size.dense_width} of size {size.name} "
@@ -285,6 +285,7 @@ def _width(size: Size, granularity: Fraction) -> int:
 
 def _whole(name: str, value: Fraction) -> int:
     """Returns a fraction that is a whole number as an int."""
+    value = Fraction(value)
     if value.denominator != 1 or value < 1:
         raise UserError(
             f"{name} = {value} must be a whole number of at least 1; then k * g = 1 can hold"

@@ -178,16 +178,26 @@ def from_study(
     shared: Fraction | int = 0,
     dense_over_dim: Fraction | int = 4,
 ) -> LayerShape:
-    """Returns the FLOP-matched layer of one pool with the s and g of Slicing and Dicing.
+    """Returns a layer with as many FLOPs per token as a dense layer, in one pool of equal experts.
 
-    The shared expert replaces routed ones: k = (1 - shared) / g and n = (s - shared) / g.
+    The notation is that of "Slicing and Dicing": s is the width of all experts together and g the
+    width of one expert, both divided by the width of the dense layer. A shared expert takes its
+    share of the dense width from the routed experts, so that k = (1 - shared) / g experts are
+    chosen for a token, out of n = (s - shared) / g.
+
+    Args:
+        sparsity: s.
+        granularity: g.
+        shared: the width of the shared expert divided by the width of the dense layer.
+        dense_over_dim: the width of the dense layer divided by the width of the model.
 
     Raises:
         ValueError: n or k is not a whole number.
     """
-    shared = Fraction(shared)
+    # A float such as 0.125 is exactly a fraction too.
+    granularity, shared = Fraction(granularity), Fraction(shared)
     active = _whole("k = (1 - shared) / g", (1 - shared) / granularity)
-    experts = _whole("n = (s - shared) / g", (sparsity - shared) / granularity)
+    experts = _whole("n = (s - shared) / g", (Fraction(sparsity) - shared) / granularity)
     pool = PoolShape(experts, active, granularity)
     return LayerShape((pool,), shared, Fraction(dense_over_dim))
 
@@ -202,9 +212,10 @@ def from_krajewski(
     Raises:
         ValueError: G or G * E is not a whole number.
     """
-    active = _whole("k = G", Fraction(granularity))
-    experts = _whole("n = G * E", Fraction(granularity * expansion_rate))
-    pool = PoolShape(experts, active, 1 / Fraction(granularity))
+    granularity = Fraction(granularity)
+    active = _whole("k = G", granularity)
+    experts = _whole("n = G * E", granularity * Fraction(expansion_rate))
+    pool = PoolShape(experts, active, 1 / granularity)
     return LayerShape((pool,), dense_over_dim=Fraction(dense_over_dim))
 
 
@@ -229,8 +240,9 @@ def from_ling(
     Raises:
         ValueError: E_a is not a whole number.
     """
-    width = Fraction(2) / (Fraction(granularity) * dense_over_dim)
-    active = _whole("E_a", activation_ratio * (experts + shared_experts) - shared_experts)
+    width = 2 / (Fraction(granularity) * Fraction(dense_over_dim))
+    all_active = Fraction(activation_ratio) * (experts + shared_experts)
+    active = _whole("E_a", all_active - shared_experts)
     pool = PoolShape(experts, active, width)
     return LayerShape((pool,), shared_experts * width, Fraction(dense_over_dim))
 

@@ -82,6 +82,7 @@ def _training_options() -> dict[str, Any]:
         "training.log_every": 10,
         "optimizer.initial_learning_rate": 0.0,
         "optimizer.warmup_steps": 50,
+        "optimizer.first_step": 1,
         "optimizer.beta1": 0.9,
         "optimizer.beta2": 0.95,
         "optimizer.eps": 1e-8,

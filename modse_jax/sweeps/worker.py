@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from modse_jax.config import device_mesh
 from modse_jax.config.options import Config
 from modse_jax.errors import DiskFullError, ExitCode, NoRoomError, RunError, UserError
-from modse_jax.runtime import files, signals
+from modse_jax.runtime import compilation_cache, files, signals
 from modse_jax.runtime.lock import Lock, LockHeldError
 from modse_jax.sweeps import orders, results
 from modse_jax.sweeps.orders import Order, Reply
@@ -29,6 +29,7 @@ MAX_REASON_LENGTH = 500
 def main() -> None:
     """Executes the orders of standard input, and exits when it ends."""
     signals.exit_on_stop_signals()
+    compilation_cache.enable()
     programs = SharedPrograms()
     with os.fdopen(os.dup(1), "w", buffering=1) as replies:
         for line in sys.stdin:

@@ -9,9 +9,7 @@ import math
 from typing import NamedTuple
 
 from modse_jax.config.options import Config
-
-# The gates of a token that sum to 1. A single one is constant, so its router has no gradient.
-RENORMALIZED_GATES = ("top_k_softmax", "softmax_top_k_renormalized", "sigmoid_renormalized")
+from modse_jax.moe.layer_options import RENORMALIZED_GATES
 
 
 class AuxiliaryLoss(NamedTuple):
@@ -21,8 +19,10 @@ class AuxiliaryLoss(NamedTuple):
       name: its name.
       weight: its weight; the loss is not used if it is 0.
       normalization: how it is normalized.
-      value: its value, before the weight, under `condition`.
-      condition: a state of the router or of the model in which the value is known.
+      value: a reference value for users to compare with: what the loss is, before it is
+        multiplied by the weight, if `condition` holds.
+      condition: the state of the router or of the model, in words, for which theory gives `value`,
+        such as perfectly balanced routing.
     """
 
     name: str
@@ -64,11 +64,20 @@ def router_warnings(config: Config) -> list[str]:
         return []
     if gate == "uniform":
         return [f"warning: moe.gate=uniform ignores the router's logits, {consequence}"]
-    single = [str(index) for index, pool in enumerate(config.pools) if pool.top_k == 1]
-    if gate not in RENORMALIZED_GATES or not single:
+    # A softmax over the single expert of a pool is 1, even if it is not renormalized.
+    if gate in RENORMALIZED_GATES:
+        reason = "with one expert per token"
+        constant = [pool.top_k == 1 for pool in config.pools]
+    elif gate == "softmax_top_k":
+        reason = "with a single expert"
+        constant = [pool.num_experts == 1 for pool in config.pools]
+    else:
         return []
-    place = f" in pool {', '.join(single)} of moe.pools" if len(config.pools) > 1 else ""
-    return [f"warning: moe.gate={gate} is always 1 with one expert per token{place}, {consequence}"]
+    numbers = [str(number) for number, is_constant in enumerate(constant) if is_constant]
+    if not numbers:
+        return []
+    place = f" in pool {', '.join(numbers)} of moe.pools" if len(config.pools) > 1 else ""
+    return [f"warning: moe.gate={gate} is always 1 {reason}{place}, {consequence}"]
 
 
 def _balance_loss(config: Config) -> AuxiliaryLoss:

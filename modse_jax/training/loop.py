@@ -234,7 +234,10 @@ class Run:
         if len(data.datasets) > 1:
             row["tokens_by_source"] = batching.tokens_by_dataset(data, self._config, batches_taken)
         layers = metrics.routing_by_layer(
-            results.statistics, self._config.widths, self._context.setup.placement
+            results.statistics,
+            self._config.widths,
+            self._config.pools,
+            self._context.setup.placement,
         )
         self._logs.write(row, layers)
         console.log(metrics.console_line(row, layers, self._options.steps))
@@ -262,7 +265,7 @@ class Run:
         if has_capacity:
             result["dropped"] = metrics.count_dropped(statistics)
         layers = metrics.routing_by_layer(
-            statistics, self._config.widths, self._context.setup.placement
+            statistics, self._config.widths, self._config.pools, self._context.setup.placement
         )
         self._logs.write({"step": self.step, "split": "validation", **result}, layers)
         console.log(metrics.validation_line(self.step, self._options.steps, result))

@@ -11,12 +11,14 @@ import numpy as np
 from modse_jax.config.options import Config
 from modse_jax.model import accounting
 from modse_jax.moe import expert_placement
+from modse_jax.moe.layer_options import Pool, pool_ranges
 from modse_jax.moe.router import RouterStatistics
 
 
 def routing_by_layer(
     statistics: RouterStatistics,
     widths: tuple[int, ...],
+    pools: tuple[Pool, ...],
     placement: expert_placement.Placement | None = None,
 ) -> list[dict]:
     """Summarizes routing statistics, as routing.jsonl contains them.
@@ -24,6 +26,7 @@ def routing_by_layer(
     Args:
       statistics: sums over a step or a data split, with a leading axis of layers.
       widths: hidden dimensions of the experts.
+      pools: the pools of experts, one after another.
       placement: how this run places experts on devices, whose straggler factor is reported as
         "in_use"; None reports none.
 
@@ -31,8 +34,10 @@ def routing_by_layer(
       One dict of plain numbers per layer; none for a dense model, which has no routing:
         tokens_per_expert, tokens_per_expert_by_choice: tokens routed to each expert.
         mean_gate: mean gate of each expert.
-        max_over_mean: load imbalance, the maximum over the mean of tokens per expert.
-        entropy: mean entropy of the softmax over all experts, nats.
+        max_over_mean: load imbalance, the maximum over the mean of tokens per expert of a pool; of
+          the least balanced pool.
+        entropy: mean entropy of the probabilities of a pool's experts, nats; the mean over pools.
+        pools: one dict per pool, with its own max_over_mean, entropy and dropped.
         count_weighted_width, gate_weighted_width: mean width of the chosen experts, weighted by
           the number of tokens or by gates.
         straggler: {placement: straggler factor}, for several ways to place experts on devices: the
@@ -46,7 +51,7 @@ def routing_by_layer(
     if placement is not None:
         placements = {"in_use": placement, **placements}
     return [
-        _summarize_layer(statistics, layer, np.array(widths), placements)
+        _summarize_layer(statistics, layer, np.array(widths), pools, placements)
         for layer in range(len(statistics.tokens))
     ]
 
@@ -55,12 +60,16 @@ def _summarize_layer(
     statistics: RouterStatistics,
     layer: int,
     widths_E: np.ndarray,
+    pools: tuple[Pool, ...],
     placements: dict[str, expert_placement.Placement],
 ) -> dict:
     counts_KE = np.asarray(statistics.counts_KE[layer], np.int64)
     gates_E = np.asarray(statistics.gates_E[layer], np.float64)
     counts_E = counts_KE.sum(axis=0)
-    tokens = max(int(statistics.tokens[layer]), 1)
+    of_pools = [
+        _summarize_pool(statistics, layer, index, counts_E[pool.experts])
+        for index, pool in enumerate(pool_ranges(pools))
+    ]
     straggler = {
         name: expert_placement.straggler_factor(counts_E.tolist(), placement)
         for name, placement in placements.items()
@@ -70,12 +79,25 @@ def _summarize_layer(
         "tokens_per_expert": counts_E.tolist(),
         "tokens_per_expert_by_choice": counts_KE.tolist(),
         "mean_gate": [_ratio(gate, count) for gate, count in zip(gates_E, counts_E)],
-        "max_over_mean": _ratio(counts_E.max(), counts_E.mean()),
-        "entropy": float(np.sum(statistics.entropy_P[layer])) / tokens,
+        "max_over_mean": max(pool["max_over_mean"] for pool in of_pools),
+        "entropy": sum(pool["entropy"] for pool in of_pools) / len(of_pools),
         "count_weighted_width": _ratio(counts_E @ widths_E, counts_E.sum()),
         "gate_weighted_width": _ratio(gates_E @ widths_E, gates_E.sum()),
         "straggler": straggler,
-        "dropped": int(np.sum(statistics.dropped_P[layer])),
+        "dropped": sum(pool["dropped"] for pool in of_pools),
+        "pools": of_pools,
+    }
+
+
+def _summarize_pool(
+    statistics: RouterStatistics, layer: int, index: int, counts_E: np.ndarray
+) -> dict:
+    """Summarizes the statistics of one pool, with the tokens of each of its experts."""
+    tokens = max(int(statistics.tokens[layer]), 1)
+    return {
+        "max_over_mean": _ratio(counts_E.max(), counts_E.mean()),
+        "entropy": float(statistics.entropy_P[layer][index]) / tokens,
+        "dropped": int(statistics.dropped_P[layer][index]),
     }
 
 

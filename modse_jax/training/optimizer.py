@@ -15,10 +15,11 @@ from modse_jax.training.hyperparameters import Hyperparameters
 
 
 def learning_rate(config: Config, values: Hyperparameters | None = None) -> optax.Schedule:
-    """Returns the learning rate as a function of the step.
+    """Returns the learning rate as a function of the number of updates before.
 
     It rises linearly to the peak in `warmup_steps`, then follows a cosine that reaches its floor at
-    the last step (MoDSE, section 4: from 2e-7, 2000 warmup steps, floor 3e-5).
+    step `training.steps` of the schedule (MoDSE, section 4: from 2e-7, 2000 warmup steps, floor
+    3e-5). The first update uses step `first_step` of the schedule.
 
     Args:
       config: the config.
@@ -34,7 +35,10 @@ def learning_rate(config: Config, values: Hyperparameters | None = None) -> opta
     decay = optax.cosine_decay_schedule(
         values.learning_rate, decay_steps - options.warmup_steps, values.final_ratio
     )
-    return optax.join_schedules([warmup, decay], [options.warmup_steps])
+    schedule = optax.join_schedules([warmup, decay], [options.warmup_steps])
+    if not options.first_step:
+        return schedule
+    return lambda updates: schedule(updates + options.first_step)
 
 
 def build_optimizer(

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from modse_jax.config.options import Config
-from modse_jax.training import hyperparameters, train_step
+from modse_jax.training import console, hyperparameters, train_step
 from modse_jax.training.hyperparameters import Hyperparameters
 from modse_jax.training.train_step import Batch, Metrics, ScoreStep, State
 
@@ -38,9 +38,8 @@ class Programs:
 
     def train_step(self, config: Config, mesh: Mesh) -> CompiledStep:
         """Compiles the training step."""
-        start = time.monotonic()
-        program = train_step.compile_train_step(config, mesh)
-        return CompiledStep(program, time.monotonic() - start)
+        program, seconds = _compile(lambda: train_step.compile_train_step(config, mesh))
+        return CompiledStep(program, seconds)
 
     def score_step(self, config: Config, mesh: Mesh) -> ScoreStep:
         """Returns the jitted scoring step of validation."""
@@ -68,9 +67,7 @@ class SharedPrograms(Programs):
 
         def compile_step() -> jax.stages.Compiled:
             nonlocal seconds
-            start = time.monotonic()
-            program = train_step.compile_shared_train_step(config, mesh)
-            seconds = time.monotonic() - start
+            program, seconds = _compile(lambda: train_step.compile_shared_train_step(config, mesh))
             return program
 
         program = self._find("train", config, mesh, compile_step)
@@ -96,3 +93,14 @@ class SharedPrograms(Programs):
         if name not in self._programs:
             self._programs[name] = build()
         return self._programs[name]
+
+
+def _compile(build: Callable[[], jax.stages.Compiled]) -> tuple[jax.stages.Compiled, float]:
+    """Returns a compiled training step, and how many seconds it took to compile or to load it."""
+    console.log(
+        "compiling the training step, or loading it from the compilation cache; the more distinct "
+        "widths of experts, the longer it takes"
+    )
+    start = time.monotonic()
+    program = build()
+    return program, time.monotonic() - start

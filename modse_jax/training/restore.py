@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from modse_jax.config.options import Config
 from modse_jax.errors import UserError
 from modse_jax.runtime import processes
 from modse_jax.training import run_metadata
@@ -35,24 +36,22 @@ class Restored(NamedTuple):
 
 
 def restore_state(
-    checkpoints: Checkpoints,
-    state_shapes: State,
-    metadata: dict[str, Any],
-    rewind: Sequence[int],
+    checkpoints: Checkpoints, state_shapes: State, metadata: dict[str, Any], config: Config
 ) -> Restored:
     """Restores the newest intact checkpoint, or that of a rewind which has not been done yet.
 
     Args:
       checkpoints: the checkpoints of the workdir. Nothing is moved or deleted.
       state_shapes: shapes, types and shardings of the state.
-      metadata: metadata of this run, to check that a checkpoint was trained on the same data.
-      rewind: `training.rewind`: (step, number of batches to skip), or ().
+      metadata: metadata of this run, to check that a checkpoint was trained in the same way.
+      config: the config of this run.
 
     Raises:
       UserError: the step of the rewind is missing or damaged, all checkpoints are damaged, or a
-        checkpoint belongs to other data or to another model.
+        checkpoint belongs to other data, to another model, or to a mesh that must not change.
     """
-    check = functools.partial(run_metadata.check_same_data, metadata)
+    check = functools.partial(run_metadata.check_same_run, config, metadata)
+    rewind = config.training.rewind
     found = checkpoints.newest(check)
     damaged = found.damaged
     rewind_to = 0

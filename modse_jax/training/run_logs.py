@@ -14,8 +14,9 @@ BOARD_ROOM = 512 * 1024  # bytes
 
 LOGS = ("metrics", "routing", "events")
 
-# The routing statistics of each layer that TensorBoard shows.
+# The routing statistics of each layer that TensorBoard shows, and those of each of several pools.
 LAYER_SCALARS = ("max_over_mean", "entropy", "count_weighted_width")
+POOL_SCALARS = ("max_over_mean", "entropy", "dropped")
 
 
 class RunLogWriter:
@@ -65,6 +66,9 @@ class RunLogWriter:
             tag = f"layer_{layer['layer']}"
             for name in LAYER_SCALARS:
                 self._board.add_scalar(f"{split}/router/{name}/{tag}", layer[name], step)
+            for index, pool in enumerate(layer["pools"] if len(layer["pools"]) > 1 else ()):
+                for name in POOL_SCALARS:
+                    self._board.add_scalar(f"{split}/pool_{index}/{name}/{tag}", pool[name], step)
             for name, factor in layer["straggler"].items():
                 self._board.add_scalar(f"{split}/straggler/{name}/{tag}", factor, step)
         for name, value in row.items():

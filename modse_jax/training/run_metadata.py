@@ -32,16 +32,18 @@ def build_metadata(config: Config, data: training_data.TrainingData, mesh: Mesh)
     }
 
 
-def check_same_data(expected: dict, step: int, saved: dict) -> None:
-    """Checks that a checkpoint was trained on the data of this run.
+def check_same_run(config: Config, expected: dict, step: int, saved: dict) -> None:
+    """Checks that a checkpoint was trained on the data of this run and, if necessary, on its mesh.
 
     Args:
+      config: the config of this run.
       expected: metadata of this run.
       step: the step of the checkpoint.
       saved: metadata of the checkpoint.
 
     Raises:
-      UserError: the data, a validation set or the tokenizer differs.
+      UserError: the data, a validation set or the tokenizer differs, or the number of devices does
+        and the result of training depends on it.
     """
     for name in ("tokenizer", "data"):
         if saved[name] != expected[name]:
@@ -50,6 +52,15 @@ def check_same_data(expected: dict, step: int, saved: dict) -> None:
                 f"{expected[name]!r}; restore the data it was trained on, or use another --workdir"
             )
     check_same_sets(expected["validation_sets"], step, saved)
+    is_finished = step >= config.training.steps
+    if config.depends_on_mesh and not is_finished and saved["devices"] != expected["devices"]:
+        # The options of the mesh are those of the saved run, and one of them is -1.
+        raise UserError(
+            f"checkpoint {step} was trained on {saved['devices']} devices, and the mesh options "
+            f"now give {expected['devices']}, but the result of training depends on which tokens "
+            "share a device (moe.capacity_factor above 0, or moe.balance_loss_scope=device); "
+            f"resume on {saved['devices']} devices, or use another --workdir"
+        )
 
 
 def check_same_sets(expected: dict[str, str], step: int, saved: dict) -> None:

@@ -143,9 +143,7 @@ def prepare_run(
     checkpoints = open_checkpoints(config, workdir, setup)
     cleanup.callback(checkpoints.settle)
     metadata = run_metadata.build_metadata(config, data, setup.mesh)
-    restored = restore.restore_state(
-        checkpoints, setup.state_shapes, metadata, config.training.rewind
-    )
+    restored = restore.restore_state(checkpoints, setup.state_shapes, metadata, config)
     is_finished = restored.step >= config.training.steps
     context = RunContext(
         config=config,

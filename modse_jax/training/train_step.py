@@ -257,7 +257,7 @@ def _compile(
 
 
 def compiler_options(mesh: Mesh | None) -> dict[str, str | int]:
-    """Returns XLA's options for programs on a mesh; None stands for the default device."""
+    """Returns XLA's compiler options for programs on a mesh, or on the default device."""
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return gpu_options.compiler_options(device)
 

@@ -99,10 +99,7 @@ def _check_saved_config(workdir: pathlib.Path, config: Config) -> None:
             f"{path} is not a config of this version ({error}); use another --workdir"
         ) from None
     allowed = RESUMABLE
-    # With a capacity, or a load-balancing loss per device, the result depends on which tokens are
-    # on the same device, so the mesh must not change.
-    depends_on_mesh = config.moe.capacity_factor or config.moe.balance_loss_scope == "device"
-    if not depends_on_mesh:
+    if not config.depends_on_mesh:
         allowed = RESUMABLE + RESUMABLE_ANY_MESH
     changed = [line for line in differences(saved, config) if line.split(":")[0] not in allowed]
     if changed:

@@ -19,6 +19,7 @@ import pytest
 from benchmarks.accelerator import __main__, phases, reference, results, schedule, table
 from modse_jax import errors
 from modse_jax.moe.experts import expert_weights, reference_ffn, select
+from tests.conftest import FASTER_TO_COMPILE
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -87,8 +88,17 @@ def read_rows(run):
     return results.read(run.writer.path)
 
 
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
+ONE_BACKEND = "kernels pallas_tpu,layer,step,ragged_dot"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(f"--phases={ONE_BACKEND}", id="one backend"),
+        pytest.param("--minutes=9", id="all backends", marks=pytest.mark.slow),
+    ],
+)
+def rehearsal(request, tmp_path_factory):
     """(the finished process, its results) of --tiny, with every other package blocked."""
     folder = tmp_path_factory.mktemp("rehearsal")
     (folder / "sitecustomize.py").write_text(IMPORT_GUARD)
@@ -97,9 +107,11 @@ def rehearsal(tmp_path_factory):
     done = run_command(
         "--tiny",
         "--devices=2",
+        request.param,
         f"--out={folder}",
         PYTHONPATH=f"{folder}:{ROOT}",
         BLOCKED_IMPORTS=json.dumps(sorted(blocked)),
+        XLA_FLAGS=FASTER_TO_COMPILE,
         JAX_NUM_CPU_DEVICES="2",
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
     )

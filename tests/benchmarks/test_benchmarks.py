@@ -145,18 +145,13 @@ def test_scaling_measures_each_number_of_devices(monkeypatch):
     assert sum(two["collective_bytes_by_kind"].values()) > 0
 
 
-def test_inference_is_measured_for_every_kind_of_work():
+@pytest.mark.parametrize("batches", [(2,), pytest.param((1, 2), marks=pytest.mark.slow)])
+def test_inference_is_measured_for_every_kind_of_work(batches):
     shapes = {"modse": tiny_config(), "equal": tiny_config(moe=dict(widths=(), pairs=False))}
-    rows = evaluate.measure(shapes, 2, prompt=8, new=4, batches=(1, 2))
-    assert [row["what"] for row in rows[:6]] == [
-        "score",
-        "training forward",
-        "prefill 1",
-        "decode 1",
-        "prefill 2",
-        "decode 2",
-    ]
-    assert len(rows) == 12
+    rows = evaluate.measure(shapes, 2, prompt=8, new=4, batches=batches)
+    per_batch = [f"{what} {batch}" for batch in batches for what in ("prefill", "decode")]
+    expected = ["score", "training forward", *per_batch]
+    assert [row["what"] for row in rows] == expected * 2
     assert rows[0]["over_training_forward"] > 0
     assert rows[0]["over_equal_width"] > 0
     for row in rows:

@@ -75,7 +75,9 @@ def test_cases_name_backends_that_take_the_gpu():
         "step blocked b200 300Mx8 blocks",
         "kernels pallas_gpu h100 300Mx8",
         "kernels pallas_gpu h100 700Mx8",
+        "kernels pallas_gpu h100 80M_n256_k32",
     ]
+    assert gpu_report.LAYERS["80M_n256_k32"] == (336, (42,) * 256)
     with pytest.raises(UserError, match="selects nothing.*kernels pallas_gpu h100 300Mx8"):
         gpu_report.select_cases(gpu_report.list_cases(), "kernels tpu")
 

@@ -32,11 +32,14 @@ def test_defaults_survive_a_round_trip():
         ("model__num_heads", 256, "must be even"),
         ("model__num_kv_heads", 3, "is not divisible by model.num_kv_heads=3"),
         ("model__dtype", "float16", "must be one of float32, bfloat16"),
-        ("moe__top_k", 9, "moe.top_k=9 is larger than moe.num_experts=8"),
-        ("moe__widths", (4, 4), "moe.widths: 2 widths for 8 experts"),
+        ("moe__top_k", 9, "moe.top_k=9 is larger than moe.num_experts=8; lower the first"),
+        ("moe__widths", (4, 4), "moe.widths: 2 widths for 8 experts; give one width for each"),
+        ("moe__pools", ((2, 9, 3),), "has top_k=3, more than its 2 experts; lower its top_k"),
         ("moe__widths", (4, -1, 4, 4, 4, 4, 4, 4), "expert 1 has width -1"),
         ("moe__gate", "sigmoids", "must be one of top_k_softmax"),
         ("moe__capacity_factor", -1.0, "must be >= 0"),
+        ("moe__capacity_factor", 1e-6, "moe.capacity_factor=1e-06 must be 0, so that no token"),
+        ("evaluation__capacity_factor", 1e30, "evaluation.capacity_factor=1e+30 must be 0, so"),
         (
             "data__sequence_length",
             1024,
@@ -50,6 +53,7 @@ def test_defaults_survive_a_round_trip():
         ),
         ("optimizer__learning_rate", float("nan"), "must be finite"),
         ("optimizer__initial_learning_rate", 1.0, "is above the peak"),
+        ("optimizer__first_step", 2, "optimizer.first_step=2 must be < 2"),
         ("evaluation__top_p", 1.5, "must be <= 1"),
         ("mesh__data", 0, "mesh.data=0, mesh.fsdp=1, mesh.expert=1: each must be"),
         ("evaluation__prompts", (), "must be non-empty texts"),
@@ -88,7 +92,9 @@ def test_bad_forms_of_a_block_are_refused(changes, message):
 
 
 def test_a_dense_model_has_no_experts():
-    config = loading.from_dict(changed(model__dense_width=512, moe__pairs=True))
+    unused = dict(moe__pairs=True, moe__gate="uniform", moe__bias_rule="sign", moe__top_k=9)
+    unused |= dict(moe__exchange="all_to_all", moe__placement="split", moe__capacity_factor=1.0)
+    config = loading.from_dict(changed(model__dense_width=512, **unused))
     assert (config.widths, config.pools, config.num_experts, config.top_k) == ((), (), 0, 0)
     assert config.active_width == 512
 
@@ -124,6 +130,7 @@ def test_a_saved_config_of_an_older_version_takes_the_defaults(tmp_path, capsys,
     monkeypatch.setattr(migration, "_reported", set())
     saved = changed(moe__top_k=1, training__steps=7)
     del saved["advanced"]["tail_rows"], saved["data"]["packing"], saved["checkpoint"], saved["seed"]
+    del saved["optimizer"]["first_step"]
     path = tmp_path / "config.json"
     path.write_text(json.dumps(saved))
     values = json.loads(path.read_text())
@@ -136,11 +143,12 @@ def test_a_saved_config_of_an_older_version_takes_the_defaults(tmp_path, capsys,
         "seed=0",
         "data.packing='concat'",
         "advanced.tail_rows=64",
+        "optimizer.first_step=0",
         "checkpoint.keep=3",
         "checkpoint.keep_every=0",
     ):
         assert added in message
-    assert message.count("=") == 5
+    assert message.count("=") == 6
     assert loading.from_saved(changed()) == options.Config()
     assert capsys.readouterr().err == ""
 
@@ -177,4 +185,15 @@ def test_every_config_file_is_a_document_that_builds():
         name = path.relative_to(ROOT)
         module = importlib.import_module(".".join(name.with_suffix("").parts))
         assert f"--config={name}" in module.__doc__, f"{name}: the docstring lacks its command"
-        loading.from_dict(module.get_config().to_dict())
+        config = loading.from_dict(module.get_config().to_dict())
+        if "study" in name.parts:  # docs/study.md: a name after the colon selects another size
+            larger = loading.from_dict(module.get_config("200M").to_dict())
+            assert larger.model.dim == 640 and config.model.dim == 240
+            assert larger.active_width == larger.moe.flop_matched_width == 4 * 640
+
+
+def test_pairs_of_a_size_without_whole_widths_are_refused():
+    from configs.study import modse_pairs
+
+    with pytest.raises(errors.UserError, match="dense width, 192, is not .*; choose 50M, 200M or"):
+        modse_pairs.get_config("10M")

@@ -1,7 +1,5 @@
 """Fixtures of prepared data."""
 
-import pathlib
-
 import pytest
 
 from modse_jax.config.options import Config
@@ -19,17 +17,18 @@ def prepared(request, corpus, tmp_path) -> Dataset:
     return prepared_data.open_prepared(tmp_path / "data")
 
 
-@pytest.fixture
-def mixture(tmp_path: pathlib.Path) -> tuple[TrainingData, Config]:
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> tuple[TrainingData, Config]:
     """Three datasets of different sizes with weights 6 : 3 : 1, and a config that mixes them."""
+    folder = tmp_path_factory.mktemp("mixture")
     for name, seed, size in (("a", 1, 8), ("b", 2, 16), ("c", 3, 4)):
-        path = tmp_path / f"{name}.txt"
+        path = folder / f"{name}.txt"
         path.write_text(random_text(seed, 40 * size))
-        prepare_source(f"text:{path}", "bytes", tmp_path / name, 64)
+        prepare_source(f"text:{path}", "bytes", folder / name, 64)
     weights = (("a", 6.0), ("b", 3.0), ("c", 1.0))
-    directories = tuple((str(tmp_path / name), weight) for name, weight in weights)
+    directories = tuple((str(folder / name), weight) for name, weight in weights)
     config = tiny_config(
         data=dict(sequence_length=64, mixture=directories),
         training=dict(batch_size=8),
     )
-    return training_data.load(config, tmp_path), config
+    return training_data.load(config, folder), config

@@ -78,12 +78,12 @@ def test_a_set_holds_the_records_of_a_validation_source(
 
 
 def test_sets_of_a_mixture_are_prepared_like_its_first_directory(mixture, texts, tmp_path):
-    _, config = mixture
+    a, b, _ = (dataset.directory for dataset in mixture[0].datasets)
     source = f"text:{texts}/first.txt"
     train = f"text:{texts}/train.txt"
     prepare_source(train, "bytes", tmp_path / "d", 64, packing="best_fit", fraction=0.5)
-    directories = ((str(tmp_path / "d"), 1.0), (str(tmp_path / "a"), 1.0))
-    sets = (("first", source), ("of_b", f"prepared:{tmp_path / 'b'}"))
+    directories = ((str(tmp_path / "d"), 1.0), (str(a), 1.0))
+    sets = (("first", source), ("of_b", f"prepared:{b}"))
     config = tiny_config(
         data=dict(sequence_length=64, mixture=directories, validation_sources=sets)
     )
@@ -92,7 +92,7 @@ def test_sets_of_a_mixture_are_prepared_like_its_first_directory(mixture, texts,
     first, of_b = data.validation_sets
     assert first.card["packing"] == "best_fit"
     assert first.directory == tmp_path / "run" / "validation" / "first"
-    assert_same_validation(of_b, prepared_data.open_prepared(tmp_path / "b"))
+    assert_same_validation(of_b, prepared_data.open_prepared(b))
     without = tiny_config(data=dict(sequence_length=64, mixture=directories))
     assert training_data.load(without, tmp_path / "other").fingerprint == data.fingerprint
 

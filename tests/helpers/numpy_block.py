@@ -88,11 +88,11 @@ def block(x_LD, w, segments, config: Config) -> BlockResult:
     def moe(x):
         nonlocal losses
         weights = {key[4:]: value for key, value in w.items() if key.startswith("moe/")}
-        gate = config.moe.gate
-        y, *losses = numpy_reference.layer(
-            x, weights, config.widths, config.top_k, gate, valid_T=segments > 0
-        )
-        return y
+        pools = tuple(numpy_reference.Pool(*pool) for pool in config.pools)
+        options = numpy_reference.Options(config.widths, pools, config.moe.gate)
+        out = numpy_reference.layer(x, weights, options, segments > 0)
+        losses = (out.balance_loss, out.z_loss)
+        return out.y_TD
 
     def shared(x):
         return feed_forward(x, w, "shared")

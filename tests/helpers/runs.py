@@ -1,15 +1,18 @@
 """Helpers for tests of training runs, in this process or as a user starts them."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
 import sys
 
 import jax
+import pytest
 
 from modse_jax.config.options import Config
-from modse_jax.training import train_step
+from modse_jax.training import startup, train_step
 from modse_jax.training.checkpointing import Checkpoints
+from modse_jax.training.programs import Programs
 from tests.conftest import CACHE_OPTIONS, FASTER_TO_COMPILE
 from tests.helpers.configs import tiny_config
 
@@ -45,6 +48,19 @@ def state_of(workdir: pathlib.Path, config: Config, step: int = 0) -> train_step
     assert not reason
     checkpoints.close()
     return jax.device_get(state)
+
+
+def save_untrained_run(config: Config, workdir: pathlib.Path, step: int) -> None:
+    """Saves initial weights as the checkpoint of a step, without compiling a training step."""
+    with contextlib.ExitStack() as cleanup, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup, "compile_step", lambda *_: None)
+        context, restored = startup.prepare_run(config, workdir, cleanup, Programs())
+        startup.write_description(config, workdir)
+        state = startup.first_state(context, restored, Programs())._replace(
+            step=jax.numpy.int32(step)
+        )
+        context.checkpoints.save(state, {**context.metadata, "validation_loss": None})
+        context.checkpoints.close()
 
 
 def environment(devices: int = 2) -> dict[str, str]:

@@ -64,7 +64,7 @@ def test_padding_changes_nothing_and_is_not_counted():
 
 @pytest.mark.parametrize("remat", ["none", "full", "save_routing_and_dots"])
 def test_scanned_blocks_equal_a_python_loop_with_gradients(remat):
-    config = tiny_config(model=dict(remat=remat, num_layers=3))
+    config = tiny_config(model=dict(remat=remat, num_layers=2))
     params, _ = build_forward(config)
     graph, _ = transformer.build_abstract_model(config)
     tokens, segments = random_tokens((2, 11)), ones(2, 11)
@@ -79,7 +79,7 @@ def test_scanned_blocks_equal_a_python_loop_with_gradients(remat):
         x_BLD = model.embed(tokens)
         balance_loss = 0.0
         attention_inputs = attention_layer.packed_inputs(segments, config.model)
-        for layer in range(3):
+        for layer in range(config.model.num_layers):
             weights = jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked)
             block = nnx.merge(block_graph, weights)
             x_BLD, output = block(x_BLD, attention_inputs, segments > 0)

@@ -35,18 +35,26 @@ def compile_case(tmp_path: pathlib.Path, *words: str) -> dict:
     return row
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # The kernels compile in the same way for both models' widths: each backend is tested with one of
-# them on an H100, and the A100's, which has the smallest tiles, with the other.
+# them on an H100, and the A100's, which has the smallest tiles, with the other. Mosaic needs four
+# seconds for each kernel.
 @pytest.mark.parametrize(
-    "backend, gpu, model, matmul, num_kernels",
+    "kind, backend, gpu, model, matmul, num_kernels",
     [
-        ("pallas_gpu", "h100", "300Mx8", "wgmma", 6),
-        ("pallas_triton", "h100", "700Mx8", "wgmma", 6),
-        ("pallas_triton", "a100", "300Mx8", "mma.sync", 6),
+        slow("kernels-once", "pallas_gpu", "h100", "300Mx8", "wgmma", 4),
+        ("kernels", "pallas_triton", "h100", "700Mx8", "wgmma", 6),
+        slow("kernels", "pallas_gpu", "h100", "300Mx8", "wgmma", 6),
+        slow("kernels", "pallas_gpu", "h100", "700Mx8", "wgmma", 6),
+        slow("kernels", "pallas_triton", "h100", "300Mx8", "wgmma", 6),
+        slow("kernels", "pallas_triton", "a100", "300Mx8", "mma.sync", 6),
     ],
 )
-def test_kernels_compile_without_spills(tmp_path, backend, gpu, model, matmul, num_kernels):
-    row = compile_case(tmp_path, "kernels", backend, gpu, model)
+def test_kernels_compile_without_spills(tmp_path, kind, backend, gpu, model, matmul, num_kernels):
+    row = compile_case(tmp_path, kind, backend, gpu, model)
     kernels = row["kernels"]
     assert len(kernels) == num_kernels
     for kernel in kernels:
@@ -57,8 +65,24 @@ def test_kernels_compile_without_spills(tmp_path, backend, gpu, model, matmul, n
         assert loads > 0, kernel
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["pallas_triton", "pallas_gpu"])
+def test_kernels_of_narrow_experts_compile_without_spills(tmp_path, backend):
+    """An arm of Slicing and Dicing: 256 experts of width 42, padded to 64, at model width 336."""
+    row = compile_case(tmp_path, "kernels", backend, "h100", "80M_n256_k32")
+    assert len(row["kernels"]) == 6
+    for kernel in row["kernels"]:
+        assert kernel["spill_bytes"] == 0, kernel
+        assert kernel["shared_memory_bytes"] <= 227 * 1024, kernel
+        assert any(name.startswith("wgmma") for name in kernel["matmuls"]), kernel
+
+
+@pytest.mark.slow
 def test_the_step_of_the_auto_backend_never_waits_for_the_device(tmp_path):
-    """Deterministic 300Mx8, batch 16 x 4,096, cuDNN attention; memory and sorts are bounded."""
+    """Deterministic 300Mx8, batch 16 x 4,096, cuDNN attention; memory and sorts are bounded.
+
+    test_gpu_plan.py has the same test for a small step.
+    """
     row = compile_case(tmp_path, "step", "auto", "h100", "300Mx8", "cudnn")
     launches = row["launches"]
     assert launches["open_loops"] == 0

@@ -2,12 +2,14 @@
 
 import dataclasses
 import platform
+from typing import NamedTuple
 
 import pytest
 
+from benchmarks import gpu_report
 from modse_jax.config import options
 from modse_jax.errors import UserError
-from modse_jax.planning import gpu_compiler, plan_table, planner
+from modse_jax.planning import gpu_compiler, plan_table, planner, step_compilation
 from tests.helpers.configs import tiny_config
 
 pytestmark = [
@@ -25,7 +27,7 @@ VOCABULARY = 256
 LENGTH = 128
 BATCH = 32
 TOP_K = 2
-WIDTHS = (256, 128, 192, 192)
+WIDTHS = (256, 128, 256, 128)
 DATA = 4  # sizes of the axes of the mesh
 EXPERT = 2
 
@@ -56,7 +58,7 @@ def config():
             widths=WIDTHS,
             pairs=False,
             top_k=TOP_K,
-            backend="pallas_gpu",
+            backend="auto",
             exchange="all_to_all",
         ),
         data=dict(sequence_length=LENGTH),
@@ -91,14 +93,33 @@ def expected_bytes() -> dict[str, float]:
     }
 
 
+class PlannedStep(NamedTuple):
+    plan: planner.StepPlan
+    compiled: step_compilation.CompiledStep
+
+
 @pytest.fixture(scope="module")
-def plan(config):
-    return planner.plan_step(config, "gpu:h100x8")
+def planned(config):
+    compiled = []
+    compile_step = step_compilation.compile_step
+
+    def record(*arguments):
+        compiled.append(compile_step(*arguments))
+        return compiled[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_compilation, "compile_step", record)
+        return PlannedStep(planner.plan_step(config, "gpu:h100x8"), *compiled)
+
+
+@pytest.fixture(scope="module")
+def plan(planned):
+    return planned.plan
 
 
 def test_a_compiled_step_sends_the_expected_bytes(plan):
     assert plan.mesh == {"data": 4, "fsdp": 1, "expert": 2}
-    assert plan.moe_backend == "pallas_gpu" and plan.attention == "cudnn"
+    assert plan.moe_backend == "pallas_triton" and plan.attention == "cudnn"
     assert plan.unknown_collectives == []
     assert plan.collective_bytes_between_hosts == 0
     assert plan.collective_bytes_by_kind == pytest.approx(expected_bytes(), rel=0.02)
@@ -117,6 +138,13 @@ def test_a_compiled_step_never_waits_for_the_device_and_mostly_launches_graphs(p
     assert plan.host_waits == 0
     assert plan.open_loops == 0
     assert 0 < plan.graph_launches < plan.kernels < 2000
+
+
+def test_temporary_memory_and_sorts_of_a_compiled_step_are_bounded(planned):
+    """The routed tokens of a device are sorted at once, and nothing that is longer."""
+    routed_tokens = BATCH * LENGTH // (DATA * EXPERT) * TOP_K
+    assert 0 < gpu_report.largest_sort(planned.compiled.hlo) <= EXPERT * routed_tokens
+    assert planned.compiled.temporary_bytes <= 12 * 2**20
 
 
 def test_hosts_and_gpus_are_described():

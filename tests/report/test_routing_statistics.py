@@ -4,8 +4,10 @@ import pathlib
 
 import numpy as np
 import pytest
+from matplotlib.patches import StepPatch
 
-from modse_jax.report import routing_statistics
+from modse_jax.moe.layer_options import Pool
+from modse_jax.report import routing_statistics, run_plots
 from modse_jax.report.routing_statistics import Counts, Trace
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
@@ -193,6 +195,32 @@ def test_specialists_are_tokens_of_one_expert():
 def test_width_of_first_choice_is_a_mean_over_layers():
     width = routing_statistics.width_of_first_choice(make_trace([1] * 4, IDS), WIDTHS)
     assert width.tolist() == [12, 12, 8, 4]
+
+
+def test_imbalance_is_that_of_each_pool():
+    """A choice of one pool is never an expert of another, which is no imbalance."""
+    counts = Counts(np.array([[[4, 2, 0, 0], [0, 0, 3, 3], [0, 0, 3, 3]]]), (4, 2, 1, 1))
+    first, second = routing_statistics.split_pools(counts, (Pool(2, 1), Pool(2, 2)))
+    assert first.widths == (4, 2) and second.widths == (1, 1)
+    assert routing_statistics.max_over_min(first).tolist() == [[2.0]]
+    assert routing_statistics.max_over_min(second).tolist() == [[1.0, 1.0]]
+
+
+def test_pictures_compare_with_an_even_share_of_the_pool():
+    pools = (Pool(2, 1), Pool(4, 3))
+    np.testing.assert_allclose(run_plots.even_shares(pools), [1 / 8] * 2 + [3 / 16] * 4)
+    layers = [
+        {
+            "layer": 0,
+            "tokens_per_expert": [8, 8, 12, 12, 12, 12],
+            "tokens_per_expert_by_choice": [[8, 8, 0, 0, 0, 0], *[[0, 0, 4, 4, 4, 4]] * 3],
+        }
+    ]
+    heatmap = run_plots.plot_load_heatmap(layers, (4, 4, 2, 2, 2, 2), pools, "step 1").figure
+    np.testing.assert_allclose(heatmap.axes[0].images[0].get_array(), np.ones((1, 6)))
+    bars = run_plots.plot_load_by_width(layers, (4, 4, 2, 2, 2, 2), pools, "step 1").figure
+    line = next(patch for patch in bars.axes[0].patches if isinstance(patch, StepPatch))
+    np.testing.assert_allclose(line.get_data().values, [12.5] * 2 + [18.75] * 4)
 
 
 def test_imbalance_is_infinite_if_an_expert_has_no_tokens():

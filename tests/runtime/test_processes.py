@@ -14,6 +14,7 @@ from modse_jax.config.loading import from_dict
 from modse_jax.config.options import MeshConfig
 from modse_jax.data import batching, training_data
 from modse_jax.errors import ExitCode, UserError
+from modse_jax.evaluation import scoring
 from modse_jax.runtime import processes, sharding
 from modse_jax.runtime.signals import StopRequest
 from modse_jax.training import loop, run_logs
@@ -82,10 +83,10 @@ def test_two_processes_killed_then_finished_then_evaluated_by_one(corpus, tmp_pa
     macro_losses = [[r["macro_loss"] for r in rows if "sets" in r] for rows in (two, one)]
     assert len(macro_losses[0]) == 6  # the first validation is that of two processes
     np.testing.assert_allclose(*macro_losses, atol=1e-5)
-    out, err, code = command(
-        "eval.py", f"--workdir={tmp_path / 'two'}", "--limit=4", "--prompt=def"
-    )
-    assert code == 0 and "bits/byte" in out and "sample after 'def'" in out, err
+    shown = []
+    workdir = str(tmp_path / "two")
+    scoring.evaluate(workdir, 0, ("loss", "sample"), 4, 0, ("def",), shown.append)
+    assert "bits/byte" in "".join(shown) and "sample after 'def'" in "".join(shown)
     assert json.loads((tmp_path / "two" / "eval" / "24.first4.json").read_text())["limit"] == 4
 
 

@@ -4,6 +4,7 @@ The expected numbers are parameters and FLOPs of the public logs and launch scri
 Dicing, with a vocabulary of 100,352 and sequences of 2,048 tokens.
 """
 
+import pathlib
 import re
 import time
 from fractions import Fraction
@@ -150,6 +151,19 @@ def test_pools_and_shared_experts_build_with_the_counts_of_accounting(build):
     config = build()
     assert count_built_parameters(config) == accounting.count_parameters(config).total
     assert config.active_width == 960
+
+
+def test_the_page_lists_the_sizes():
+    """The table of docs/study.md: size, dim, layers, heads, parameters, tokens, steps."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "study.md").read_text()
+    for size in arms.STUDY_SIZES:
+        config = arms.build_dense(size)
+        parameters = accounting.count_parameters(config).total
+        row = (
+            f"| {size.name} | {size.dim} | {size.num_layers} | {size.num_heads} | {parameters:,} | "
+            f"{size.tokens / 1e9:.1f} B | {config.training.steps:,} |"
+        )
+        assert row in page
 
 
 def test_arms_of_a_size_share_everything_but_the_layer():

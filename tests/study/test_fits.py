@@ -77,6 +77,7 @@ def test_gradients_equal_central_differences(name):
         assert slope == pytest.approx((above - below) / 2e-6, rel=2e-4, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_exponents_of_the_joint_law_are_recovered_from_noisy_runs():
     """200 runs whose losses have a standard deviation of 0.005 nats: exponents within 3%."""
     law = LAWS["joint"]
@@ -118,8 +119,8 @@ def test_bootstrap_intervals_hold_the_fit_and_repeat():
     runs["loss"] = laws.RoutedLaw().evaluate(runs["parameters"], runs["experts"])
     runs["loss"] = runs["loss"] * np.exp(0.005 * noise)
     found = fits.fit(law, runs)
-    intervals = fits.bootstrap(law, runs, found, samples=20, seed=3)
-    assert intervals == fits.bootstrap(law, runs, found, samples=20, seed=3)
+    intervals = fits.bootstrap(law, runs, found, samples=8, seed=3)
+    assert intervals == fits.bootstrap(law, runs, found, samples=8, seed=3)
     for name in ("a", "b", "c", "d"):
         assert intervals[name].low < found.coefficients[name] < intervals[name].high
 

@@ -4,7 +4,8 @@ from fractions import Fraction
 
 import pytest
 
-from modse_jax.study import notation
+from modse_jax.errors import UserError
+from modse_jax.study import arms, notation
 from modse_jax.study.notation import LayerShape, PoolShape
 
 
@@ -68,6 +69,16 @@ def test_conversion_from_ling_with_a_shared_expert():
     shape = notation.from_study(8, Fraction(1, 4), shared=Fraction(1, 4))
     assert (shape.experts, shape.active) == (31, 3)
     assert shape == notation.from_ling(31, 2, Fraction(4, 32), shared_experts=1)
+
+
+def test_floats_are_the_fractions_that_they_are_exactly():
+    shape = notation.from_study(8.0, 0.125, shared=0.25, dense_over_dim=4.0)
+    assert shape == notation.from_study(8, Fraction(1, 8), shared=Fraction(1, 4))
+    assert notation.from_krajewski(8.0, 8.0) == notation.from_ling(64, 4.0, 0.125, 0, 4.0)
+    assert all(type(symbol.value) is Fraction for symbol in shape.symbols())
+    assert arms.build_mixture("50M", 32, 0.25) == arms.build_mixture("50M", 32, Fraction(1, 4))
+    with pytest.raises(UserError, match="choose a granularity that gives a whole number"):
+        arms.build_mixture("50M", 32, 0.1)
 
 
 def test_the_joint_law_has_a_granularity_of_one():

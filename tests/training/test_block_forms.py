@@ -1,8 +1,9 @@
 """Every form of a block trains, resumes, evaluates, samples and reports."""
 
 import dataclasses
+import functools
 import pathlib
-import signal
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from modse_jax.runtime import sharding
 from modse_jax.training import loop, metrics, run_logs, state_arrays, train_step
 from modse_jax.training.checkpointing import Checkpoints
 from tests.helpers.block_forms import config_of
+from tests.helpers.configs import tiny_config
 from tests.helpers.steps import assert_close, batch
 
 
@@ -55,7 +57,7 @@ def train(config, state, first_step, count):
     return state, losses
 
 
-@pytest.mark.parametrize("kind", ["parallel", "dense"])
+@pytest.mark.parametrize("kind", [pytest.param("parallel", marks=pytest.mark.slow), "dense"])
 def test_a_form_trains_and_resumes_like_one_device_on_every_mesh(kind, tmp_path):
     """Saved on 1 x 1 x 8 devices, resumed on 2 x 2 x 2 with rematerialization."""
     batch_of_16 = dict(training=dict(batch_size=16))
@@ -96,27 +98,30 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def workdirs(tmp_path_factory) -> dict[str, pathlib.Path]:
-    """Returns the workdirs of finished runs on the same data, by form."""
+def workdir_of(tmp_path_factory) -> Callable[[str], pathlib.Path]:
+    """Returns a function that trains a run of a form, once, and returns its workdir."""
     root = tmp_path_factory.mktemp("forms")
     (root / "corpus").mkdir()
     for number in range(16):
         line = f"line {number} of some text, said again and again\n"
         (root / "corpus" / f"{number}.txt").write_text(line * 40)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for kind, config in RUNS.items():
-        data = dataclasses.replace(config.data, source=f"text:{root / 'corpus'}")
-        config = dataclasses.replace(config, data=data)
+
+    @functools.cache
+    def train_form(kind: str) -> pathlib.Path:
+        data = dataclasses.replace(RUNS[kind].data, source=f"text:{root / 'corpus'}")
+        config = dataclasses.replace(RUNS[kind], data=data)
         assert loop.train(config, str(root / kind)) == ExitCode.FINISHED
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return {kind: root / kind for kind in RUNS}
+        return root / kind
+
+    return train_form
 
 
-@pytest.mark.parametrize("kind", RUNS)
-def test_a_run_of_every_form_evaluates_samples_and_reports(kind, workdirs):
+@pytest.mark.parametrize(
+    "kind", [pytest.param("in_layer", marks=pytest.mark.slow), "parallel", "dense"]
+)
+def test_a_run_of_every_form_evaluates_samples_and_reports(kind, workdir_of):
     """The checkpoint has the same loss on the mesh of training and on that of evaluation."""
-    workdir = workdirs[kind]
+    workdir = workdir_of(kind)
     shown = []
     result = scoring.evaluate(
         str(workdir), 0, ("loss", "routing", "sample"), 0, 0, ("line",), shown.append
@@ -141,8 +146,8 @@ def test_a_run_of_every_form_evaluates_samples_and_reports(kind, workdirs):
         assert "share of tokens per expert" in "".join(shown)
 
 
-def test_a_dense_run_logs_and_prints_no_routing(workdirs):
-    rows = run_logs.read_log(workdirs["dense"] / "metrics.jsonl")
+def test_a_dense_run_logs_and_prints_no_routing(workdir_of):
+    rows = run_logs.read_log(workdir_of("dense") / "metrics.jsonl")
     training = [row for row in rows if row["split"] == "train"]
     for row in training:
         assert row["balance_loss"] == row["z_loss"] == 0
@@ -153,11 +158,11 @@ def test_a_dense_run_logs_and_prints_no_routing(workdirs):
         assert "balance" not in line and "load" not in line
 
 
-def test_a_dense_run_is_a_baseline_but_has_no_analysis(workdirs):
-    text = analysis.write(str(workdirs["parallel"]), 0, (str(workdirs["dense"]),), 6, 4, 0)
+def test_a_dense_run_is_a_baseline_but_has_no_analysis(workdir_of):
+    text = analysis.write(str(workdir_of("parallel")), 0, (str(workdir_of("dense")),), 6, 4, 0)
     assert "by dense" in text
     with pytest.raises(UserError, match="--suite=analysis needs experts, but .* is a dense model"):
-        analysis.write(str(workdirs["dense"]), 0, (), 0, 4, 0)
+        analysis.write(str(workdir_of("dense")), 0, (), 0, 4, 0)
 
 
 def test_a_plan_of_a_dense_step_has_no_experts():
@@ -170,3 +175,14 @@ def test_a_plan_of_a_dense_step_has_no_experts():
     assert flops.max_over_mean == 1
     tokens_per_device = 8 * 32 / 8
     assert flops.per_device == accounting.nominal_flops_per_token(config, 32) * tokens_per_device
+
+
+def test_a_plan_of_pools_has_the_load_of_each_pool():
+    """A device with the second pool has 3/4 of the routed tokens, not 1/2."""
+    moe = dict(pools=((4, 12, 1), (4, 12, 3)), widths=(), pairs=False)
+    config = dataclasses.replace(tiny_config(moe=moe), mesh=MeshConfig(4, 1, 2))
+    flops = planner.count_flops(config, device_mesh.build_mesh(config))
+    tokens_per_device = 8 * 32 / 8
+    experts = accounting.nominal_expert_flops_per_token(config) * tokens_per_device
+    expected = 1 + experts * (6 / 4 - 1) / flops.per_device
+    assert flops.max_over_mean == pytest.approx(expected, rel=1e-12)

@@ -79,6 +79,7 @@ def test_both_rules_balance_a_skewed_stream(compiled_with_care):
         assert unbalanced >= 3.2
 
 
+@pytest.mark.slow
 def test_the_rate_of_the_sign_rule_must_fall_with_the_number_of_experts(compiled_with_care):
     """The scores are about 1 / E, so a rate of 1e-3 overshoots with 1,024 experts."""
     rates = jnp.array([[1e-3], [1e-3 * 32 / 1024]])

@@ -36,7 +36,7 @@ from modse_jax.training import (
 from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
 from tests.helpers import faults
 from tests.helpers.configs import tiny_config
-from tests.helpers.runs import config_for, state_of
+from tests.helpers.runs import ROOT, config_for, environment, state_of
 from tests.helpers.steps import batch, initial_state
 
 NOTHING = {"validation_loss": None}
@@ -498,6 +498,45 @@ def test_bit_flips_in_prepared_data_are_never_silent(corpus, tmp_path):
             next(batching.train_batches(broken, config, 0))
 
 
+def test_run_killed_during_a_save_ends_like_an_uninterrupted_run(corpus, tmp_path):
+    """The process is killed before its second checkpoint is complete."""
+    config = config_for(corpus)
+    straight = tmp_path / "straight"
+    killed = tmp_path / "killed"
+    assert loop.train(config, str(straight)) == ExitCode.FINISHED
+    code = (
+        "import json, os, sys\n"
+        "from modse_jax.config.loading import from_dict\n"
+        "from modse_jax.runtime import integrity\n"
+        "from modse_jax.training import loop\n"
+        "seal = integrity.seal\n"
+        "folders = []\n"
+        "def seal_first_checkpoint(folder, *rest):\n"
+        "    folders.append(folder)\n"
+        "    if len(folders) == 2: os.kill(os.getpid(), 9)\n"
+        "    return seal(folder, *rest)\n"
+        "integrity.seal = seal_first_checkpoint\n"
+        "loop.train(from_dict(json.loads(sys.argv[1])), sys.argv[2])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(dataclasses.asdict(config)), str(killed)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**environment(devices=8), "GLIBC_TUNABLES": ""},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in (killed / "checkpoints").glob("0*[0-9]")] == ["00000003"]
+    assert loop.train(config, str(killed)) == ExitCode.FINISHED
+    logs = [run_logs.read_log(workdir / "metrics.jsonl") for workdir in (straight, killed)]
+    losses = [[(row["step"], row["split"], row["loss"]) for row in rows] for rows in logs]
+    assert losses[0] == losses[1]
+    expected = jax.tree.leaves(state_of(straight, config))
+    for one, other in zip(expected, jax.tree.leaves(state_of(killed, config)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
 def test_run_killed_at_random_moments_ends_like_an_uninterrupted_run(tmp_path):
     result = faults.kills(tmp_path, 5, random.Random(0))
     assert result["kills"] == 5 and result["equal_to_the_uninterrupted_run"]

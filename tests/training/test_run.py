@@ -28,9 +28,17 @@ from modse_jax.errors import ExitCode, UserError
 from modse_jax.evaluation import model_loading, scoring
 from modse_jax.report import analysis, demo_summary, pages, routing_statistics
 from modse_jax.runtime import malloc, sharding
-from modse_jax.training import loop, metrics, run_logs, train_step
+from modse_jax.training import loop, metrics, run_logs, startup, train_step
 from modse_jax.training.checkpointing import Checkpoints
-from tests.helpers.runs import ROOT, command, config_for, state_of, train_args
+from modse_jax.training.programs import Programs
+from tests.helpers.runs import (
+    ROOT,
+    command,
+    config_for,
+    save_untrained_run,
+    state_of,
+    train_args,
+)
 
 
 def change(config: Config, section: str, **options: Any) -> Config:
@@ -107,7 +115,9 @@ def finished(tmp_path_factory):
     config = config_for(corpus)
     workdir = root / "run"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with record_options_read() as options_read:
+    with record_options_read() as options_read, pytest.MonkeyPatch.context() as patch:
+        compile_train_step = train_step.compile_train_step.__wrapped__  # shares no compiled step
+        patch.setattr(train_step, "compile_train_step", compile_train_step)
         device_mesh.request_determinism(config)
         loop.train(config, str(workdir))
         scoring.evaluate(str(workdir), 0, ("sample",), 0, 0, ())
@@ -238,6 +248,23 @@ def test_mesh_may_not_change_if_the_loss_depends_on_it(options, finished, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     with pytest.raises(UserError, match="holds another config .mesh.data: -1 -> 8"):
         loop.train(dataclasses.replace(config, mesh=MeshConfig(8)), str(tmp_path))
+
+
+def test_number_of_devices_may_not_change_if_the_loss_depends_on_it(corpus, tmp_path, monkeypatch):
+    """mesh.data=-1 takes all devices, so the config alone does not fix the mesh."""
+    config = config_for(corpus, moe=dict(balance_loss_scope="device"))
+    save_untrained_run(config, tmp_path / "run", step=2)
+    found = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *_: found[:2])
+    with pytest.raises(UserError, match="trained on 8 devices, .* now give 2, .* resume on 8"):
+        loop.train(config, str(tmp_path / "run"))
+    # No step is left to train, so the mesh does not matter.
+    with contextlib.ExitStack() as cleanup:
+        without_steps = change(config, "training", steps=2)
+        _, restored = startup.prepare_run(without_steps, tmp_path / "run", cleanup, Programs())
+    assert restored.step == 2
+    dense = change(config, "model", dense_width=24)
+    assert config.depends_on_mesh and not dense.depends_on_mesh
 
 
 def test_run_resumes_on_another_mesh(finished, tmp_path, capsys):
@@ -397,8 +424,10 @@ def assert_refused(arguments: list[str], message: str, workdir: pathlib.Path) ->
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"modle.dim": 8}, "modle"),
-        ({"model.dimm": 8}, "Did you mean"),
+        ({"modle.dim": 8}, "unknown option modle; did you mean model?"),
+        ({"model.dimm": 8}, "unknown option model.dimm; did you mean model.dim?"),
+        ({"moe": 8}, "moe is a section of options; set one of them, such as moe.num_experts"),
+        ({"moe.balancing": 8}, "unknown option moe.balancing; known: num_experts, top_k"),
         ({"model.dim": "wide"}, "dim"),
         ({"moe.widths": "(20,4,12,11)"}, "must sum to"),
         ({"training.batch_size": 3}, "is not divisible by mesh.data=2"),
@@ -414,6 +443,8 @@ def test_bad_options_are_refused_in_one_line(options, message, corpus, tmp_path)
     [
         (["--config=configs/no.py", "--workdir={tmp}/run"], "no.py"),
         (["--config=configs/tiny.py"], "workdir"),
+        (["--config=configs/tiny.py:9M"], "configs/tiny.py:9M: this config takes no argument"),
+        (["--config=configs/study/dense.py:9M"], "unknown size '9M'; known sizes: 10M"),
         (
             ["--config=configs/tiny.py", "--workdir={tmp}/run", "stray"],
             "unexpected argument 'stray'",

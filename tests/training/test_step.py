@@ -15,6 +15,7 @@ from modse_jax.config import device_mesh
 from modse_jax.config.options import Config, MeshConfig
 from modse_jax.errors import UserError
 from modse_jax.model import accounting
+from modse_jax.moe import layer_options
 from modse_jax.runtime import sharding
 from modse_jax.training import (
     auxiliary_losses,
@@ -287,6 +288,10 @@ def test_auxiliary_losses_have_the_printed_values(moe, values, lines):
     "moe, message",
     [
         (dict(gate="softmax_top_k", top_k=1), None),
+        (
+            dict(gate="softmax_top_k", pools=((1, 0, 1), (3, 0, 1)), pairs=False),
+            "is always 1 with a single expert in pool 0 of moe.pools, so",
+        ),
         (dict(gate="uniform"), "moe.gate=uniform ignores the router's logits"),
         (
             dict(gate="sigmoid_renormalized", pools=((2, 0, 2), (2, 0, 1)), pairs=False),
@@ -317,7 +322,7 @@ def test_a_router_without_gradient_is_reported(moe, message):
 
 
 def test_a_single_renormalized_gate_is_reported():
-    for gate in auxiliary_losses.RENORMALIZED_GATES:
+    for gate in layer_options.RENORMALIZED_GATES:
         assert not auxiliary_losses.router_warnings(tiny_config(moe=dict(gate=gate)))
         (warning,) = auxiliary_losses.router_warnings(tiny_config(moe=dict(gate=gate, top_k=1)))
         assert f"moe.gate={gate} is always 1 with one expert per token, so" in warning
@@ -369,6 +374,24 @@ def test_learning_rate_schedule_is_that_of_the_paper():
     assert float(rate(20)) == pytest.approx(3e-4)
     assert float(rate(60)) == pytest.approx((3e-4 + 3e-5) / 2, rel=1e-3)
     assert float(rate(100)) == pytest.approx(3e-5)
+
+
+def test_the_first_update_uses_the_first_step_of_the_schedule():
+    schedule = dict(learning_rate=0.4, initial_learning_rate=0.0, warmup_steps=4)
+    configs = [
+        tiny_config(optimizer=dict(**schedule, weight_decay=0.5, **first))
+        for first in ({}, {"first_step": 0}, {"first_step": 1})
+    ]
+    rates = [optimizer.learning_rate(config) for config in configs]
+    for updates in range(configs[0].training.steps):
+        assert rates[0](updates) == rates[1](updates)
+        assert rates[2](updates) == rates[0](updates + 1)
+    params = {"w": jnp.ones(3)}
+    for config, rate in zip(configs, (0.0, 0.0, 0.1)):
+        rule = optimizer.build_optimizer(config)
+        # Without gradients, a parameter shrinks by the learning rate times the weight decay.
+        updates, _ = rule.update({"w": jnp.zeros(3)}, rule.init(params), params)
+        np.testing.assert_allclose(updates["w"], -0.5 * rate, rtol=1e-6)
 
 
 def test_weight_decay_is_on_matrices_or_on_all_parameters():

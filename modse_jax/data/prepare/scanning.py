@@ -118,9 +118,11 @@ def scan_documents(
 
 
 def _choose_threshold(data: DataConfig, parts: list[Part], scans: list[PartScan]) -> float:
-    """Returns the holdout score below which documents belong to the validation split.
+    """Returns the threshold of the validation split.
 
-    Parts that belong to one split as a whole are left out; 0 if there are no others.
+    A document belongs to it if its holdout score, a hash of its name in [0, 1), is below the
+    threshold. Only parts of the source that are divided between the two splits determine it. If
+    every part lies in one split as a whole, the threshold is 0.
     """
     split_by_name = [
         scan for scan, part in zip(scans, parts) if part.is_validation is None and scan.documents

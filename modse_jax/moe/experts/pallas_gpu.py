@@ -5,7 +5,7 @@ Rows are routed tokens, sorted by expert and divided into row tiles of equal siz
 visited by each of them. Three kernels do all matmuls of the forward and backward passes. The tiles
 marked # are those of one task, which a kernel computes at a time.
 
-    A  hidden-out: one visit x 64 hidden units of its expert      [rows, D] x [D, 64]
+    A  to-hidden: one visit x 64 hidden units of its expert      [rows, D] x [D, 64]
        forward: gate and up, followed by SwiGLU; backward: the gradient of the hidden
        activations, followed by the gradient of SwiGLU
 
@@ -15,7 +15,7 @@ marked # are those of one task, which a kernel computes at a time.
           +----+----+     D | e=0  |  ##e=1 |   e=2   |          +--+
                             +------+--------+---------+           64 of its hidden units
 
-    B  hidden-in: one visit x 128 of the model axis, summed over the expert's hidden units
+    B  from-hidden: one visit x 128 of the model axis, summed over the expert's hidden units
        forward: down; backward: dx, the sum of two matmuls
 
          widest expert          D
@@ -68,15 +68,15 @@ CHIPS = {"h100": 132, "h200": 132}
 DTYPES = ("bfloat16", "float16")
 
 # The length of one pipeline step of a contraction. It is also the number of hidden units in a tile
-# of the hidden-out kernel (A), which is small because that kernel has two sums in registers.
+# of the to-hidden kernel (A), which is small because that kernel has two sums in registers.
 UNIT = 64
 
-# The model dimensions in a tile of the hidden-in (B) and weights (C) kernels.
+# The model dimensions in a tile of the from-hidden (B) and weights (C) kernels.
 MODEL = 128
 
 MAX_TASKS = 2**24
 
-# Tasks of the hidden-out kernel (A) are ordered in groups of visits, so that those that run at the
+# Tasks of the to-hidden kernel (A) are ordered in groups of visits, so that those that run at the
 # same time read the same data from the 50 MB L2 cache. With 10 visits in a group, 132 tasks read 10
 # tiles of rows (3.9 MB at D=1536) and about 14 tiles of both weights (5.5 MB). If each tile of rows
 # went through all hidden units first, they would read 42 MB of weights at 300Mx8.
@@ -92,7 +92,7 @@ class Tiles(NamedTuple):
 
     Attributes:
       rows: routed tokens in a row tile.
-      hidden: hidden units in a tile of the hidden-out kernel (A).
+      hidden: hidden units in a tile of the to-hidden kernel (A).
       wide: hidden units in a tile of the weights kernel (C).
       stages: pipeline steps whose loads are in flight.
       blocks: thread blocks of a kernel, one per multiprocessor.
@@ -106,7 +106,7 @@ class Tiles(NamedTuple):
 
 
 class HiddenOutTasks(NamedTuple):
-    """The tasks of the hidden-out kernel (A): one visit and one tile of hidden units each.
+    """The tasks of the to-hidden kernel (A): one visit and one tile of hidden units each.
 
     A visit is an expert and a row tile in which it has rows. Entries from `num_tasks` on are filler
     that never runs. All arrays are int32.
@@ -121,7 +121,7 @@ class HiddenOutTasks(NamedTuple):
 
 
 class HiddenInTasks(NamedTuple):
-    """The tasks of the hidden-in kernel (B): the visits, those of the widest expert first.
+    """The tasks of the from-hidden kernel (B): the visits, those of the widest expert first.
 
     A visit is an expert and a row tile in which it has rows. Entries from `num_visits` on are
     filler that never runs. All arrays are int32.
@@ -312,17 +312,17 @@ def backward(
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
-    """Epilogue of the hidden-out kernel (A) in a forward pass that saves nothing: SwiGLU."""
+    """Epilogue of the to-hidden kernel (A) in a forward pass that saves nothing: SwiGLU."""
     return (swiglu.swiglu(gate, up),)
 
 
 def _swiglu_and_inputs(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
-    """Epilogue of the hidden-out kernel (A) in training: SwiGLU, and gate and up to be saved."""
+    """Epilogue of the to-hidden kernel (A) in training: SwiGLU, and gate and up to be saved."""
     return swiglu.swiglu(gate, up), gate, up
 
 
 def _swiglu_backward(dhidden: jax.Array, gate: jax.Array, up: jax.Array) -> swiglu.SwigluBackward:
-    """Epilogue of the hidden-out kernel (A) in the backward pass: the gradient of SwiGLU."""
+    """Epilogue of the to-hidden kernel (A) in the backward pass: the gradient of SwiGLU."""
     return swiglu.swiglu_backward(gate, up, dhidden)
 
 
@@ -331,7 +331,7 @@ def _widest(placement: expert_placement.Placement) -> int:
 
 
 def _pad_rows(x_ND: jax.Array, tiles: Tiles) -> jax.Array:
-    """Returns rows padded to a multiple of the row tile size, to one row tile at least."""
+    """Appends zero rows, so that the number of rows is a multiple of the row tile size, not 0."""
     num_row_tiles = max(1, -(-x_ND.shape[0] // tiles.rows))
     num_rows = num_row_tiles * tiles.rows
     return jnp.pad(x_ND, ((0, num_rows - x_ND.shape[0]), (0, 0)))
@@ -455,7 +455,7 @@ def _list_weight_tasks(
     return WeightTasks(start_E[expert_C], end_E[expert_C], column_tile_C[order_C], order_C)
 
 
-# ---- kernel A: hidden-out ----
+# ---- kernel A: to-hidden ----
 
 
 def run_hidden_out(
@@ -470,7 +470,7 @@ def run_hidden_out(
     tiles: Tiles,
     interpret: Any,
 ) -> Sequence[jax.Array]:
-    """Launches the hidden-out kernel (A): rows times their expert's weights, then an epilogue.
+    """Launches the to-hidden kernel (A): rows times their expert's weights, then an epilogue.
 
     Args:
       rows_ND: rows sorted by expert.
@@ -565,7 +565,7 @@ def _multiply_hidden_out(
     return pl.run_scoped(multiply, *[accumulator_type] * len(w_gmem))
 
 
-# ---- kernel B: hidden-in ----
+# ---- kernel B: from-hidden ----
 
 
 def run_hidden_in(
@@ -575,7 +575,7 @@ def run_hidden_in(
     tiles: Tiles,
     interpret: Any,
 ) -> jax.Array:
-    """Launches the hidden-in kernel (B): hidden activations times their expert's weights.
+    """Launches the from-hidden kernel (B): hidden activations times their expert's weights.
 
     Args:
       pairs: one pair for the down projection, two for the gradient of the input. Each is hidden
@@ -895,7 +895,7 @@ def _store_rows(
     In nearly all row tiles all rows belong to one expert. They are stored through a tile in shared
     memory with a swizzled layout (`_swizzled`). If only some rows belong to the expert, they may
     begin at any row, where a swizzled tile cannot be divided. They are stored through a tile with a
-    plain layout. Its bank conflicts would take about a quarter of the hidden-out kernel's time (an
+    plain layout. Its bank conflicts would take about a quarter of the to-hidden kernel's time (an
     estimate) if all tiles were stored so.
 
     Args:

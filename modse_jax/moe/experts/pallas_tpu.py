@@ -5,7 +5,7 @@ into row tiles of equal size. A *visit* is one (expert, row tile) pair in which 
 a row tile that several experts share is visited by each of them (tile_lists.py). A *task* is what a
 kernel computes at a time. One task reads and writes the tiles marked #.
 
-    A  hidden-out: one visit x one tile of its expert's hidden units, summed over the model axis
+    A  to-hidden: one visit x one tile of its expert's hidden units, summed over the model axis
        in steps of `inner`; gate and up, followed by SwiGLU, or its gradient
 
               D                   flat hidden axis H             widest expert M
@@ -14,7 +14,7 @@ kernel computes at a time. One task reads and writes the tiles marked #.
           +----+----+     D | e=0  |  ##e=1 |   e=2   |          +--+----+
           inner             +------+--------+---------+          hidden
 
-    B  hidden-in: one visit x `outer` of the model axis, summed over the expert's hidden units,
+    B  from-hidden: one visit x `outer` of the model axis, summed over the expert's hidden units,
        one tile per task; down, or dx, the sum of two matmuls
 
          widest expert M        D
@@ -63,7 +63,7 @@ from modse_jax.moe import expert_placement
 from modse_jax.moe.experts import hidden_unit_padding, swiglu, tile_lists
 
 # The lists of tasks must fit in scalar memory, which is 1 MiB. The longest list, that of the
-# hidden-in kernel (B), has five int32 per task. Some memory is left for the compiler.
+# from-hidden kernel (B), has five int32 per task. Some memory is left for the compiler.
 MAX_TASKS = 1_000_000 // (5 * 4)
 
 # On v4 the limit is 16 MiB, whatever is requested; this is why its tiles are smaller.
@@ -111,9 +111,9 @@ class Tiling(NamedTuple):
 
 # 512 rows: with 8 experts and 131,072 rows, the row tiles that two experts share cost 2.7% more
 # FLOPs; 1,024 rows would cost 5.5%. With the entire model axis in one tile, a tile of the weights
-# stays in place from one row tile to the next. Two cores divide the work of the hidden-in (B) and
+# stays in place from one row tile to the next. Two cores divide the work of the from-hidden (B) and
 # weights (C) kernels along the model axis, so it has at least two tiles there; they divide the
-# tasks of the hidden-out kernel (A) with `split_tasks`. With tiles of 256 hidden units, the kernels
+# tasks of the to-hidden kernel (A) with `split_tasks`. With tiles of 256 hidden units, the kernels
 # are bound by arithmetic, not by memory traffic, on v5e and v5p
 # (benchmarks/tpu_report.py) and compile in half the time of 768. The matrix units of v6e are
 # 256 x 256; it needs 768, otherwise rows are loaded too often.
@@ -142,7 +142,7 @@ class Job(NamedTuple):
 
 
 class HiddenOutMatmul(NamedTuple):
-    """One matmul of the hidden-out kernel (A): rows [N, D] x weights -> hidden units [N, M]."""
+    """One matmul of the to-hidden kernel (A): rows [N, D] x weights -> hidden units [N, M]."""
 
     rows_index: int  # index of the left operand in the kernel's list of arrays of rows
     weights: jax.Array  # [D, H], or [H, D] if transposed
@@ -150,7 +150,7 @@ class HiddenOutMatmul(NamedTuple):
 
 
 class HiddenInMatmul(NamedTuple):
-    """One matmul of the hidden-in kernel (B): hidden activations x weights -> rows [N, D]."""
+    """One matmul of the from-hidden kernel (B): hidden activations x weights -> rows [N, D]."""
 
     hidden_NM: jax.Array
     weights: jax.Array  # [H, D], or [D, H] if transposed
@@ -158,14 +158,14 @@ class HiddenInMatmul(NamedTuple):
 
 
 class CoreTasks(NamedTuple):
-    """The range of each TensorCore in the list of tasks of the hidden-out kernel (A)."""
+    """The range of each TensorCore in the list of tasks of the to-hidden kernel (A)."""
 
     first_P: jax.Array  # int32: index of the core's first task
     end_P: jax.Array  # int32: index after its last task
 
 
 class HiddenOutScalars(NamedTuple):
-    """The arrays that the hidden-out kernel (A) reads from scalar memory."""
+    """The arrays that the to-hidden kernel (A) reads from scalar memory."""
 
     bounds: Ref  # Job.bounds_B
     first: Ref  # CoreTasks.first_P
@@ -177,7 +177,7 @@ class HiddenOutScalars(NamedTuple):
 
 
 class TaskScalars(NamedTuple):
-    """The arrays that the hidden-in (B) and weights (C) kernels read from scalar memory."""
+    """The arrays that the from-hidden (B) and weights (C) kernels read from scalar memory."""
 
     bounds: Ref  # Job.bounds_B
     expert: Ref  # this and the rest: the tasks, see tile_lists.TaskList
@@ -345,7 +345,7 @@ pallas_tpu.defvjp(_forward, _backward)
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
-    """Epilogue of the hidden-out kernel (A) in the forward pass: SwiGLU of its two matmuls."""
+    """Epilogue of the to-hidden kernel (A) in the forward pass: SwiGLU of its two matmuls."""
     return (swiglu.swiglu(gate, up),)
 
 
@@ -364,7 +364,7 @@ def make_job(
 
 
 def _pad_rows(x_ND: jax.Array, job: Job) -> jax.Array:
-    """Returns rows padded to a multiple of the row tile size, to one row tile at least."""
+    """Appends zero rows, so that the number of rows is a multiple of the row tile size, not 0."""
     missing = job.num_row_tiles * job.tiles.rows - job.num_rows
     return jnp.pad(x_ND, ((0, missing), (0, 0)))
 
@@ -391,7 +391,7 @@ def list_column_tiles(job: Job) -> tile_lists.ColumnTiles:
 def list_hidden_out_tasks(
     rows_E: jax.Array, columns: tile_lists.ColumnTiles, tiles: Tiles, num_row_tiles: int
 ) -> tile_lists.TaskList:
-    """Returns the tasks of the hidden-out kernel (A).
+    """Returns the tasks of the to-hidden kernel (A).
 
     A task is one visit (an expert and a row tile) and one tile of the expert's hidden units, the
     column tile. Tasks are ordered by column tile, then visit. Experts that share a row tile write
@@ -447,7 +447,7 @@ def list_weight_tasks(
 
 
 def split_tasks(tasks: tile_lists.TaskList, cores: int) -> CoreTasks:
-    """Divides the tasks of the hidden-out kernel (A) among TensorCores, in nearly equal shares.
+    """Divides the tasks of the to-hidden kernel (A) among TensorCores, in nearly equal shares.
 
     Consecutive tasks may write rows of the same output block. They must run on one core, so each
     core begins with the first task of a block.
@@ -474,7 +474,7 @@ def split_tasks(tasks: tile_lists.TaskList, cores: int) -> CoreTasks:
     )
 
 
-# ---- kernel A: hidden-out ----
+# ---- kernel A: to-hidden ----
 
 
 def run_hidden_out(
@@ -484,7 +484,7 @@ def run_hidden_out(
     epilogue: Callable[..., tuple[jax.Array, ...]],
     num_outputs: int,
 ) -> Sequence[jax.Array]:
-    """Launches the hidden-out kernel (A): rows times their expert's weights, then an epilogue.
+    """Launches the to-hidden kernel (A): rows times their expert's weights, then an epilogue.
 
     Args:
       job: the arguments that all kernels share.
@@ -626,11 +626,11 @@ def _hidden_out_kernel(
                 _store_rows(out_ref, value, own_R1)
 
 
-# ---- kernel B: hidden-in ----
+# ---- kernel B: from-hidden ----
 
 
 def run_hidden_in(job: Job, matmuls: Sequence[HiddenInMatmul]) -> jax.Array:
-    """Launches the hidden-in kernel (B): hidden activations times their expert's weights.
+    """Launches the from-hidden kernel (B): hidden activations times their expert's weights.
 
     Args:
       job: the arguments that all kernels share.
@@ -807,12 +807,12 @@ def _task_scalars(job: Job, tasks: tile_lists.TaskList) -> TaskScalars:
 
 
 def _index_rows(q: jax.Array, task: jax.Array, *refs: Ref) -> tuple:
-    """Index map of an array [N, D] in the hidden-in (B) and weights (C) kernels."""
+    """Index map of an array [N, D] in the from-hidden (B) and weights (C) kernels."""
     return TaskScalars(*refs).row_tile[task], q
 
 
 def _index_hidden(q: jax.Array, task: jax.Array, *refs: Ref) -> tuple:
-    """Index map of hidden activations [N, M] in the hidden-in (B) and weights (C) kernels."""
+    """Index map of hidden activations [N, M] in the from-hidden (B) and weights (C) kernels."""
     scalars = TaskScalars(*refs)
     return scalars.row_tile[task], scalars.column_tile[task]
 

@@ -4,10 +4,10 @@ Routed tokens are sorted by expert and divided into row tiles. A row tile may ho
 experts. A *visit* is one (expert, row tile) pair in which the expert has tokens. There are three
 kinds of kernel, called A, B and C below. One thread block computes:
 
-  A  hidden-out: one visit x one tile of the expert's hidden units, contracted over the model
+  A  to-hidden: one visit x one tile of the expert's hidden units, contracted over the model
      dimension: gate and up followed by SwiGLU, or the gradients of gate and up
-  B  hidden-in: one visit x one tile of the model dimension, contracted over all hidden units of the
-     expert: the down projection; or dx, the sum of two such matmuls
+  B  from-hidden: one visit x one tile of the model dimension, contracted over all hidden units of
+     the expert: the down projection; or dx, the sum of two such matmuls
   C  weights: one tile of hidden units x one tile of the model dimension, contracted over the tokens
      of the expert: the gradients of the weights
 
@@ -72,7 +72,7 @@ class Launch(NamedTuple):
 class Tiles(NamedTuple):
     """Tile sizes and launch parameters of the kernels.
 
-    The hidden-out kernel (A) outputs hidden units, the hidden-in kernel (B) contracts over them,
+    The to-hidden kernel (A) outputs hidden units, the from-hidden kernel (B) contracts over them,
     and the weights kernel (C) computes weight gradients.
 
     Attributes:
@@ -178,11 +178,13 @@ def check_tasks(num_rows: int, placement: expert_placement.Placement, tiles: Til
 
 
 class Visits(NamedTuple):
-    """The visits of a shard: (expert, row tile) pairs, those of the widest expert first.
+    """The tasks of a shard: pairs of an expert and a row tile that holds tokens routed to it.
 
-    Padding rows count as an expert of width 0, so that the hidden-in kernel (B) stores zeros there.
-    The list has room for the most visits of any routing. The entries that are left over have no
-    rows and no width, so that a kernel stores nothing for them. All arrays are int32.
+    Such a pair is called a visit. Those of the widest expert come first. Padding rows count as an
+    expert of width 0, so that the from-hidden kernel (B), which multiplies hidden activations by
+    the down projection, stores zeros there. The list has room for the most visits of any routing.
+    Entries that are left over have no rows and no width, so that a kernel stores nothing for them.
+    All arrays are int32.
     """
 
     row_V: jax.Array  # first row of the row tile
@@ -270,7 +272,7 @@ def _list_visits(
 ) -> Visits:
     """Lists the visits, the (expert, row tile) pairs with tokens, those of the widest expert first.
 
-    A thread block of the hidden-in kernel (B) takes longer for a wider expert. The longest start
+    A thread block of the from-hidden kernel (B) takes longer for a wider expert. The longest start
     first, so that none is left to run alone at the end. The expert of an entry is found by
     comparing the entry's index with the last index of every expert: a small reduction instead of a
     scatter, which would be slow on GPU.
@@ -386,14 +388,14 @@ def backward(
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> tuple[jax.Array]:
-    """Epilogue of the hidden-out kernel (A) in a forward pass that saves nothing: SwiGLU."""
+    """Epilogue of the to-hidden kernel (A) in a forward pass that saves nothing: SwiGLU."""
     return (swiglu.swiglu(gate, up),)
 
 
 def _swiglu_and_derivatives(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
     """Returns (hidden, its derivative with respect to gate, its derivative with respect to up).
 
-    hidden is silu(gate) * up. The hidden-out kernel (A) applies this in the forward pass of
+    hidden is silu(gate) * up. The to-hidden kernel (A) applies this in the forward pass of
     training.
     """
     return swiglu.swiglu_backward(gate, up, jnp.ones_like(gate))
@@ -422,7 +424,7 @@ class _Kernels:
     def compute_hidden(
         self, rows_ND: jax.Array, w_gate: jax.Array, w_up: jax.Array, save: bool
     ) -> list[jax.Array]:
-        """Launches the hidden-out kernel (A) of the forward pass: gate and up matmuls and SwiGLU.
+        """Launches the to-hidden kernel (A) of the forward pass: gate and up matmuls and SwiGLU.
 
         Returns:
           The hidden activations [N, M] and, if `save`, their derivatives with respect to gate and
@@ -447,7 +449,7 @@ class _Kernels:
     def compute_gate_up_gradients(
         self, dy_ND: jax.Array, w_down: jax.Array, by_gate_NM: jax.Array, by_up_NM: jax.Array
     ) -> list[jax.Array]:
-        """Launches the hidden-out kernel (A) of the backward pass.
+        """Launches the to-hidden kernel (A) of the backward pass.
 
         Args:
           dy_ND: the gradient of the output.
@@ -480,7 +482,7 @@ class _Kernels:
     def compute_model(
         self, name: str, pairs: list[tuple[jax.Array, jax.Array]], transposed: bool
     ) -> jax.Array:
-        """Launches the hidden-in kernel (B): hidden activations times their expert's weights.
+        """Launches the from-hidden kernel (B): hidden activations times their expert's weights.
 
         Args:
           name: the name of the kernel in profiles.
@@ -581,7 +583,7 @@ def _gate_up_kernel(
     epilogue: Callable[..., tuple[jax.Array, ...]],
     tiles: Tiles,
 ) -> None:
-    """The hidden-out kernel (A) of the forward pass: stores epilogue(gate, up) for one tile.
+    """The to-hidden kernel (A) of the forward pass: stores epilogue(gate, up) for one tile.
 
     The tile is one visit (an expert and a row tile) x `tiles.gate_up` of the expert's hidden units.
     """
@@ -623,7 +625,7 @@ def _gate_up_gradients_kernel(
     *,
     tiles: Tiles,
 ) -> None:
-    """The hidden-out kernel (A) of the backward pass: stores the gradients of gate and up.
+    """The to-hidden kernel (A) of the backward pass: stores the gradients of gate and up.
 
     They are the gradient of the hidden activations, dy w_down^T, times the saved derivatives of the
     hidden activations with respect to gate and up.
@@ -652,7 +654,7 @@ def _gate_up_gradients_kernel(
 
 
 def _visit_and_column(widest: int, columns: int, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
-    """Returns what this thread block of the hidden-out kernel (A) computes.
+    """Returns what this thread block of the to-hidden kernel (A) computes.
 
     Consecutive thread blocks take the visits (an expert and a row tile) of one group for one tile
     of hidden units, then the same visits for the next tile, then the next group of visits.
@@ -696,7 +698,7 @@ def _model_kernel(
     model: int,
     tiles: Tiles,
 ) -> None:
-    """The hidden-in kernel (B): one output tile, summed over the expert's hidden units.
+    """The from-hidden kernel (B): one output tile, summed over the expert's hidden units.
 
     The tile is one visit (an expert and a row tile) x `model` of the model dimensions. Consecutive
     thread blocks compute the tiles of one visit, which read the same activations.

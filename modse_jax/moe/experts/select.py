@@ -14,7 +14,7 @@ Legend: N routed tokens, D model dimension, E experts, H flat hidden axis.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,11 @@ from modse_jax.moe.experts.reference_ffn import reference
 
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "pallas_triton": pallas_triton}
 
-# Kernels pad the widths of experts to full tiles. "auto" chooses `blocked` instead if the padding
-# would multiply the FLOPs by more than this.
+# The tiles of all kernels divide a model dimension that is a multiple of this. Others are padded.
+MODEL_UNIT = 128
+
+# Kernels pad the widths of experts and the model dimension to full tiles. "auto" chooses `blocked`
+# instead if the padding would multiply the FLOPs by more than this.
 MAX_PADDING = 1.5
 
 # Bounds of the self-test of kernels: on the norm of the error relative to the norm of the
@@ -40,6 +43,24 @@ MAX_RELATIVE_ERROR = 0.02
 MAX_ELEMENT_ERROR = 0.3
 
 USE_BLOCKED = "set moe.backend=blocked, which runs anywhere, and report it"
+
+
+class KernelJob(NamedTuple):
+    """The tile sizes of a kernel backend, and what it pads to full tiles.
+
+    Attributes:
+        tiles: the tile sizes of the backend's module.
+        hidden_unit: every expert's width is padded to a multiple of it (hidden_unit_padding.py).
+        model_unit: the model dimension is padded to a multiple of it.
+    """
+
+    tiles: Any
+    hidden_unit: int
+    model_unit: int = MODEL_UNIT
+
+    def pad_dim(self, dim: int) -> int:
+        """Returns the padded model dimension."""
+        return hidden_unit_padding.pad_width(dim, self.model_unit)
 
 
 def check_backend(
@@ -71,11 +92,10 @@ def checked_tiles(
     shape: tuple[int, int],
     chip: str,
     dtype: str,
-) -> tuple[Any, int]:
-    """Returns the tile sizes of a kernel backend, and the unit to which it pads widths.
+) -> KernelJob:
+    """Returns the tile sizes of a kernel backend, and what it pads.
 
-    Every expert's width is padded to a multiple of the unit (hidden_unit_padding.py). See
-    check_backend for the arguments.
+    See check_backend for the arguments.
 
     Raises:
         ValueError: the backend does not support these experts, shapes, chip or dtype.
@@ -83,11 +103,12 @@ def checked_tiles(
     module = KERNELS[backend]
     num_rows, dim = shape
     widths = _all_widths(placement)
-    tiles = module.tiles_for(widths, dim, chip, dtype)
+    padded_dim = hidden_unit_padding.pad_width(dim, MODEL_UNIT)
+    tiles = module.tiles_for(widths, padded_dim, chip, dtype)
     unit = module.unit_for(widths, chip, dtype)
     padded = hidden_unit_padding.pad_placement(placement, unit)
     module.check_tasks(num_rows, padded, tiles)
-    return tiles, unit
+    return KernelJob(tiles, unit, MODEL_UNIT)
 
 
 def _all_widths(placement: expert_placement.Placement) -> list[int]:
@@ -147,7 +168,7 @@ def padding(
     chip: str,
     dtype: str,
 ) -> tuple[float, str]:
-    """Returns how much a kernel backend pads the hidden units of experts, as a number and as text.
+    """Returns how much a kernel backend pads its matmuls, as a number and as text.
 
     The number is the FLOPs with padding divided by those of the exact widths, for evenly routed
     tokens. The text is empty if nothing is padded. See check_backend for the arguments.
@@ -155,11 +176,19 @@ def padding(
     Raises:
         ValueError: the backend does not support these experts, shapes, chip or dtype.
     """
-    _, unit = checked_tiles(backend, placement, shape, chip, dtype)
-    ratio = hidden_unit_padding.flops_ratio(_all_widths(placement), unit)
-    if ratio == 1:
-        return ratio, ""
-    return ratio, f"hidden units padded to multiples of {unit}: {100 * (ratio - 1):.1f}% more FLOPs"
+    job = checked_tiles(backend, placement, shape, chip, dtype)
+    dim = shape[1]
+    padded_dim = job.pad_dim(dim)
+    width_ratio = hidden_unit_padding.flops_ratio(_all_widths(placement), job.hidden_unit)
+    parts = []
+    if width_ratio > 1:
+        parts.append(f"hidden units padded to multiples of {job.hidden_unit}")
+    if padded_dim > dim:
+        parts.append(f"model.dim={dim} padded to {padded_dim}")
+    if not parts:
+        return 1.0, ""
+    ratio = width_ratio * padded_dim / dim
+    return ratio, f"{' and '.join(parts)}: {100 * (ratio - 1):.1f}% more FLOPs"
 
 
 def run_kernels(
@@ -169,7 +198,7 @@ def run_kernels(
     weights: ExpertWeights,
     shard: jax.Array,
     placement: expert_placement.Placement,
-    job: tuple[Any, int],
+    job: KernelJob,
     interpret: Any = False,
 ) -> jax.Array:
     """Computes the expert FFN with the Pallas kernels of a backend; returns y_ND.
@@ -178,17 +207,39 @@ def run_kernels(
     kernels take all rows at once.
 
     Args:
-        job: the result of checked_tiles: (tile sizes, unit to which widths are padded).
+        job: the result of checked_tiles.
         interpret: runs the kernels in Pallas's interpreter, on any device.
     """
-    tiles, unit = job
+    dim = x_ND.shape[1]
+    padded_dim = job.pad_dim(dim)
+    if padded_dim > dim:
+        x_ND, weights = _pad_model_dimension(x_ND, weights, padded_dim)
+        y_ND = run_kernels(backend, x_ND, rows_E, weights, shard, placement, job, interpret)
+        return y_ND[:, :dim]
     rows_E, weights, placement = hidden_unit_padding.pad_experts(
-        rows_E, weights, shard, placement, unit
+        rows_E, weights, shard, placement, job.hidden_unit
     )
     arguments = (x_ND, rows_E, *weights, shard)
     if backend == "pallas_tpu":
-        return pallas_tpu.pallas_tpu(*arguments, placement, tiles, interpret)
-    return chunks.run_in_chunks(*arguments, KERNELS[backend], placement, tiles, interpret)
+        return pallas_tpu.pallas_tpu(*arguments, placement, job.tiles, interpret)
+    return chunks.run_in_chunks(*arguments, KERNELS[backend], placement, job.tiles, interpret)
+
+
+def _pad_model_dimension(
+    x_ND: jax.Array, weights: ExpertWeights, dim: int
+) -> tuple[jax.Array, ExpertWeights]:
+    """Pads the model dimension of the rows and of the weights with zeros, in copies.
+
+    The zeros add exactly 0 to the hidden units, and so to the output and to all gradients.
+    """
+    w_gate, w_up, w_down = weights
+    added = dim - x_ND.shape[1]
+    first_axis = ((0, added), (0, 0))
+    last_axis = ((0, 0), (0, added))
+    padded = ExpertWeights(
+        jnp.pad(w_gate, first_axis), jnp.pad(w_up, first_axis), jnp.pad(w_down, last_axis)
+    )
+    return jnp.pad(x_ND, last_axis), padded
 
 
 def self_test_kernels(
@@ -210,7 +261,7 @@ def self_test_kernels(
     """
     widths = placement.widths[0]
     job = checked_tiles(backend, placement, (0, dim), chip, dtype)
-    rows_E = _self_test_rows(backend, placement, job[0])
+    rows_E = _self_test_rows(backend, placement, job.tiles)
     x_ND, dy_ND, weights = _self_test_inputs(rows_E, widths, dim, dtype)
 
     def run_backend(x_ND: jax.Array, weights: ExpertWeights) -> jax.Array:

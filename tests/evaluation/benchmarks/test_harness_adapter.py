@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import math
-import os
 import queue
 import threading
 import types
@@ -22,9 +21,6 @@ from modse_jax.model.variables import Variables
 from modse_jax.runtime import processes, sharding
 from modse_jax.training import train_step
 from tests.helpers.configs import tiny_config
-
-os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the harness is imported
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 CONTEXT = 64  # context_length of the model
 BOS = 1
@@ -157,7 +153,13 @@ def test_only_the_most_likely_continuation_is_greedy(model):
 
 
 @pytest.mark.parametrize(
-    "devices, batch_size, order", [(1, 1, 1), (1, 3, -1), (8, 0, -1), (8, 8, 1)]
+    "devices, batch_size, order",
+    [
+        (1, 3, -1),
+        (8, 0, -1),
+        pytest.param(1, 1, 1, marks=pytest.mark.slow),
+        pytest.param(8, 8, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_score_depends_on_its_request_only(model, devices, batch_size, order):
     expected = score(make_adapter(model))
@@ -192,7 +194,7 @@ def test_long_text_is_truncated_on_the_left_and_counted(model):
     assert adapter.counts["generations_shortened"] == 1
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_generation_equals_full_recomputation(model, devices):
     """Compares greedy text from padded batches and a cache with a new pass for every token."""
     config, params = model

@@ -1,9 +1,6 @@
 """Complete benchmarks on small files: prompts, results, comparison and invalid input."""
 
-import copy
-import functools
 import json
-import os
 import pathlib
 import tempfile
 
@@ -13,7 +10,7 @@ import lm_eval.tasks._index
 import numpy as np
 import pytest
 
-from modse_jax.errors import ExitCode, RunError, UserError
+from modse_jax.errors import RunError, UserError
 from modse_jax.evaluation import result_files
 from modse_jax.evaluation.benchmarks import (
     harness_adapter,
@@ -21,34 +18,32 @@ from modse_jax.evaluation.benchmarks import (
     task_files,
     task_runner,
 )
-from modse_jax.training import loop
 from tests.helpers import benchmark_files
 from tests.helpers.configs import tiny_config
-
-os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the harness is imported
-os.environ["HF_HUB_OFFLINE"] = "1"
+from tests.helpers.runs import save_untrained_run
 
 FAMILIES = ("agieval", "mmlu", "gsm8k", "lambada", "math", "triviaqa", "piqa", "siqa")
 OTHERS = ("piqa_generated", "siqa_generated", "intent")
 ALL_TASKS = (*FAMILIES, *OTHERS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def harness_tasks_are_read_once():
-    """Reads the thousands of task files of the harness once. Every reading takes 17 seconds."""
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)])
+def harness(request, monkeypatch):
+    """The harness with some of its task folders; a slow variant of a test has all of them.
+
+    The harness reads its thousands of task files in 17 seconds.
+    """
+    if request.param:
+        return
     harness_folder = pathlib.Path(lm_eval.tasks.__file__).parent
     build = lm_eval.tasks._index.TaskIndex.build
-    build_once = functools.cache(lambda path: build([path]))
 
-    def build_from_parts(self, paths):
-        if harness_folder not in paths:
-            return build(paths)
+    def build_from_some(self, paths):
         assert paths[0] == harness_folder  # later folders override it
-        return {**copy.deepcopy(build_once(harness_folder)), **build(paths[1:])}
+        some = [harness_folder / "piqa", harness_folder / "super_glue"]
+        return build([*some, *paths[1:]])
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lm_eval.tasks._index.TaskIndex, "build", build_from_parts)
-        yield
+    monkeypatch.setattr(lm_eval.tasks._index.TaskIndex, "build", build_from_some)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +56,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two runs with different expert widths on the same text."""
+    """Two runs with different expert widths on the same text, as if trained for two steps."""
     root = tmp_path_factory.mktemp("runs")
     (root / "text").mkdir()
     for i in range(24):
@@ -76,7 +71,7 @@ def trained(tmp_path_factory):
             training=dict(steps=2, checkpoint_every=2),
         )
         workdirs[name] = str(root / name)
-        assert loop.train(config, workdirs[name]) == ExitCode.FINISHED
+        save_untrained_run(config, root / name, step=2)
     return workdirs
 
 
@@ -122,18 +117,21 @@ def check_documents(workdir, name, record):
 def test_every_family_runs_on_local_files_and_two_runs_compare(trained, data):
     shown = []
     workdirs = tuple(trained.values())
-    results = task_runner.run_tasks(workdirs, 0, ALL_TASKS, str(data), 2, 0, shown.append)
-    for workdir, result in zip(workdirs, results):
-        written = read_results(workdir, 2)
-        assert written == json.loads(json.dumps(result))
-        assert set(written["tasks"]) == set(ALL_TASKS)
-        check_records(written["tasks"])
-        for name, record in written["tasks"].items():
-            check_documents(workdir, name, record)
+    modse = workdirs[:1]
+    (result,) = task_runner.run_tasks(modse, 0, ALL_TASKS, str(data), 2, 0, shown.append)
+    written = read_results(modse[0], 2)
+    assert written == json.loads(json.dumps(result))
+    assert set(written["tasks"]) == set(ALL_TASKS)
+    check_records(written["tasks"])
+    for name, record in written["tasks"].items():
+        check_documents(modse[0], name, record)
     text = "".join(shown)
     assert all(name in text for name in FAMILIES)
     assert "modse, step 2" in text
-    table = run_comparison.compare_runs(workdirs, 0, (), 2)
+    compared = ("piqa", "piqa_generated", "lambada")
+    results = task_runner.run_tasks(workdirs, 0, compared, str(data), 2, 0)
+    assert [set(result["tasks"]) for result in results] == [set(ALL_TASKS), set(compared)]
+    table = run_comparison.compare_runs(workdirs, 0, compared, 2)
     assert "piqa_generated" in table
     assert "seconds of computing" in table
     assert "steps modse: 2, equal: 2" in table
@@ -232,7 +230,7 @@ def test_siqa_prompts_have_five_shots(data):
         assert choice in (" a", " b", " c")
 
 
-def test_a_task_file_in_tasks_dir_runs(trained, tmp_path):
+def test_a_task_file_in_tasks_dir_runs(trained, harness, tmp_path):
     rows = [{"text": f"t{n}", "label": n % 2} for n in range(9)]
     benchmark_files.write_jsonl(tmp_path / "mine.jsonl", rows)
     (tmp_path / "names.txt").write_text("0\n1\n2\n")
@@ -274,17 +272,23 @@ def read_error(workdir, tasks_dir, *names):
     return str(error.value)
 
 
-def test_invalid_tasks_and_workdirs_are_refused_before_anything_runs(trained, data, tmp_path):
+def test_unknown_tasks_are_refused_before_anything_runs(trained, harness, tmp_path):
     run = trained["modse"]
     before = sorted(pathlib.Path(run, "eval").rglob("*"))
-    assert "--tasks is empty" in read_error(run, data)
-    assert "is not a directory" in read_error(run, tmp_path / "none", "piqa")
-    assert "holds no run" in read_error(tmp_path, data, "piqa")
     (tmp_path / "broken.yaml").write_text("task: [")
     message = read_error(run, tmp_path, "piqua")
     assert "'piqua' is unknown; close: " in message
     assert "piqa" in message
     assert "cannot be read: broken.yaml: " in message
+    assert sorted(pathlib.Path(run, "eval").rglob("*")) == before
+
+
+def test_invalid_arguments_are_refused_before_anything_runs(trained, data, tmp_path):
+    run = trained["modse"]
+    before = sorted(pathlib.Path(run, "eval").rglob("*"))
+    assert "--tasks is empty" in read_error(run, data)
+    assert "is not a directory" in read_error(run, tmp_path / "none", "piqa")
+    assert "holds no run" in read_error(tmp_path, data, "piqa")
     assert sorted(pathlib.Path(run, "eval").rglob("*")) == before
     with pytest.raises(UserError, match="has no results of tasks with --limit=7"):
         run_comparison.compare_runs(tuple(trained.values()), 0, (), 7)
@@ -332,7 +336,7 @@ def test_a_task_that_fails_keeps_the_results_of_those_before_it(trained, data, m
         run_comparison.compare_runs((run, run), 0, ("siqa",), 3)
 
 
-def test_without_internet_the_error_explains_how_to_use_local_data(trained, tmp_path):
+def test_without_internet_the_error_explains_how_to_use_local_data(trained, harness, tmp_path):
     message = read_error(trained["modse"], tmp_path, "boolq")
     assert message.startswith("task boolq cannot be read: ")
     assert "include: $harness/PATH.yaml" in message

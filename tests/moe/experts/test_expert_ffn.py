@@ -94,7 +94,7 @@ def test_outputs_and_gradients_equal_numpy(case, backend, saved):
     "case, saved, chip",
     [
         ("unequal", 0.5, "h100"),
-        ("empty experts", 0.9, "h100"),
+        pytest.param("empty experts", 0.9, "h100", marks=pytest.mark.slow),
         ("all on one", 9.0, "h100"),
         ("unequal", 0.5, "cpu"),
     ],
@@ -140,8 +140,15 @@ def test_residuals_hold_no_empty_array(saved):
     assert all(leaf.size for leaf in jax.tree.leaves(pull))
 
 
-@pytest.mark.parametrize("saved", [0.0, 1.0])
-@pytest.mark.parametrize("kind, shards", [("whole", 2), ("split", 2)])
+@pytest.mark.parametrize(
+    "kind, shards, saved",
+    [
+        ("whole", 2, 1.0),
+        ("split", 2, 0.0),
+        pytest.param("whole", 2, 0.0, marks=pytest.mark.slow),
+        pytest.param("split", 2, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_all_shards_run_one_program(kind, shards, saved):
     """The shard is an argument of the compiled program. Padding rows are NaN."""
     placement = (
@@ -279,7 +286,12 @@ def in_blocks(x, rows, w, dy, widths, blocks):
 
 @pytest.mark.parametrize(
     "body, tail, saved, total, experts",
-    [(128, 8, 1.25, 260, 3), (128, 8, 0.4, 260, 3), (100, 8, 9.0, 400, 2), (64, 64, 1.0, 150, 2)],
+    [
+        (128, 8, 0.4, 260, 3),
+        (64, 64, 1.0, 150, 2),
+        pytest.param(128, 8, 1.25, 260, 3, marks=pytest.mark.slow),
+        pytest.param(100, 8, 9.0, 400, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_single_block_and_multi_block_experts_match_the_reference(
     body, tail, saved, total, experts
@@ -321,6 +333,27 @@ def test_single_block_and_multi_block_experts_match_the_reference(
             np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(jnp.abs(b).max())))
 
 
+def test_experts_whose_even_share_is_smaller_than_a_tail_block_equal_numpy():
+    """64 experts of 32 rows on average, with row counts around every block size."""
+    experts, width, total = 64, 2, 64 * 32
+    blocks = block_sizes.Blocks(1024, 64, 1.25)
+    sizes = blocked.choose_block_sizes(blocks, total, experts, "cpu")
+    assert sizes == ((24, 32, 40, 48), (32,))
+    chosen = [0, 1, *(size + d for size in (12, *sizes.single_block, 64) for d in (-1, 0, 1))]
+    rng = np.random.default_rng(0)
+    others = rng.multinomial(total - 5 - sum(chosen), np.full(44, 1 / 44))
+    rows = rng.permutation([*chosen, *others])
+    shapes = dict(w_gate=(D, 128), w_up=(D, 128), w_down=(128, D))
+    w = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    x, dy = (jnp.asarray(rng.normal(size=(total, D)), jnp.float32) for _ in range(2))
+    x, dy = (a.at[sum(rows) :].set(jnp.nan) for a in (x, dy))
+    got = in_blocks(x, jnp.asarray(rows), w, dy, (width,) * experts, blocks)
+    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), (w, x, dy))
+    want = numpy_value_and_grads((width,) * experts, rows, *exact)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, atol=3e-5 * max(1, float(np.abs(b).max())))
+
+
 def test_single_blocks_are_compiled_only_if_they_can_hold_an_even_share():
     few, many = (
         blocked.choose_block_sizes(block_sizes.Blocks(1024, 64), n, 8, "cpu")
@@ -340,6 +373,13 @@ def test_single_blocks_are_compiled_only_if_they_can_hold_an_even_share():
         (),
         few.multi_block,
     )  # a loop costs more
+    # 1,024 experts: an even share of 32 or 64 rows.
+    narrow, wide = (
+        blocked.choose_block_sizes(block_sizes.Blocks(1024, 64), n, 1024, "cpu")
+        for n in (32768, 65536)
+    )
+    assert narrow == ((24, 32, 40, 48), (32,))
+    assert wide == ((48, 56, 60, 64, 68, 72, 80, 96), (64,))
 
 
 def test_weight_gradient_transposes_x_only_on_cpu():

@@ -35,7 +35,17 @@ def test_flops_of_padding_are_reported():
     )
     _, note = select.padding("pallas_triton", uneven, *job)
     assert note.startswith("hidden units padded to mult")
+    narrow_model = (4096, 96), "h100", "bfloat16"
+    ratio, note = select.padding("pallas_gpu", uneven, *narrow_model)
+    assert ratio == 4160 / 4096 * 4 / 3
+    assert note == (
+        "hidden units padded to multiples of 64 and model.dim=96 padded to 128: 35.4% more FLOPs"
+    )
     exact = place_on_one_shard((1024, 512))
+    assert select.padding("pallas_gpu", exact, *narrow_model) == (
+        4 / 3,
+        "model.dim=96 padded to 128: 33.3% more FLOPs",
+    )
     assert select.padding("pallas_triton", exact, *job) == (1, "")
 
 

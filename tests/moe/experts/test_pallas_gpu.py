@@ -118,7 +118,7 @@ def test_kernels_match_reference_for_shards_wide_tiles_and_float16():
 def test_widths_that_are_not_multiples_of_the_unit_are_padded():
     """One odd width, and shards whose padded sums differ."""
     placement = expert_placement.place_experts((70, 30, 36, 64), 2, "whole")
-    job = TILES, 64
+    job = select.KernelJob(TILES, hidden_unit=64)
 
     @jax.jit
     def run_padded(inputs, shard):

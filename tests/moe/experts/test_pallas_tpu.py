@@ -97,7 +97,7 @@ def test_kernels_match_reference_for_equal_widths():
 def test_widths_that_are_not_multiples_of_the_unit_are_padded():
     """One odd width, and a shard that needs one more expert to be as wide as the other."""
     placement = expert_placement.place_experts((12, 5, 5, 5, 7), 2, "whole")
-    job = TILES._replace(outer=8), 4
+    job = select.KernelJob(TILES._replace(outer=8), hidden_unit=4, model_unit=DIM)
 
     @jax.jit
     def run(inputs, shard):
@@ -112,6 +112,20 @@ def test_widths_that_are_not_multiples_of_the_unit_are_padded():
         widths = placement.widths[shard]
         inputs = make_inputs(widths, rows, NUM_ROWS, DIM)
         assert_all_close(run(inputs, jnp.int32(shard)), run_reference(inputs, widths))
+
+
+def test_a_model_dimension_that_is_no_multiple_of_the_unit_is_padded():
+    job = select.KernelJob(TILES, hidden_unit=4, model_unit=DIM)
+    rows = ROUTINGS["empty experts and padding rows"]
+    inputs = make_inputs(WIDTHS, rows, NUM_ROWS, DIM - 5)
+
+    def kernels(x, weights):
+        return select.run_kernels(
+            "pallas_tpu", x, inputs.rows_E, weights, jnp.int32(0), PLACEMENT, job, True
+        )
+
+    computed = jax.jit(lambda: compute_output_and_gradients(kernels, inputs))()
+    assert_all_close(computed, run_reference(inputs, WIDTHS))
 
 
 def test_unused_hidden_units_are_nan_in_interpret_mode():
@@ -231,18 +245,32 @@ def test_errors_name_an_alternative():
         select.check_backend("pallas_tpu", placement, (2**20, 128), "v5e", "bfloat16")
 
 
-def test_self_test_finds_wrong_kernels(monkeypatch):
-    def self_test(placement, dtype):
+@pytest.mark.slow
+def test_self_test_accepts_the_kernels_with_the_tiles_of_a_chip():
+    for widths, num_shards, dtype in (
+        ((128, 128, 256), 1, "bfloat16"),
+        ((128, 128), 2, "float32"),
+    ):
+        placement = expert_placement.place_experts(widths, num_shards, "pairs")
         select.self_test_kernels("pallas_tpu", placement, 128, "v5e", dtype, interpret=True)
 
-    placement = place_on_one_shard((128, 128, 256))
+
+def test_self_test_finds_wrong_kernels(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "tiles_for", lambda *_: TILES)
+    monkeypatch.setattr(pallas_tpu, "unit_for", lambda *_: TILES.hidden)
+    monkeypatch.setattr(select, "MODEL_UNIT", DIM)
+
+    def self_test(placement, dtype):
+        select.self_test_kernels("pallas_tpu", placement, DIM, "v5e", dtype, interpret=True)
+
+    placement = place_on_one_shard((8, 8, 16))
     self_test(placement, "bfloat16")
     one_expert_per_device = expert_placement.place_experts((128, 128), 2, "whole")
     self_test(one_expert_per_device, "float32")
     correct = pallas_tpu.pallas_tpu
 
     def double_some_weights(x, rows, w_gate, *arguments):
-        return correct(x, rows, w_gate.at[:, -64:].mul(2), *arguments)
+        return correct(x, rows, w_gate.at[:, -8:].mul(2), *arguments)
 
     monkeypatch.setattr(pallas_tpu, "pallas_tpu", double_some_weights)
     with pytest.raises(

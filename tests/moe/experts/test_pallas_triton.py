@@ -49,8 +49,8 @@ ROUTINGS = {  # tokens of each expert, all tokens
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def run_kernels(inputs, shard, placement, tiles):
-    """Runs the kernels as expert_ffn does, with padded widths."""
-    job = tiles, tiles.hidden
+    """Runs the kernels as expert_ffn does, with padded widths and a padded model dimension."""
+    job = select.KernelJob(tiles, tiles.hidden, model_unit=DIM)
 
     def kernels(x, weights):
         return select.run_kernels(
@@ -99,6 +99,11 @@ def test_kernels_match_reference_for_random_routings_over_odd_widths():
         rows = rng.multinomial(59, rng.dirichlet(np.full(4, 0.5)))
         inputs = make_inputs(widths, tuple(map(int, rows)), 64, DIM)
         assert_all_close(run_on_one_shard(inputs, widths), run_reference(inputs, widths))
+
+
+def test_kernels_match_reference_for_a_padded_model_dimension():
+    inputs = make_inputs(WIDTHS, (0, 30, 0, 9), 64, DIM - 5)
+    assert_all_close(run_on_one_shard(inputs, WIDTHS), run_reference(inputs, WIDTHS))
 
 
 def test_shards_run_one_program():
@@ -189,7 +194,15 @@ def test_narrow_experts_use_narrow_tiles(widths, unit):
         ((256, 128), 256, "a100", "float16", "pallas_triton", ""),
         ((256, 100), 256, "b200", "bfloat16", "pallas_triton", "7.9% more FLOPs"),
         ((256, 128), 256, "h200", "float32", "blocked", "not float32"),
-        ((256, 128), 192, "h100", "bfloat16", "blocked", "model.dim=192"),
+        (
+            (256, 128),
+            192,
+            "h100",
+            "bfloat16",
+            "pallas_triton",
+            "model.dim=192 padded to 256: 33.3%",
+        ),
+        ((256, 128), 64, "h100", "bfloat16", "blocked", "would need 2.0 times the FLOPs"),
         ((3, 5), 256, "h100", "bfloat16", "blocked", "would need 16.0 times the FLOPs"),
         ((256, 128), 256, "gpu", "bfloat16", "blocked", ""),
     ],
@@ -211,6 +224,7 @@ def config_on_interpreted_h100(monkeypatch):
     monkeypatch.setattr(sharding, "chip_name", lambda _: "h100")
     monkeypatch.setattr(pallas_triton, "tiles_for", lambda *_: TILES)
     monkeypatch.setattr(pallas_triton, "unit_for", lambda *_: TILES.hidden)
+    monkeypatch.setattr(select, "MODEL_UNIT", DIM)
     interpreted = functools.partial(select.self_test_kernels, interpret=True)
     monkeypatch.setattr(select, "self_test_kernels", interpreted)
     return tiny_config(
