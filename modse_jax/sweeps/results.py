@@ -29,6 +29,7 @@ from modse_jax.config.loading import from_saved, to_flat_dict
 from modse_jax.config.options import Config
 from modse_jax.errors import UserError
 from modse_jax.model import accounting
+from modse_jax.moe import layer_options
 from modse_jax.runtime import files
 from modse_jax.sweeps import matching
 from modse_jax.sweeps.identity import RunIdentity
@@ -177,13 +178,24 @@ def _summarize_routing(
     dropped = sum(row["dropped"] for row in rows)
     num_tokens = len(rows) * tokens_per_step // num_layers
     return {
-        # The maximum over the mean, of the tokens of all logged steps; the largest of any layer.
-        "load_imbalance": max(float(counts.max() / counts.mean()) for counts in by_layer),
+        # Of the tokens of all logged steps; the largest of any layer.
+        "load_imbalance": max(load_imbalance(config, counts_E) for counts_E in by_layer),
         "dropped_share": dropped / max(int(counts_RE.sum()), 1),
         "realized_flops_per_token": realized_flops_per_token(
             config, counts_RE, dropped, num_tokens
         ),
     }
+
+
+def load_imbalance(config: Config, counts_E: np.ndarray) -> float:
+    """Returns the maximum over the mean of tokens per expert of a pool, of the least balanced pool.
+
+    Args:
+        config: the config of the run.
+        counts_E: tokens routed to every expert of a layer.
+    """
+    of_pools = [counts_E[pool.experts] for pool in layer_options.pool_ranges(config.pools)]
+    return max(float(counts.max() / max(counts.mean(), 1e-9)) for counts in of_pools)
 
 
 def realized_flops_per_token(

@@ -124,7 +124,8 @@ def plot_load_over_training(
         values=lambda log: log.load_WL,
         even=1.0,
         caption=(
-            "Tokens of the busiest expert over the mean, by layer, mean over seeds; 1 is even. "
+            "Tokens of the busiest expert over the mean of its pool, by layer, mean over seeds; 1 "
+            "is even. "
             "Each point sums the logged steps of a tenth of training, so few logged tokens make it "
             "larger: even random routing of few tokens is uneven."
         ),

@@ -53,7 +53,7 @@ class Routing(NamedTuple):
 
     Attributes:
         tokens_W: tokens at the end of each window of logged steps.
-        load_WL: maximum over mean of the tokens per expert, summed over the window.
+        load_WL: load imbalance of the tokens of the window; see `results.load_imbalance`.
         dropped_W: share of routed tokens over capacity.
         validation_dropped: the same share in the last validation; None if the log has none.
         flops_per_token_S: realized FLOPs of training per token, of every logged step.
@@ -99,7 +99,7 @@ def read_routing(config: Config, training: pathlib.Path) -> Routing | None:
     load_WL = []
     for window in windows:
         counts_LE = counts_SLE[window].sum(axis=0)
-        load_WL.append(counts_LE.max(axis=1) / np.maximum(counts_LE.mean(axis=1), 1e-9))
+        load_WL.append([results.load_imbalance(config, counts_E) for counts_E in counts_LE])
     last = max(counts["validation"], default=None)
     validation_dropped = None
     if last is not None:

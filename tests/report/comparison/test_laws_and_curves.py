@@ -122,6 +122,16 @@ def test_costs_are_cumulative_and_realized_flops_follow_the_chosen_widths(tmp_pa
     assert log.load_WL.tolist() == [[4.0, 4.0]] * 2 and log.validation_dropped is None
 
 
+def test_load_of_pools_is_that_of_the_least_balanced_pool():
+    """Both pools are even, but a token uses two experts of the first and one of the second."""
+    pools = ((2, 12, 2), (4, 12, 1))
+    config = tiny_config(moe=dict(widths=(), pairs=False, pools=pools))
+    even = np.array([100, 100, 25, 25, 25, 25])
+    assert results.load_imbalance(config, even) == 1.0
+    assert results.load_imbalance(config, even + [0, 0, 20, 0, -20, 0]) == 1.8
+    assert results.load_imbalance(config, 0 * even) == 0
+
+
 def test_mean_curve_has_the_steps_of_all_seeds():
     def curve(steps, losses):
         costs = {name: np.array(steps, float) for name in run_curves.COSTS}
