@@ -69,6 +69,28 @@ def test_own_modules_are_imported_without_an_alias():
     assert not aliased
 
 
+def test_text_files_are_opened_with_an_encoding():
+    """Without one, the encoding is that of the locale, which is ASCII with LC_ALL=C."""
+    missing = []
+    for module, path in find_modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and opens_text_without_encoding(node):
+                missing.append(f"{module}, line {node.lineno}: {ast.unparse(node)}")
+    assert not missing
+
+
+def opens_text_without_encoding(call: ast.Call) -> bool:
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    arguments = [*call.args, *(k.value for k in call.keywords)]
+    texts = [a.value for a in arguments if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    is_binary = any(text in ("rb", "wb", "ab") for text in texts)
+    is_descriptor = ast.unparse(call.func) == "os.open"
+    opens = name in ("read_text", "write_text") or (
+        name in ("open", "fdopen") and not is_descriptor
+    )
+    return opens and not is_binary and all(k.arg != "encoding" for k in call.keywords)
+
+
 def test_only_three_modules_use_shard_map():
     """Everything else is sharded by XLA, from the shardings of its arguments."""
     found = {name for name, path in find_modules().items() if "shard_map(" in path.read_text()}

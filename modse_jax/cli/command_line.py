@@ -10,8 +10,8 @@ from typing import Any
 from absl import app, flags, logging
 
 from modse_jax.config import loading
-from modse_jax.errors import ExitCode, RunError, UserError
-from modse_jax.runtime import files, malloc
+from modse_jax.errors import ExitCode, RunError, UserError, describe_exception
+from modse_jax.runtime import console_encoding, files, malloc
 
 FLAGS = flags.FLAGS
 
@@ -36,6 +36,7 @@ def run(main: Callable[[], int], define_flags: Callable[[], None], usage: str) -
       define_flags: defines the flags of the command.
       usage: the text that --help prints above the flags.
     """
+    console_encoding.escape_unprintable()
     malloc.use_large_pages()
     logging.set_verbosity(logging.ERROR)  # Orbax logs every step of a save
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -114,8 +115,7 @@ def _explain_flag_error(argv: list[str], error: Exception) -> str:
             unknown = loading.explain_unknown(option[2])
             if unknown:
                 return unknown
-    # str() of a KeyError puts its argument in quotes, so the argument is printed instead.
-    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    message = describe_exception(error)
     flag, is_traceback, trace = message.partition(" Error whilst parsing config file:")
     if not is_traceback:
         return message
@@ -177,8 +177,9 @@ def _report_failed_process(error: Exception) -> None:
     traceback.print_exc()
     _print_error(
         f"process {processes.index()} of {processes.count()} stopped: "
-        f"{type(error).__name__}: {str(error)[:300]}; if another process has ended, its own output "
-        "gives the reason. Start all of them again: the run resumes from its last checkpoint"
+        f"{type(error).__name__}: {describe_exception(error)[:300]}; if another process has "
+        "ended, its own output gives the reason. Start all of them again: the run resumes from its "
+        "last checkpoint"
     )
 
 

@@ -203,7 +203,8 @@ def _prompts_from_file() -> tuple[str, ...]:
     if not FLAGS.prompt_file:
         return ()
     try:
-        with open(FLAGS.prompt_file, encoding="utf-8") as file:
+        # Without newline="", line ends would be changed. A byte order mark is no text.
+        with open(FLAGS.prompt_file, encoding="utf-8-sig", newline="") as file:
             return (file.read(),)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", "not UTF-8")

@@ -8,9 +8,8 @@ or compile its step for other hardware and report memory and time, without that 
 """
 
 from absl import flags
-from ml_collections import config_flags
 
-from modse_jax.cli import command_line
+from modse_jax.cli import command_line, config_file
 from modse_jax.config.loading import from_dict
 from modse_jax.config.options import Config
 from modse_jax.errors import ExitCode, UserError
@@ -30,12 +29,7 @@ def run_plan() -> None:
 
 def define_flags() -> None:
     """Defines the flags of `train` and `plan`."""
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "A file of configs/; --config.section.option=value overrides.",
-        lock_config=True,
-    )
+    config_file.define_flag("A file of configs/; --config.section.option=value overrides.")
     flags.DEFINE_string(
         "workdir", None, "The directory of the run; the same workdir again resumes it."
     )

@@ -250,11 +250,6 @@ def check_training(config: Any) -> None:
     e = config.evaluation
     if not e.prompts or not all(e.prompts):
         raise UserError(f"evaluation.prompts={e.prompts} must be non-empty texts, at least one")
-    if e.sample_tokens >= config.model.context_length:
-        raise UserError(
-            f"evaluation.sample_tokens={e.sample_tokens} must be below model.context_length="
-            f"{config.model.context_length}"
-        )
     if config.evaluation.top_p > 1:
         raise UserError(f"evaluation.top_p={config.evaluation.top_p} must be <= 1")
     mesh = dataclasses.asdict(config.mesh)

@@ -28,6 +28,8 @@ QK_NORMS = ("none", "full")
 SHARED_PLACEMENTS = ("none", "in_layer", "parallel")
 PACKINGS = ("concat", "best_fit")
 UNDECODABLE = ("skip", "replace", "fail")
+REMATS = ("none", "full", "save_routing_and_dots")
+WEIGHT_DECAY_ON = ("matrices", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,7 @@ class ModelConfig:
         "none",
         "activation checkpointing. none: save all activations. full: recompute each block, "
         "saving only its routing decisions. save_routing_and_dots: also save matmul outputs",
-        choices=("none", "full", "save_routing_and_dots"),
+        choices=REMATS,
     )
 
 
@@ -364,7 +366,7 @@ class OptimizerConfig:
         2e-7, "learning rate of step 0 of the schedule, where the warm-up starts", minimum=0
     )
     final_learning_rate: float = option(
-        3e-5, "learning rate at the end of the cosine schedule", minimum=0
+        3e-5, "floor of the cosine schedule, which it reaches after the last step", minimum=0
     )
     warmup_steps: int = option(100, "steps of linear warm-up", minimum=0)
     first_step: int = option(
@@ -382,7 +384,7 @@ class OptimizerConfig:
         "matrices",
         "parameters that decay: matrices (of embeddings, attention, experts and routers), or all, "
         "which adds the scales of the norms",
-        choices=("matrices", "all"),
+        choices=WEIGHT_DECAY_ON,
     )
     grad_clip: float = option(1.0, "maximum global norm of the gradient", above=0)
 
@@ -399,12 +401,21 @@ class EvaluationConfig:
         "samples and benchmark tasks always are",
         minimum=0,
     )
-    sample_tokens: int = option(96, "tokens to generate per sample", minimum=1)
+    sample_tokens: int = option(
+        96, "tokens to generate per sample, or as many as the context holds", minimum=1
+    )
     prompts: tuple[str, ...] = option(("def ", "import ", "class "), "prompts of the sample suite")
     temperature: float = option(0.8, "sampling temperature; 0 = greedy", minimum=0)
-    top_k: int = option(0, "sample from the k most likely tokens; 0 = all", minimum=0)
+    top_k: int = option(
+        0,
+        "sample from the k most likely tokens, and those as likely as the last of them; 0 = all",
+        minimum=0,
+    )
     top_p: float = option(
-        0.95, "sample from the smallest set of tokens with at least this total probability", above=0
+        0.95,
+        "sample from the fewest most likely tokens with at least this total probability, and those "
+        "as likely as the last of them",
+        above=0,
     )
 
 

@@ -92,26 +92,41 @@ def record_ids(data: TrainingData, config: Config, batch: int) -> list[RecordId]
     return MixtureOrder(data, config).batch(batch, rows)
 
 
-def epochs(data: TrainingData, config: Config, num_batches: int) -> dict[str, float]:
-    """Returns {dataset name: passes over its training records} after `num_batches` batches."""
-    counts = _records_per_dataset(data, config, num_batches)
+def epochs(data: TrainingData, config: Config, batches: Sequence[range]) -> dict[str, float]:
+    """Returns {dataset name: passes over its training records} of the given batches.
+
+    Args:
+        data: the datasets.
+        config: config of the run.
+        batches: the numbers of the batches, as ranges that do not overlap.
+    """
+    counts = _records_per_dataset(data, config, batches)
     return {
         dataset.name: count / len(dataset.splits["train"])
         for dataset, count in zip(data.datasets, counts)
     }
 
 
-def tokens_by_dataset(data: TrainingData, config: Config, num_batches: int) -> dict[str, int]:
-    """Returns {dataset name: predicted tokens, with padding} of the first `num_batches` batches."""
-    counts = _records_per_dataset(data, config, num_batches)
+def tokens_by_dataset(
+    data: TrainingData, config: Config, batches: Sequence[range]
+) -> dict[str, int]:
+    """Returns {dataset name: predicted tokens, with padding} of the given batches; see `epochs`."""
+    counts = _records_per_dataset(data, config, batches)
     return {
         dataset.name: count * config.data.sequence_length
         for dataset, count in zip(data.datasets, counts)
     }
 
 
-def _records_per_dataset(data: TrainingData, config: Config, num_batches: int) -> list[int]:
-    return MixtureOrder(data, config).counts(num_batches * config.training.batch_size)
+def _records_per_dataset(data: TrainingData, config: Config, batches: Sequence[range]) -> list[int]:
+    order = MixtureOrder(data, config)
+    batch_size = config.training.batch_size
+    totals = [0 for _ in data.datasets]
+    for numbers in batches:
+        before = order.counts(numbers.start * batch_size)
+        after = order.counts(numbers.stop * batch_size)
+        totals = [total + end - start for total, start, end in zip(totals, before, after)]
+    return totals
 
 
 def validation_batches(

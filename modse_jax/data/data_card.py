@@ -11,6 +11,7 @@ import pathlib
 from typing import Any
 
 from modse_jax.config.options import DataConfig
+from modse_jax.data.sources.folder_files import describe_passed_over
 from modse_jax.errors import UserError
 from modse_jax.runtime import files
 
@@ -21,6 +22,9 @@ CARD_NAME = "card.json"
 TOKENIZER_NAME = "tokenizer.model"
 
 SPLITS = ("train", "validation")
+
+# Validation may have this many times the requested share of the bytes without a warning.
+MAX_VALIDATION_EXCESS = 3
 
 # The options of `DataConfig` that decide what a preparation writes.
 PREPARATION_OPTIONS = (
@@ -87,14 +91,52 @@ def summarize_card(card: dict[str, Any]) -> str:
         f"{card['undecodable_documents']} not UTF-8 ({card['undecodable']}), "
         f"{card['duplicate_documents']} duplicates ({card['dropped_documents']} dropped)"
     ]
+    passed_over = describe_passed_over(card.get("passed_over", {}))
+    if passed_over:
+        lines.append(passed_over)
     for split, counts in card["splits"].items():
         lines.append(summarize_split(split, counts))
     for kind, waste in card["waste"].items():
+        if kind == card["packing"]:
+            padding = f"{_padding_share(card):.2%} padding"
+        else:
+            padding = f"about {waste['padding']:.2%} padding instead"
         lines.append(
-            f"packing {kind}: {waste['padding']:.2%} padding, {waste['cut']:.0%} of the documents "
-            "that fit into a record are cut"
+            f"packing {kind}: {padding}, {waste['cut']:.0%} of the documents that fit into a "
+            "record are cut"
         )
-    return "\n".join(lines)
+    warning = _warn_of_large_validation(card)
+    return "\n".join([*lines, warning] if warning else lines)
+
+
+def _padding_share(card: dict[str, Any]) -> float:
+    """Returns the share of the tokens in all records that are padding."""
+    splits = card["splits"].values()
+    num_tokens = sum(split["records"] for split in splits) * (card["sequence_length"] + 1)
+    return sum(split["padding"] for split in splits) / num_tokens
+
+
+def _warn_of_large_validation(card: dict[str, Any]) -> str:
+    """Returns a warning if validation has far more of the bytes than was requested; else ""."""
+    fraction = card["validation_fraction"]
+    if card["validation_source"] or fraction == 1:
+        return ""
+    num_bytes = {split: card["splits"][split]["bytes"] for split in SPLITS}
+    share = num_bytes["validation"] / sum(num_bytes.values())
+    if share <= MAX_VALIDATION_EXCESS * fraction:
+        return ""
+    return (
+        f"warning: the validation split has {share:.0%} of the bytes, though validation_fraction="
+        f"{fraction:g}, because the source has few documents, or some that are much longer than "
+        "others; a validation_source, or another division of the text into files, avoids that"
+    )
+
+
+def summarize_validation_set(name: str, card: dict[str, Any]) -> str:
+    """Returns the counts of a validation set of a run as text."""
+    line = summarize_split(f"validation set {name}", card["splits"]["validation"])
+    passed_over = describe_passed_over(card.get("passed_over", {}))
+    return f"{line}; {passed_over}" if passed_over else line
 
 
 def summarize_split(label: str, counts: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from modse_jax.data import data_card, prepared_data
 from modse_jax.data.prepared_data import Dataset
 from modse_jax.errors import UserError
+from modse_jax.runtime import console_encoding
 from modse_jax.runtime.one_line_parser import EXIT_BAD_INPUT, OneLineParser
 
 matplotlib.use("Agg")
@@ -84,6 +85,7 @@ def plot_lengths(dataset: Dataset, split: str, path: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; for bad input, prints one line and exits with code 2."""
+    console_encoding.escape_unprintable()
     parser = _build_parser()
     options = parser.parse_args(argv)
     try:

@@ -53,7 +53,8 @@ class MixtureOrder:
         self._shuffled_records = []
         for index, dataset in enumerate(data.datasets):
             records = grain.MapDataset.source(range(len(dataset.splits["train"])))
-            shuffled = records.seed(self._seed + index).shuffle().repeat()
+            seed = _seed_of_dataset(self._seed, index, data.has_independent_seeds)
+            shuffled = records.seed(seed).shuffle().repeat()
             self._shuffled_records.append(shuffled)
         self._block_order = functools.lru_cache(maxsize=4)(self._draw_block)
 
@@ -105,3 +106,21 @@ class MixtureOrder:
         for dataset, share in enumerate(shares):
             ranks[datasets == dataset] = np.arange(share)
         return _BlockOrder(datasets, ranks)
+
+
+def _seed_of_dataset(shuffle_seed: int, index: int, is_independent: bool) -> int:
+    """Returns the seed of the order of a dataset's records.
+
+    The first dataset has the seed of the run. If the others had the seeds that follow it, as in
+    older versions, dataset 1 of a run with seed 0 would be in the order of dataset 0 with seed 1.
+
+    Args:
+        shuffle_seed: data.shuffle_seed.
+        index: index of the dataset in the mixture.
+        is_independent: False returns the seed of older versions.
+    """
+    if not is_independent:
+        return shuffle_seed + index
+    if index == 0:
+        return shuffle_seed
+    return int(np.random.SeedSequence((shuffle_seed, index)).generate_state(1)[0])

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from modse_jax.runtime import choices
+
 WINDOW = 4096  # documents, or pieces of long ones, that best_fit packs at a time
 
 SLICE_RECORDS = 512  # concat cuts its tokens into records when it holds enough for this many
@@ -131,9 +133,11 @@ def make_packer(packing: str, length: int, pad_id: int) -> ConcatPacker | BestFi
         length: predicted tokens per record.
         pad_id: token id of padding.
     """
-    if packing == "best_fit":
-        return BestFitPacker(length, pad_id)
-    return ConcatPacker(length, pad_id)
+    packers: dict[str, type[ConcatPacker] | type[BestFitPacker]] = {
+        "concat": ConcatPacker,
+        "best_fit": BestFitPacker,
+    }
+    return choices.look_up(packers, "packing", packing)(length, pad_id)
 
 
 def _piece_ranges(num_tokens: int, length: int) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from modse_jax.data import data_card, record_format, tokenizers
-from modse_jax.errors import UserError
+from modse_jax.errors import UserError, describe_exception
 from modse_jax.runtime import files, integrity
 
 # Larger data is compared by file size when it is opened. Its reader verifies a hash of each chunk.
@@ -121,7 +121,7 @@ def read_records(
     try:
         records = _read_all(source, ids)
     except Exception as error:  # readers raise many types; all of them mean a damaged file
-        reason = str(error)[:200] or type(error).__name__
+        reason = describe_exception(error)[:200]
         raise UserError(
             f"record {_first_unreadable(source, ids)} of {origin} cannot be read ({reason}); its "
             "file is damaged: prepare the data again, or restore it from a copy"

@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +21,8 @@ from modse_jax.errors import UserError
 KINDS = ("bytes", "sentencepiece", "hf")
 
 TRAINED_ON_SOURCE = "sentencepiece"
+
+TRAINING_LINE_BYTES = 16384  # a longer line is divided, because sentencepiece would leave it out
 
 TRAINING_LINES = 40000  # train on this many lines, up to twice as many, or all if there are fewer
 
@@ -34,6 +36,14 @@ LINE_END_PIECES = ["\n", "\n\n"] + ["\n" + SPACE_MARK * n for n in (2, 4, 8, 12,
 # normalizes text, drops spaces, adds a space in front, or has no byte fallback.
 PROBE = (
     "x  two  spaces \r\n\ttab caf\u00e9 e\u0301 \ufb01 \u00bd \u4e16\u754c \U0001f600 \u2581 end "
+).encode()
+
+# A text for the stricter test of a tokenizer that is to prepare new data: white space at both ends,
+# every ASCII character, and characters that normalizers remove or replace.
+STRICT_PROBE = (
+    " \n\t "
+    + "".join(map(chr, range(128)))
+    + "\u0085\u00ad\u00c9\u0130\u200b\u2028\ufeff\ufffd \n "
 ).encode()
 
 # Bytes that occur in no UTF-8 text, so a tokenizer needs no pieces for them.
@@ -80,16 +90,19 @@ class SentencePiece:
     def __init__(self, model: bytes):
         self._model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.pad_id = self._processor.pad_id()
         self.bos_id = self._processor.bos_id()
         self.eos_id = self._processor.eos_id()
         self.vocab_size = self._processor.vocab_size()
-        self._special_ids = {self.pad_id, self.bos_id, self.eos_id}
-        if min(self._special_ids) < 0:
+        if min(self.bos_id, self.eos_id) < 0:
             raise UserError(
-                "the sentencepiece model lacks a pad, bos or eos piece; train one with "
-                "modse_jax.data.train_tokenizer"
+                "the sentencepiece model lacks a bos or an eos piece (begin and end of a "
+                "document); train one with modse_jax.data.train_tokenizer"
             )
+        self.pad_id = self._processor.pad_id()
+        if self.pad_id < 0:
+            # Many models have no piece for padding. Padding is masked everywhere, so any id does.
+            self.pad_id = self.eos_id
+        self._special_ids = {self.pad_id, self.bos_id, self.eos_id}
         if self.decode(self.encode(PROBE)) != PROBE:
             raise UserError(
                 "the sentencepiece model loses text (it normalizes, drops spaces or has no byte "
@@ -137,6 +150,10 @@ class SentencePiece:
             return bytes([int(piece[3:5], 16)])  # <0xAB>
         return piece.replace(SPACE_MARK, " ").encode("utf-8")
 
+    def literal_pieces(self) -> list[str]:
+        """Returns texts that the tokenizer might treat in a special way."""
+        return [self._processor.id_to_piece(token) for token in sorted(self._special_ids)]
+
     def serialize(self) -> bytes:
         """Returns the content of a tokenizer file."""
         return self._model
@@ -170,7 +187,13 @@ class HuggingFace:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        # Ids may have gaps; the rows of unused ids are in the embedding, but in no text.
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        # The names of these are text, while those of others are bytes in the byte-level alphabet.
+        self._added_tokens = {
+            token: added.content
+            for token, added in self._tokenizer.get_added_tokens_decoder().items()
+        }
         self._model = self._tokenizer.to_str().encode()
         self._check_lossless()
 
@@ -193,10 +216,10 @@ class HuggingFace:
         for character, byte in BYTE_OF_CHARACTER.items():
             is_missing = self._tokenizer.token_to_id(character) is None
             num_missing += is_missing and byte not in NEVER_IN_UTF8
-        if num_missing or max(self._tokenizer.get_vocab().values()) >= self.vocab_size:
+        if num_missing:
             raise UserError(
-                f"the tokenizer lacks pieces for {num_missing} of the 256 bytes, or its ids have "
-                "gaps; train one with modse_jax.data.train_tokenizer --kind=hf"
+                f"the tokenizer lacks pieces for {num_missing} of the 256 bytes; train one with "
+                "modse_jax.data.train_tokenizer --kind=hf"
             )
         special_names = [*self.PAD_NAMES, *self.BOS_NAMES, *self.EOS_NAMES]
         probe = PROBE + " ".join(special_names).encode()
@@ -230,12 +253,18 @@ class HuggingFace:
         return b"".join(pieces)
 
     def _decode_piece(self, token: int) -> bytes:
+        if token in self._added_tokens:
+            return self._added_tokens[token].encode()
         piece = self._tokenizer.id_to_token(token)
         if piece is None:
             return b""
         if all(character in BYTE_OF_CHARACTER for character in piece):
             return bytes(BYTE_OF_CHARACTER[character] for character in piece)
         return piece.encode()
+
+    def literal_pieces(self) -> list[str]:
+        """Returns texts that the tokenizer might treat in a special way."""
+        return sorted(self._added_tokens.values())
 
     def serialize(self) -> bytes:
         """Returns the content of a tokenizer file."""
@@ -265,6 +294,18 @@ def load(spec: str) -> Tokenizer:
     """Returns the tokenizer that a string names.
 
     Raises:
+        UserError: the kind is unknown, the file is missing or invalid, or decoding does not return
+            the encoded text.
+    """
+    tokenizer = read(spec)
+    _check_strictly(tokenizer, spec)
+    return tokenizer
+
+
+def read(spec: str) -> Tokenizer:
+    """Returns the tokenizer that a string names, also if older versions have accepted it only.
+
+    Raises:
         UserError: the kind is unknown, or the file is missing or invalid.
     """
     kind, _, file = spec.partition(":")
@@ -278,6 +319,23 @@ def load(spec: str) -> Tokenizer:
     if not path.is_file():
         raise UserError(f"tokenizer file {path} does not exist")
     return deserialize(kind, path.read_bytes(), str(path))
+
+
+def _check_strictly(tokenizer: Tokenizer, spec: str) -> None:
+    """Raises UserError if a tokenizer loses white space or the text around one of its own pieces.
+
+    Prepared data is opened without this check, because older versions did not have it.
+    """
+    if isinstance(tokenizer, Bytes):
+        return
+    pieces = "".join(f" \t{piece}\n  {piece}" for piece in tokenizer.literal_pieces())
+    for probe in (STRICT_PROBE, pieces.encode() + STRICT_PROBE):
+        if tokenizer.decode(tokenizer.encode(probe)) != probe:
+            raise UserError(
+                f"tokenizer {spec} loses text, such as white space at the ends of a text or around "
+                "an added token (its normalizer, or lstrip and rstrip of added tokens), so bits "
+                "per byte would be wrong; train one with modse_jax.data.train_tokenizer"
+            )
 
 
 def deserialize(kind: str, model: bytes, name: str) -> Tokenizer:
@@ -317,8 +375,7 @@ def train_sentencepiece(documents: Iterable[bytes], vocab_size: int) -> Sentence
         UserError: sentencepiece cannot train so many pieces on the documents.
     """
     lines = thin_out(
-        (line for text in documents for line in text.decode("utf-8").split("\n") if line),
-        TRAINING_LINES,
+        (piece for text in documents for piece in _split_into_lines(text)), TRAINING_LINES
     )
     model = io.BytesIO()
     try:
@@ -336,7 +393,7 @@ def train_sentencepiece(documents: Iterable[bytes], vocab_size: int) -> Sentence
             split_digits=True,
             split_by_unicode_script=False,
             user_defined_symbols=LINE_END_PIECES,
-            max_sentence_length=16384,
+            max_sentence_length=TRAINING_LINE_BYTES,
             shuffle_input_sentence=False,
             hard_vocab_limit=False,
             pad_id=0,
@@ -351,6 +408,25 @@ def train_sentencepiece(documents: Iterable[bytes], vocab_size: int) -> Sentence
             f"sentencepiece could not train {vocab_size} pieces on this source: {error}"
         ) from None
     return SentencePiece(model.getvalue())
+
+
+def _split_into_lines(text: bytes) -> Iterator[str]:
+    """Yields the lines of a text that are not empty, longer ones in pieces.
+
+    A piece has at most TRAINING_LINE_BYTES. It ends in front of a space, or between two characters
+    if the line has no space.
+    """
+    for line in text.split(b"\n"):
+        while len(line) > TRAINING_LINE_BYTES:
+            end = line.rfind(b" ", 1, TRAINING_LINE_BYTES + 1)
+            if end < 0:
+                end = TRAINING_LINE_BYTES
+                while line[end] & 0xC0 == 0x80:  # within a UTF-8 character
+                    end -= 1
+            yield line[:end].decode("utf-8")
+            line = line[end:]
+        if line:
+            yield line.decode("utf-8")
 
 
 def train_hf(documents: Iterable[bytes], vocab_size: int) -> HuggingFace:

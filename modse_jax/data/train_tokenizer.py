@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from modse_jax.data import sources, tokenizers
+from modse_jax.data.sources.folder_files import describe_passed_over
 from modse_jax.data.sources.source_files import SOURCE_FORMS
 from modse_jax.errors import UserError
+from modse_jax.runtime import console_encoding
 from modse_jax.runtime.one_line_parser import EXIT_BAD_INPUT, OneLineParser
 
 TRAINERS: dict[str, Callable[[Iterable[bytes], int], tokenizers.Tokenizer]] = {
@@ -22,6 +24,7 @@ TRAINERS: dict[str, Callable[[Iterable[bytes], int], tokenizers.Tokenizer]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; for bad input, prints one line and exits with code 2."""
+    console_encoding.escape_unprintable()
     parser = _build_parser()
     options = parser.parse_args(argv)
     out = pathlib.Path(options.out).expanduser()
@@ -72,6 +75,9 @@ def _read_decodable(source: str, field: str) -> Iterator[bytes]:
             continue
         yield document.text
     print(f"skipped {num_skipped} documents that are not UTF-8", file=sys.stderr)
+    passed_over = describe_passed_over(sources.count_passed_over([source]))
+    if passed_over:
+        print(passed_over, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,14 @@ class TrainingData(NamedTuple):
         datasets: the prepared directories that the run trains on.
         weights: the share of training records from each; the shares sum to 1.
         validation_sets: further data that only the validation reads; see `validation_sets`.
+        has_independent_seeds: True if the orders of the datasets of a mixture are drawn with
+            independent seeds; False for runs that began with an older version.
     """
 
     datasets: tuple[Dataset, ...]
     weights: tuple[float, ...]
     validation_sets: tuple[Dataset, ...] = ()
+    has_independent_seeds: bool = True
 
     @property
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -70,14 +73,14 @@ def check_source(config: Config, workdir: pathlib.Path) -> None:
     if not directories and (on_the_fly / data_card.CARD_NAME).exists():
         directories = [on_the_fly]
     cards = [data_card.read_card(directory) for directory in directories]
-    tokenizer = cards[0]["tokenizer"] if cards else _check_text_source(config)
+    tokenizer = cards[0]["tokenizer"] if cards else _check_text_source(config, workdir)
     validation_sets.check_sources(config.data, workdir, tokenizer)
 
 
-def _check_text_source(config: Config) -> str:
+def _check_text_source(config: Config, workdir: pathlib.Path) -> str:
     """Checks a source of text; returns the tokenizer's fingerprint, "" if it is not trained yet."""
     data = config.data
-    total_bytes = sources.total_bytes(data.source)
+    total_bytes = sources.total_bytes(data.source, excluded=[workdir])
     if total_bytes > pipeline.MAX_ON_THE_FLY_BYTES:
         raise UserError(
             f"data.source={data.source} has {total_bytes / 2**20:.0f} MiB, too much to prepare on "
@@ -86,7 +89,7 @@ def _check_text_source(config: Config) -> str:
             "--config.data.source=prepared:DIR"
         )
     if data.validation_source:
-        sources.total_bytes(data.validation_source)
+        sources.total_bytes(data.validation_source, excluded=[workdir])
     if data.tokenizer == tokenizers.TRAINED_ON_SOURCE:
         return ""
     tokenizer = tokenizers.load(data.tokenizer)
@@ -109,7 +112,7 @@ def load(config: Config, workdir: pathlib.Path) -> TrainingData:
     with _remove_after_bad_input([on_the_fly, *set_directories]):
         directories = _prepared_directories(config.data)
         if not directories:
-            _prepare_text_source(config, on_the_fly)
+            _prepare_text_source(config, workdir)
             directories = [on_the_fly]
         data = _open_all(config, directories)
         sets = validation_sets.load(config.data, workdir, data.datasets[0])
@@ -136,12 +139,19 @@ def _is_empty_directory(path: pathlib.Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _prepare_text_source(config: Config, directory: pathlib.Path) -> None:
+def _prepare_text_source(config: Config, workdir: pathlib.Path) -> None:
     """Prepares the source, or checks the options with which it has been prepared already."""
+    directory = _on_the_fly_directory(workdir)
     if (directory / data_card.CARD_NAME).exists():
         _check_options_unchanged(config.data, directory)
         return
-    pipeline.prepare_data(config.data, directory, config.model.vocab_size, os.cpu_count() or 1)
+    pipeline.prepare_data(
+        config.data,
+        directory,
+        config.model.vocab_size,
+        os.cpu_count() or 1,
+        excluded=[workdir],
+    )
 
 
 def _on_the_fly_directory(workdir: pathlib.Path) -> pathlib.Path:
@@ -229,7 +239,7 @@ def _is_tokenizer_of(option: str, card_fingerprint: str) -> bool:
     """Returns whether the option data.tokenizer may be used with data of another fingerprint."""
     if option == tokenizers.TRAINED_ON_SOURCE:
         return card_fingerprint.partition(":")[0] == option
-    return tokenizers.fingerprint(tokenizers.load(option)) == card_fingerprint
+    return tokenizers.fingerprint(tokenizers.read(option)) == card_fingerprint
 
 
 def _check_preparation_options(

@@ -52,7 +52,7 @@ def _check_source(
         return
     if (on_the_fly_directory(workdir, name) / data_card.CARD_NAME).exists():
         return
-    total_bytes = sources.total_bytes(source)
+    total_bytes = sources.total_bytes(source, excluded=[workdir])
     if total_bytes > pipeline.MAX_ON_THE_FLY_BYTES:
         is_trained = data.tokenizer == tokenizers.TRAINED_ON_SOURCE
         spec = f"{data.tokenizer}:FILE" if is_trained else data.tokenizer
@@ -97,7 +97,7 @@ def load(data: DataConfig, workdir: pathlib.Path, training: Dataset) -> tuple[Da
             directory = prepared_data.prepared_directory(source)
             if directory is None:
                 directory = on_the_fly_directory(workdir, name)
-                _prepare(source, directory, training)
+                _prepare(source, directory, workdir, training)
             dataset = prepared_data.open_prepared(directory)
             expected = training.card
             _check_card(dataset.card, directory, expected["tokenizer"], expected["sequence_length"])
@@ -105,13 +105,17 @@ def load(data: DataConfig, workdir: pathlib.Path, training: Dataset) -> tuple[Da
     return tuple(sets)
 
 
-def _prepare(source: str, directory: pathlib.Path, training: Dataset) -> None:
+def _prepare(
+    source: str, directory: pathlib.Path, workdir: pathlib.Path, training: Dataset
+) -> None:
     """Prepares a set of text, or checks the options with which it has been prepared already."""
     options = _preparation_options(source, training.card)
     if not (directory / data_card.CARD_NAME).exists():
         vocab_size = training.tokenizer.vocab_size
         workers = os.cpu_count() or 1
-        pipeline.prepare_data(options, directory, vocab_size, workers, training.tokenizer)
+        pipeline.prepare_data(
+            options, directory, vocab_size, workers, training.tokenizer, excluded=[workdir]
+        )
         return
     card = data_card.read_card(directory)
     for name in data_card.PREPARATION_OPTIONS:

@@ -40,6 +40,6 @@ def add_results(workdir: pathlib.Path, step: int, limit: int, results: dict) -> 
     path = results_path(workdir, step, limit)
     path.parent.mkdir(exist_ok=True)
     if path.exists():
-        results = {**json.loads(path.read_text()), **results}
-    files.write_atomically(path, json.dumps(results, indent=2) + "\n")
+        results = {**json.loads(path.read_text(encoding="utf-8")), **results}
+    files.write_atomically(path, files.format_json(results, indent=2) + "\n")
     return results

@@ -11,12 +11,13 @@ from modse_jax.data import batching, prepared_data
 from modse_jax.errors import UserError
 from modse_jax.evaluation import model_loading, result_files, text_table
 from modse_jax.evaluation.model_loading import LoadedModel
-from modse_jax.evaluation.text_table import Column
+from modse_jax.evaluation.text_table import Column, format_number
 from modse_jax.model import kernel_selection, sampling, transformer
 from modse_jax.runtime import processes, sharding
 from modse_jax.training import metrics, train_step, validation
 
 SUITES = ("loss", "routing", "sample")
+SINGLE_SUITES = ("analysis", "tasks", "compare", "verify")  # other functions run these
 TOKENS_PER_CHUNK = 8  # new tokens between two updates of a sample on the console
 SHOWN_EXPERTS = 16  # most columns of experts in the printed table of routing
 
@@ -73,7 +74,10 @@ def evaluate(
     """
     unknown = [name for name in suites if name not in SUITES]
     if unknown or not suites:
-        raise UserError(f"--suite={','.join(unknown)} is unknown; suites: {', '.join(SUITES)}")
+        raise UserError(
+            f"--suite={','.join(unknown)} is unknown; suites: {', '.join(SUITES)}, and each alone: "
+            f"{', '.join(SINGLE_SUITES)}"
+        )
     directory = pathlib.Path(workdir).expanduser().absolute()
     batch_size = batch_size or model_loading.read_config(directory).evaluation.batch_size
     model = model_loading.load_model(directory, step, batch_size)
@@ -153,12 +157,15 @@ def read_validation_batches(
 def sample(model: LoadedModel, prompts: tuple[str, ...], show: Show = show_nothing) -> list[dict]:
     """Generates a continuation of each prompt, with the sampling options of the config.
 
+    A continuation is shorter than `evaluation.sample_tokens` if the context holds no more.
+
     Returns:
         {"prompt": prompt, "text": continuation} for each prompt.
 
     Raises:
-        UserError: A prompt and its continuation do not fit into the context.
+        UserError: A prompt is not UTF-8, or leaves no room for a continuation in the context.
     """
+    prompts = tuple(_decode_prompt(prompt) for prompt in prompts)
     encoded = [_encode_prompt(model, prompt) for prompt in prompts]
     samples = []
     for number, (prompt, tokens) in enumerate(zip(prompts, encoded)):
@@ -172,15 +179,27 @@ def sample(model: LoadedModel, prompts: tuple[str, ...], show: Show = show_nothi
     return samples
 
 
+def _decode_prompt(prompt: str) -> str:
+    """Returns a prompt of the command line as the UTF-8 text that its bytes are.
+
+    Python reads bytes that it cannot decode as surrogates: all but ASCII with `LC_ALL=C`, and
+    otherwise those that are not UTF-8.
+    """
+    try:
+        return prompt.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise UserError(f"prompt {prompt[:40]!r} is not UTF-8; convert it") from None
+
+
 def _encode_prompt(model: LoadedModel, prompt: str) -> list[int]:
-    new_tokens = model.config.evaluation.sample_tokens
-    max_tokens = model.config.model.context_length - new_tokens
+    max_tokens = model.config.model.context_length - 1
     tokenizer = model.data.tokenizer
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt.encode()).tolist()]
     if len(tokens) > max_tokens:
         raise UserError(
-            f"prompt {prompt[:40]!r} has {len(tokens)} tokens; with evaluation.sample_tokens="
-            f"{new_tokens} the context holds {max(max_tokens, 0)}"
+            f"prompt {prompt[:40]!r} has {len(tokens)} tokens; the context holds {max_tokens} and "
+            f"one more to generate (model.context_length={model.config.model.context_length}); "
+            "give a shorter prompt"
         )
     return tokens
 
@@ -203,7 +222,7 @@ def _generate(model: LoadedModel, prompt: list[int], number: int) -> Iterator[st
         graph,
         variables,
         [prompt],
-        options.sample_tokens,
+        min(options.sample_tokens, model.config.model.context_length - len(prompt)),
         sampling.Settings(options.temperature, options.top_k, options.top_p),
         jax.random.fold_in(jax.random.key(model.config.seed), number),
         tokenizer.pad_id,
@@ -224,8 +243,8 @@ def format_results(results: dict) -> str:
         loss = results["loss"]
         part = f" (first {results['limit']} records)" if results["limit"] else ""
         lines.append(
-            f"  validation{part}: loss {loss['loss']:.4f} nats/token, "
-            f"{loss['bits_per_byte']:.4f} bits/byte, {loss['tokens']:,} tokens"
+            f"  validation{part}: loss {format_number(loss['loss'], '.4f')} nats/token, "
+            f"{format_number(loss['bits_per_byte'], '.4f')} bits/byte, {loss['tokens']:,} tokens"
             + (f", {loss['dropped']:,} dropped" if "dropped" in loss else "")
         )
         if "sets" in loss:
@@ -249,12 +268,12 @@ def _format_sets(loss: dict) -> str:
         rows.append(
             [
                 name,
-                f"{result['loss']:.4f}",
-                f"{result['bits_per_byte']:.4f}",
+                format_number(result["loss"], ".4f"),
+                format_number(result["bits_per_byte"], ".4f"),
                 f"{result['tokens']:,}",
             ]
         )
-    rows.append(["macro-average", f"{loss['macro_loss']:.4f}"])
+    rows.append(["macro-average", format_number(loss["macro_loss"], ".4f")])
     return text_table.text_table(columns, rows)
 
 
@@ -277,9 +296,9 @@ def _format_routing(routing: dict) -> str:
             [
                 str(layer["layer"]),
                 *(f"{100 * count / total:.1f}" for count in counts[:SHOWN_EXPERTS]),
-                f"{layer['max_over_mean']:.3f}",
-                f"{layer['entropy']:.3f}",
-                f"{layer['count_weighted_width']:.1f}",
+                format_number(layer["max_over_mean"], ".3f"),
+                format_number(layer["entropy"], ".3f"),
+                format_number(layer["count_weighted_width"], ".1f"),
             ]
         )
     return "share of tokens per expert, %\n" + text_table.text_table(columns, rows)

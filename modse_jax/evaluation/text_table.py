@@ -18,6 +18,16 @@ class Column(NamedTuple):
     gap: int = 1
 
 
+def format_number(value: float | None, form: str) -> str:
+    """Returns a number of a result file as text. None stands for NaN, which JSON does not have.
+
+    Args:
+        value: The number.
+        form: Its format, such as ".4f".
+    """
+    return "nan" if value is None else format(value, form)
+
+
 def format_row(columns: Sequence[Column], cells: Sequence[str]) -> str:
     """Returns the cells of one row as one aligned line, without a newline.
 

@@ -6,8 +6,9 @@ import jax
 import jax.extend
 from jax.sharding import Mesh
 
+from modse_jax.config.options import REMATS
 from modse_jax.moe.router import ROUTING
-from modse_jax.runtime import sharding
+from modse_jax.runtime import choices, sharding
 
 
 def checkpoint_policy(remat: str, mesh: Mesh | None) -> Callable | None:
@@ -26,6 +27,7 @@ def checkpoint_policy(remat: str, mesh: Mesh | None) -> Callable | None:
                 batch dimensions.
         mesh: the devices; None for one device.
     """
+    choices.check(REMATS, "model.remat", remat)
     if remat == "none":
         gathers_weights = mesh is not None and mesh.shape[sharding.FSDP] > 1
         return _save_all_but_gathered_weights if gathers_weights else None

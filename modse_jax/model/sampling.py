@@ -25,7 +25,9 @@ class Settings(NamedTuple):
 
     temperature: float = 1.0  # 0 is greedy decoding
     top_k: int = 0  # draws from the top_k most likely tokens; 0 from all
-    top_p: float = 1.0  # draws from the most likely tokens that have this probability; 1 from all
+    # Draws from the fewest most likely tokens that have at least this probability: 0 from the most
+    # likely token, 1 from all.
+    top_p: float = 1.0
 
 
 class DecodingState(NamedTuple):
@@ -189,10 +191,14 @@ def pick(logits_BV: jax.Array, settings: Settings, key: jax.Array) -> jax.Array:
     """Returns the next token ids [B].
 
     At temperature 0 it is the token with the largest logit. Otherwise a token is drawn from those
-    that top-k and then top-p (nucleus) sampling keep (Holtzman et al. 2020).
+    that top-k and then top-p (nucleus) sampling keep (Holtzman et al. 2020). Tokens that are as
+    likely as the least likely one of these are kept as well, so ties may be more than top_k tokens.
     """
-    if settings.temperature == 0:
+    # A temperature that float32 cannot represent as a normal number would divide by 0.
+    if settings.temperature < jnp.finfo(jnp.float32).tiny:
         return jnp.argmax(logits_BV, axis=-1)
+    # The largest logit becomes 0, because any other might become infinite.
+    logits_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
     logits_BV = logits_BV / settings.temperature
     if settings.top_k:
         logits_BV = _mask_top_k(logits_BV, settings.top_k)
@@ -202,19 +208,24 @@ def pick(logits_BV: jax.Array, settings: Settings, key: jax.Array) -> jax.Array:
 
 
 def _mask_top_k(logits_BV: jax.Array, top_k: int) -> jax.Array:
-    """Sets all but the top_k largest logits to -inf."""
+    """Sets all logits to -inf that are smaller than the top_k-th largest."""
     largest, _ = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[1]))
     smallest_allowed_B1 = largest[:, -1:]
     return jnp.where(logits_BV < smallest_allowed_B1, -jnp.inf, logits_BV)
 
 
 def _mask_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
-    """Sets to -inf all but the fewest largest logits whose probabilities sum to top_p."""
+    """Sets to -inf all but the fewest largest logits whose probabilities sum to top_p.
+
+    The largest logit is always kept.
+    """
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
     # A token is allowed if the more likely tokens have less than top_p together.
     before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    allowed_BV = jnp.where(before_BV < top_p, sorted_BV, jnp.inf)
+    is_largest_V = jnp.arange(logits_BV.shape[1]) == 0
+    is_allowed_BV = (before_BV < top_p) | is_largest_V[None, :]
+    allowed_BV = jnp.where(is_allowed_BV, sorted_BV, jnp.inf)
     smallest_allowed_B1 = jnp.min(allowed_BV, axis=-1, keepdims=True)
     return jnp.where(logits_BV < smallest_allowed_B1, -jnp.inf, logits_BV)
 

@@ -5,11 +5,24 @@ They are returned unweighted; the training step multiplies them by their weights
 Legend: E experts of a pool, K top-k of the pool.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from modse_jax.runtime import choices
+
+# {count: number of choices of a token that the load-balancing loss counts; None for all}.
+COUNTED_CHOICES = {"top_k": None, "argmax": 1}
+
+OVER_CHOICES = ("sum", "mean")
+
+# {scale: the width that the width penalty divides all widths by}.
+WIDTH_UNITS: dict[str, Callable[[Sequence[int]], float]] = {
+    "mean": lambda widths: sum(widths) / len(widths),
+    "max": max,
+}
 
 
 class Loads(NamedTuple):
@@ -40,11 +53,12 @@ def balance_loss(
             "argmax" counts the first choice alone, as its Eq. 10 prints.
         over_choices: "mean" divides by the number of counted choices.
     """
-    chosen_E = counts_KE[0] if count == "argmax" else jnp.sum(counts_KE, axis=0)
+    counted_KE = counts_KE[: choices.look_up(COUNTED_CHOICES, "count", count)]
+    chosen_E = jnp.sum(counted_KE, axis=0)
     num_experts = counts_KE.shape[1]
     loss = num_experts * jnp.sum(_load_products(chosen_E, probability_sum_E, tokens))
-    counted_choices = 1 if count == "argmax" else counts_KE.shape[0]
-    return loss / counted_choices if over_choices == "mean" else loss
+    choices.check(OVER_CHOICES, "over_choices", over_choices)
+    return loss / counted_KE.shape[0] if over_choices == "mean" else loss
 
 
 def width_penalty(
@@ -65,7 +79,7 @@ def width_penalty(
         widths: hidden units of every expert. All of them 0 gives 0.
         scale: w_i is the width divided by the "mean" or the "max" (largest) width.
     """
-    unit = sum(widths) / len(widths) if scale == "mean" else max(widths)
+    unit = choices.look_up(WIDTH_UNITS, "scale", scale)(widths)
     relative_E = jnp.asarray([width / unit if unit else 0.0 for width in widths], jnp.float32)
     chosen_E = jnp.sum(counts_KE, axis=0)
     products_E = _load_products(chosen_E, probability_sum_E, tokens)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modse_jax.runtime import chips
+from modse_jax.runtime import chips, choices
 
 MASKS = "masks"
 PER_CHOICE = "per_choice"
@@ -47,15 +47,16 @@ def select(values_TE: jax.Array, ids_TK: jax.Array, form: str) -> jax.Array:
     Args:
         ids_TK: different experts of every token.
     """
+    choices.check(FORMS, "form", form)
     if form == MASKS:
         is_chosen_TKE = _compare(ids_TK, values_TE.shape[1])
         return jnp.sum(jnp.where(is_chosen_TKE, values_TE[:, None, :], 0), axis=-1)
     if form == PER_CHOICE:
-        choices = [
+        chosen = [
             jnp.sum(jnp.where(is_chosen_TE, values_TE, 0), axis=1)
             for is_chosen_TE in _compare_choices(ids_TK, values_TE.shape[1])
         ]
-        return jnp.stack(choices, axis=1)
+        return jnp.stack(chosen, axis=1)
     return _gather(values_TE, ids_TK, values_TE.shape[1])
 
 
@@ -65,6 +66,7 @@ def place(values_TK: jax.Array, ids_TK: jax.Array, num_experts: int, form: str) 
     Args:
         ids_TK: different experts of every token.
     """
+    choices.check(FORMS, "form", form)
     if form == MASKS:
         is_chosen_TKE = _compare(ids_TK, num_experts)
         return jnp.sum(jnp.where(is_chosen_TKE, values_TK[:, :, None], 0), axis=1)
@@ -83,17 +85,18 @@ def count(ids_TK: jax.Array, num_experts: int, form: str, num_groups: int = 1) -
         ids_TK: an id of num_experts is not counted.
         num_groups: the tokens are divided into this many groups of consecutive tokens.
     """
+    choices.check(FORMS, "form", form)
     T, K = ids_TK.shape
     if form == MASKS:
         is_chosen_TKE = _compare(ids_TK, num_experts)
         is_chosen_GTKE = is_chosen_TKE.reshape(num_groups, -1, K, num_experts)
         return jnp.sum(is_chosen_GTKE, axis=1, dtype=jnp.int32)
     if form == PER_CHOICE:
-        choices = [
+        counts_of_choices = [
             jnp.sum(is_chosen_TE.reshape(num_groups, -1, num_experts), axis=1, dtype=jnp.int32)
             for is_chosen_TE in _compare_choices(ids_TK, num_experts)
         ]
-        return jnp.stack(choices, axis=1)
+        return jnp.stack(counts_of_choices, axis=1)
     group_T = jnp.arange(T) // (T // num_groups)
     row_TK = group_T[:, None] * K + jnp.arange(K)[None, :]
     # One index per element, with a place for ids that are not counted at the end of every row.

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from modse_jax.moe import chosen_experts
-from modse_jax.moe.layer_options import Pool
+from modse_jax.moe.layer_options import CAPACITY_ORDERS, Pool
+from modse_jax.runtime import choices
 
 # Capacity factors are rational numbers with denominators up to this one. A factor that is written
 # with up to five decimals is one exactly.
@@ -160,6 +161,7 @@ def _rank_in_expert(ids_TK: jax.Array, num_experts: int, form: str, order: str) 
     Args:
         order: see ExpertOptions.capacity_order.
     """
+    choices.check(CAPACITY_ORDERS, "order", order)
     T, K = ids_TK.shape
     ids_N = ids_TK.T.reshape(K * T) if order == "choice" else ids_TK.reshape(T * K)
     order_N = stable_argsort(ids_N, num_experts + 1)

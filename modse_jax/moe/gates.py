@@ -4,9 +4,12 @@ Legend: T tokens, E experts of a pool, K top-k of the pool.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from modse_jax.runtime import choices
 
 # Reads the values of the chosen experts: [T, E] -> [T, K].
 Select = Callable[[jax.Array], jax.Array]
@@ -54,24 +57,46 @@ def uniform(logits_TE: jax.Array, select: Select) -> jax.Array:
     return jnp.full_like(chosen_TK, 1 / chosen_TK.shape[1])
 
 
-GATES: dict[str, Callable[[jax.Array, Select], jax.Array]] = {
-    "top_k_softmax": top_k_softmax,
-    "softmax_top_k": softmax_top_k,
-    "softmax_top_k_renormalized": softmax_top_k_renormalized,
-    "sigmoid": sigmoid,
-    "sigmoid_renormalized": sigmoid_renormalized,
-    "uniform": uniform,
+class Gate(NamedTuple):
+    """The functions of a gate.
+
+    Attributes:
+        weights: the weights of the chosen experts, from the logits of all experts.
+        score: the scores of all experts, [T, E] -> [T, E]. A router bias is added to them.
+        log_score: the logarithms of the scores, up to a constant for each token.
+    """
+
+    weights: Callable[[jax.Array, Select], jax.Array]
+    score: Callable[[jax.Array], jax.Array]
+    log_score: Callable[[jax.Array], jax.Array]
+
+
+def _softmax(logits_TE: jax.Array) -> jax.Array:
+    return jax.nn.softmax(logits_TE, axis=-1)
+
+
+def _identity(logits_TE: jax.Array) -> jax.Array:
+    return logits_TE
+
+
+GATES = {
+    "top_k_softmax": Gate(top_k_softmax, _softmax, _identity),
+    "softmax_top_k": Gate(softmax_top_k, _softmax, _identity),
+    "softmax_top_k_renormalized": Gate(softmax_top_k_renormalized, _softmax, _identity),
+    "sigmoid": Gate(sigmoid, jax.nn.sigmoid, jax.nn.log_sigmoid),
+    "sigmoid_renormalized": Gate(sigmoid_renormalized, jax.nn.sigmoid, jax.nn.log_sigmoid),
+    "uniform": Gate(uniform, _softmax, _identity),
 }
 
-# The score of an expert is the sigmoid of its logit for these gates, and the softmax for others.
-SIGMOID_GATES = ("sigmoid", "sigmoid_renormalized")
+
+def find_gate(name: str) -> Gate:
+    """Returns the gate of a name. Raises ValueError if there is none."""
+    return choices.look_up(GATES, "gate", name)
 
 
 def compute_scores(logits_TE: jax.Array, gate: str) -> jax.Array:
     """Returns the scores that a router bias is added to (Wang et al. 2024, section 2)."""
-    if gate in SIGMOID_GATES:
-        return jax.nn.sigmoid(logits_TE)
-    return jax.nn.softmax(logits_TE, axis=-1)
+    return find_gate(gate).score(logits_TE)
 
 
 def log_probabilities(logits_TE: jax.Array, gate: str) -> jax.Array:
@@ -79,6 +104,4 @@ def log_probabilities(logits_TE: jax.Array, gate: str) -> jax.Array:
 
     The auxiliary losses and the entropy are computed from them.
     """
-    if gate in SIGMOID_GATES:
-        logits_TE = jax.nn.log_sigmoid(logits_TE)
-    return jax.nn.log_softmax(logits_TE, axis=-1)
+    return jax.nn.log_softmax(find_gate(gate).log_score(logits_TE), axis=-1)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from modse_jax.moe.experts.block_sizes import DEFAULT_BLOCKS, Blocks
+from modse_jax.runtime import choices
 
 # See gates.GATES. The names are repeated here because this module imports no array library.
 GATES = (
@@ -100,14 +101,14 @@ class RouterOptions:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        _check_choice("gate", self.gate, GATES)
-        _check_choice("router_noise", self.router_noise, ROUTER_NOISES)
-        _check_choice("balance_loss_count", self.balance_loss_count, BALANCE_LOSS_COUNTS)
-        _check_choice("balance_loss_scope", self.balance_loss_scope, BALANCE_LOSS_SCOPES)
-        _check_choice(
-            "balance_loss_over_choices", self.balance_loss_over_choices, BALANCE_LOSS_OVER_CHOICES
+        choices.check(GATES, "gate", self.gate)
+        choices.check(ROUTER_NOISES, "router_noise", self.router_noise)
+        choices.check(BALANCE_LOSS_COUNTS, "balance_loss_count", self.balance_loss_count)
+        choices.check(BALANCE_LOSS_SCOPES, "balance_loss_scope", self.balance_loss_scope)
+        choices.check(
+            BALANCE_LOSS_OVER_CHOICES, "balance_loss_over_choices", self.balance_loss_over_choices
         )
-        _check_choice("width_penalty_scale", self.width_penalty_scale, WIDTH_PENALTY_SCALES)
+        choices.check(WIDTH_PENALTY_SCALES, "width_penalty_scale", self.width_penalty_scale)
 
     def pools_of(self, num_experts: int) -> tuple[Pool, ...]:
         """Returns the pools of a layer; one with all experts if none are given.
@@ -158,10 +159,10 @@ class ExpertOptions:
     blocks: Blocks = DEFAULT_BLOCKS
 
     def __post_init__(self) -> None:
-        _check_choice("backend", self.backend, BACKENDS)
-        _check_choice("placement", self.placement, PLACEMENTS)
-        _check_choice("exchange", self.exchange, EXCHANGES)
-        _check_choice("capacity_order", self.capacity_order, CAPACITY_ORDERS)
+        choices.check(BACKENDS, "backend", self.backend)
+        choices.check(PLACEMENTS, "placement", self.placement)
+        choices.check(EXCHANGES, "exchange", self.exchange)
+        choices.check(CAPACITY_ORDERS, "capacity_order", self.capacity_order)
         try:
             check_capacity_factor(self.capacity_factor)
         except ValueError as error:
@@ -184,8 +185,3 @@ def check_capacity_factor(factor: float) -> None:
             f"{factor} must be 0, so that no token is dropped, or from "
             f"{SMALLEST_CAPACITY_FACTOR:.5f} to {LARGEST_CAPACITY_FACTOR:g}"
         )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(choices)}")

@@ -138,15 +138,14 @@ def compute_gates(
         chip: see `top_k_ids`.
         router_bias_E: the bias of every expert; None for none.
     """
-    if gate not in gates.GATES:
-        raise ValueError(f"gate={gate!r} is unknown; choose one of {', '.join(gates.GATES)}")
+    weights = gates.find_gate(gate).weights
     ranked_TE = jax.lax.stop_gradient(logits_TE)
     if router_bias_E is not None:
         ranked_TE = gates.compute_scores(ranked_TE, gate) + router_bias_E[None, :]
     ids_TK = checkpoint_name(top_k_ids(ranked_TE, top_k, chip), ROUTING)
     form = chosen_experts.choose_form(logits_TE.shape[1], top_k, chip)
     select = functools.partial(chosen_experts.select, ids_TK=ids_TK, form=form)
-    return gates.GATES[gate](logits_TE, select), ids_TK
+    return weights(logits_TE, select), ids_TK
 
 
 def choose_experts(

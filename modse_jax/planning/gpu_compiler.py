@@ -452,18 +452,18 @@ def read_launches(folder: str | pathlib.Path, iterations: float = 1.0) -> Launch
         FileNotFoundError: a file is missing.
     """
     folder = pathlib.Path(folder)
-    thunks = _largest_file(folder, "*.thunk_sequence_after_thunk_passes.txt").read_text()
-    metadata = _largest_file(folder, "*.thunk_metadata.txt").read_text()
-    hlo = _largest_file(folder, "*gpu_after_optimizations.txt").read_text()
+    thunks = _read_largest(folder, "*.thunk_sequence_after_thunk_passes.txt")
+    metadata = _read_largest(folder, "*.thunk_metadata.txt")
+    hlo = _read_largest(folder, "*gpu_after_optimizations.txt")
     return count_launches(thunks, metadata, hlo, iterations)
 
 
-def _largest_file(folder: pathlib.Path, pattern: str) -> pathlib.Path:
-    """Returns the largest file that matches, because the others are of small helper programs."""
+def _read_largest(folder: pathlib.Path, pattern: str) -> str:
+    """Returns the text of the largest file that matches; others are of small helper programs."""
     matches = sorted(folder.glob(pattern), key=lambda file: file.stat().st_size)
     if not matches:
         raise FileNotFoundError(f"XLA wrote no {pattern} into {folder}")
-    return matches[-1]
+    return matches[-1].read_text(encoding="utf-8")
 
 
 def count_launches(thunks: str, metadata: str, hlo: str, iterations: float = 1.0) -> Launches:

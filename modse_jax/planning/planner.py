@@ -9,7 +9,6 @@ would need there is reported: memory, FLOPs, communication between devices, and 
 See topologies.py for the names of topologies, and step_plan.StepPlan for the results.
 """
 
-import json
 import os
 import pathlib
 import time
@@ -37,7 +36,7 @@ from modse_jax.planning import (
 from modse_jax.planning.hlo_collectives import Collective
 from modse_jax.planning.step_plan import StepPlan
 from modse_jax.planning.topologies import Topology
-from modse_jax.runtime import chips, memory_usage, sharding
+from modse_jax.runtime import chips, files, memory_usage, sharding
 from modse_jax.training import train_step
 
 
@@ -195,7 +194,8 @@ def add_launches(plan: StepPlan, launches: gpu_compiler.Launches | None) -> None
 def write_json(plans: Sequence[StepPlan], path: str) -> None:
     """Writes plans into a JSON file, as a list of dictionaries."""
     rows = [step_plan.to_dict(plan) for plan in plans]
-    pathlib.Path(path).expanduser().write_text(json.dumps(rows, indent=2) + "\n")
+    text = files.format_json(rows, indent=2) + "\n"
+    pathlib.Path(path).expanduser().write_text(text, encoding="utf-8")
 
 
 def count_flops(config: Config, mesh: Mesh) -> StepFlops:

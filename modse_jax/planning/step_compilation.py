@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from modse_jax.config.options import Config
-from modse_jax.errors import UserError
+from modse_jax.errors import UserError, describe_exception
 from modse_jax.planning import gpu_compiler
 from modse_jax.planning.topologies import Topology
 from modse_jax.runtime import memory_usage
@@ -73,7 +73,7 @@ def _compile_for_gpu(config: Config, mesh: Mesh, topology: Topology, folder: str
         with gpu_compiler.assume_cudnn():
             compiled = train_step.compile_train_step(config, mesh, options)
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0][:300]
+        reason = describe_exception(error).splitlines()[0][:300]
         raise UserError(
             f"--plan={topology.name}: XLA cannot compile the step ({reason}); "
             "choose another moe.backend or model.attention"
@@ -95,7 +95,7 @@ def _compile_for_tpu(config: Config, mesh: Mesh, folder: str) -> CompiledStep:
             raise
         return CompiledStep(peak_bytes=_read_needed_memory(str(error)))
     (file,) = pathlib.Path(folder).glob("*.jit_step.*after_optimizations.txt")
-    return _describe(compiled, file.read_text())
+    return _describe(compiled, file.read_text(encoding="utf-8"))
 
 
 def _read_needed_memory(message: str) -> float | None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 
-from modse_jax.errors import UserError
+from modse_jax.errors import UserError, describe_exception
 from modse_jax.planning import gpu_compiler
 
 # The most GPUs that NVLink connects on one host, for all GPUs of gpu_compiler.GPU_TARGETS.
@@ -96,7 +96,7 @@ def _list_tpu_devices(name: str) -> Sequence[jax.Device]:
     try:
         return jax_topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:  # libtpu has no error type for this
-        reason = str(error).splitlines()[0][:200]
+        reason = describe_exception(error).splitlines()[0][:200]
         is_missing = "libtpu" in reason and "open" in reason
         hint = "pip install libtpu" if is_missing else f"known: {KNOWN}"
         raise UserError(

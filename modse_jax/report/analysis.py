@@ -143,7 +143,7 @@ def write(
     _write_specialists(out / "specialists.csv", late, model)
     lines += _write_sources(out, late, model)
     lines += _write_stragglers(out / "straggler.csv", counts)
-    (out / "text.html").write_text(color_text(model, late))
+    (out / "text.html").write_text(color_text(model, late), encoding="utf-8")
     return "\n".join([*lines, f"written: {out}"])
 
 
@@ -357,7 +357,7 @@ def _write_specialists(path: pathlib.Path, late: Trace, model: LoadedModel) -> N
 
 
 def _write_csv(path: pathlib.Path, rows: Iterable[Sequence]) -> None:
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 

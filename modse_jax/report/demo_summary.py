@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from modse_jax.data import decoding, training_data
 from modse_jax.errors import UserError
 from modse_jax.evaluation import model_loading, result_files
+from modse_jax.runtime import console_encoding, files
 from modse_jax.runtime.one_line_parser import OneLineParser
 from modse_jax.training import run_logs
 
@@ -28,7 +29,7 @@ def summarize_run(workdir: pathlib.Path, since: float) -> dict:
         UserError: The loss of the run has not been evaluated.
     """
     paths = result_files.find_full_results(workdir)
-    results = json.loads(paths[-1].read_text()) if paths else {}
+    results = json.loads(paths[-1].read_text(encoding="utf-8")) if paths else {}
     if "loss" not in results:
         raise UserError(
             f"{workdir} holds no evaluation of the loss; run eval.py --workdir={workdir} first"
@@ -60,6 +61,7 @@ def _read_validation_text(workdir: pathlib.Path) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the summary of the run in --workdir."""
+    console_encoding.escape_unprintable()
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     try:
-        print(json.dumps(summarize_run(pathlib.Path(options.workdir).absolute(), options.since)))
+        summary = summarize_run(pathlib.Path(options.workdir).absolute(), options.since)
+        print(files.format_json(summary))
     except UserError as error:
         parser.exit(2, f"error: {error}\n")
 

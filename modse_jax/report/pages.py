@@ -4,7 +4,6 @@ The report is drawn from the logs only, so it can be written again at any time.
 """
 
 import html
-import json
 import pathlib
 
 import numpy as np
@@ -14,6 +13,7 @@ from modse_jax.evaluation.text_table import Column
 from modse_jax.moe.layer_options import Pool
 from modse_jax.report import html_page, plot_style, run_plots
 from modse_jax.report.plot_style import CaptionedFigure
+from modse_jax.runtime import files
 from modse_jax.training import run_logs
 
 STRAGGLER_COLUMNS = (
@@ -50,7 +50,7 @@ def write(workdir: str) -> None:
         plot_style.save_figure(out / name, captioned.figure)
     captions = {name: captioned.caption for name, captioned in figures.items()}
     page = _format_page(directory, rows[-1], captions, stragglers)
-    (out / "index.html").write_text(page)
+    (out / "index.html").write_text(page, encoding="utf-8", errors="surrogateescape")
 
 
 def _newest_layers(layers: list[dict]) -> list[dict]:
@@ -116,7 +116,7 @@ def _format_page(
     )
     results = "".join(
         f"<h2>eval of step {file.stem}</h2>"
-        f"<pre>{html.escape(scoring.format_results(json.loads(file.read_text())))}</pre>"
+        f"<pre>{html.escape(scoring.format_results(files.read_json(file)))}</pre>"
         for file in result_files.find_full_results(workdir)
     )
     body = BODY.format(

@@ -100,7 +100,7 @@ def read_csv(path: pathlib.Path) -> Counts:
     Raises:
         ValueError: The header is different.
     """
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         header, *rows = list(csv.reader(file))
     expert_columns = header[2:]
     if header[:2] != ["layer", "choice"] or not all("_h" in name for name in expert_columns):
@@ -114,7 +114,7 @@ def read_csv(path: pathlib.Path) -> Counts:
 def write_csv(path: pathlib.Path, counts: Counts) -> None:
     """Writes a table of counts that `read_csv` can read."""
     experts = [f"e{expert}_h{width}" for expert, width in enumerate(counts.widths)]
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["layer", "choice", *experts])
         for layer, counts_KE in enumerate(counts.counts_YKE):

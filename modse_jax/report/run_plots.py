@@ -3,6 +3,8 @@
 See analysis_plots.py for the figures that need a checkpoint.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from matplotlib import pyplot as plt
 
@@ -23,7 +25,7 @@ def plot_loss(rows: list[dict]) -> CaptionedFigure:
     """
     figure, axes = plt.subplots(figsize=(7.5, 4.2))
     train = [r for r in rows if r["split"] == "train" and r["bits_per_byte"] is not None]
-    validation = [r for r in rows if r["split"] == "validation"]
+    validation = [r for r in rows if r["split"] == "validation" and r["bits_per_byte"] is not None]
     train_bits = [row["bits_per_byte"] for row in train]
     validation_bits = [row["bits_per_byte"] for row in validation]
     axes.plot(
@@ -42,7 +44,7 @@ def plot_loss(rows: list[dict]) -> CaptionedFigure:
             color=plot_style.COLOR_VALIDATION,
             label=f"validation, last {validation_bits[-1]:.3f}",
         )
-    if train:
+    if train_bits + validation_bits:
         axes.set_ylim(0.9 * min(train_bits + validation_bits), None)
     axes.set(
         xlabel="step", ylabel="bits per byte", title="Cross-entropy, auxiliary losses left out"
@@ -63,18 +65,18 @@ def plot_validation_sets(rows: list[dict]) -> CaptionedFigure:
     line_style = "-" if len(rows) > 1 else ""
     figure, axes = plt.subplots(figsize=(8.5, 0.22 * len(last["sets"]) + 3.6))
     for name, color in zip(last["sets"], plot_style.shades(len(last["sets"]))):
-        losses = [row["sets"][name]["loss"] for row in rows]
-        axes.plot(
-            steps, losses, ".", ls=line_style, color=color, lw=1.2, label=f"{name} {losses[-1]:.3f}"
-        )
+        losses = _known_values(row["sets"][name]["loss"] for row in rows)
+        label = f"{name} {losses[-1]:.3f}"
+        axes.plot(steps, losses, ".", ls=line_style, color=color, lw=1.2, label=label)
+    macro_losses = _known_values(row["macro_loss"] for row in rows)
     axes.plot(
         steps,
-        [row["macro_loss"] for row in rows],
+        macro_losses,
         "o",
         ls=line_style,
         color=plot_style.COLOR_VALIDATION,
         lw=2.4,
-        label=f"macro-average {last['macro_loss']:.3f}",
+        label=f"macro-average {macro_losses[-1]:.3f}",
     )
     axes.set(xlabel="step", ylabel="nats per token", title="Loss of every validation set")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
@@ -83,6 +85,11 @@ def plot_validation_sets(rows: list[dict]) -> CaptionedFigure:
         "macro-average); the last values are in the legend."
     )
     return CaptionedFigure(figure, caption)
+
+
+def _known_values(values: Iterable[float | None]) -> np.ndarray:
+    """Returns numbers of a log as floats. None becomes NaN, which is not drawn."""
+    return np.array(list(values), float)
 
 
 def plot_load_heatmap(

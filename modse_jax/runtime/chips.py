@@ -31,14 +31,16 @@ class Chip(NamedTuple):
     network_terabytes: float | None = None
 
 
+# Those of TPUs are from https://cloud.google.com/tpu/docs/v5p and its neighbors v4, v5e, v6e and
+# tpu7x; a bandwidth that is printed for both directions is halved.
 # `chip_name` returns the first entry that matches. "H200" is a substring of "GH200", which is an
 # H100, so h100 must come before h200.
 CHIPS = {
-    "v4": Chip(("TPU v4",), 275, 1.23, 30.75, 0.3),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197, 0.82, 15.75, 0.2),
-    "v5p": Chip(("TPU v5",), 459, 2.46, 95.74, 0.6),
-    "v6e": Chip(("TPU v6",), 920, 1.64, 31.25, 0.448),
-    "v7x": Chip(("TPU7x",), 2310, 7.4, 192, 0.6),
+    "v4": Chip(("TPU v4",), 275, 1.228, 30.75, 0.3),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197, 0.819, 15.75, 0.2),
+    "v5p": Chip(("TPU v5",), 459, 2.765, 95.74, 0.6),
+    "v6e": Chip(("TPU v6",), 918, 1.638, 31.25, 0.4),
+    "v7x": Chip(("TPU7x",), 2307, 7.4, 192, 0.6),
     "h100": Chip(("H100", "GH200"), 989, 3.35, 79, 0.45, 0.05),
     "h200": Chip(("H200",), 989, 4.8, 139, 0.45, 0.05),
     "a100": Chip(("A100",), 312, 2.0, 79, 0.3, 0.025),

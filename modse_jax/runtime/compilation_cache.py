@@ -69,7 +69,9 @@ def default_folder() -> pathlib.Path | None:
 def describe_processor() -> str:
     """Returns a text that is equal on machines that can run the same programs for CPUs."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = (
+            pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        )
     except OSError:
         lines = []
     words = ("flags", "features", "cpu family", "model\t", "cpu part")

@@ -3,10 +3,14 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import pathlib
 import stat
+import sys
 from typing import Any
+
+from modse_jax.errors import UserError
 
 # Most bytes of a JSON file to read. A damaged or hostile file must not fill the memory.
 LARGEST_JSON = 64 * 2**20
@@ -16,13 +20,30 @@ LARGEST_JSON = 64 * 2**20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
+def check_is_text(path: pathlib.Path, option: str) -> None:
+    """Raises UserError if the name of a directory to write to is not text in this locale.
+
+    The libraries that write records and checkpoints take paths as UTF-8. Python represents bytes
+    that it cannot decode by surrogates, which have no UTF-8 form.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{option}={path} cannot be read as text in the encoding of this locale "
+            f"({sys.getfilesystemencoding()}); set the environment variable PYTHONUTF8=1, or "
+            "choose a name of ASCII characters"
+        ) from None
+
+
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
     """Writes a file so that after a crash or power failure either the new or the old file exists.
 
     The content is flushed to disk under a temporary name, then renamed.
     """
     temporary = path.with_name(path.name + ".tmp")
-    data = content.encode() if isinstance(content, str) else content
+    # Surrogates stand for the bytes of a path that is not UTF-8.
+    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -34,6 +55,27 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     flush_to_disk(path.parent)
+
+
+def format_json(value: Any, **options: Any) -> str:
+    """Returns a value as JSON. NaN and infinity, which JSON does not have, become null.
+
+    Args:
+      value: the value.
+      **options: see `json.dumps`.
+    """
+    return json.dumps(_without_nonfinite(value), allow_nan=False, **options)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    """Returns a copy of nested dicts, lists and tuples with None for NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def flush_to_disk(path: pathlib.Path) -> None:
@@ -54,8 +96,8 @@ def read_json(path: pathlib.Path) -> Any:
     if path.is_symlink() or path.stat().st_size > LARGEST_JSON:
         raise ValueError(f"{path.name} is a symlink, or larger than {LARGEST_JSON >> 20} MiB")
     try:
-        return json.loads(path.read_text())
-    except ValueError:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
         raise ValueError(f"{path.name} is damaged (not JSON)") from None
 
 

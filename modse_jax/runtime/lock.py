@@ -48,7 +48,7 @@ class Lock:
 
     def _acquire(self, busy: str) -> TextIO:
         while True:
-            file = open(self._path, "a+")  # noqa: SIM115  (stays open while the lock is held)
+            file = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115  (stays open while the lock is held)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

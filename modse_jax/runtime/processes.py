@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from modse_jax.errors import UserError
+from modse_jax.errors import UserError, describe_exception
 
 # Timeouts in seconds.
 START_TIMEOUT = 100  # for all processes to connect
@@ -83,9 +83,10 @@ def start(coordinator: str = "", count: int = 0, index: int = -1, detect: bool =
             shutdown_timeout_seconds=END_TIMEOUT,
         )
     except (ValueError, RuntimeError) as error:
+        reason = describe_exception(error).splitlines()[0]
         raise UserError(
             f"the processes of this run did not connect within {START_TIMEOUT} s: "
-            f"{str(error).splitlines()[0]}; start all of them, with the same --coordinator and "
+            f"{reason}; start all of them, with the same --coordinator and "
             "--process_count, and with each --process_index once"
         ) from None
 
@@ -175,7 +176,7 @@ def assert_same(facts: dict[str, str]) -> None:
       UserError: on every process, if a value of any process differs from that of process 0.
     """
     digests = {
-        name: hashlib.sha256(value.encode()).hexdigest()[:16] for name, value in facts.items()
+        name: hashlib.sha256(_encode(value)).hexdigest()[:16] for name, value in facts.items()
     }
     all_digests = [json.loads(text) for text in gather(json.dumps(digests))]
     for name in facts:
@@ -191,12 +192,17 @@ def assert_same(facts: dict[str, str]) -> None:
             )
 
 
+def _encode(text: str) -> bytes:
+    """Returns a text as UTF-8; surrogates stand for the bytes of a path that is not UTF-8."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def gather(text: str) -> list[str]:
     """Returns the texts of all processes, each truncated to `MESSAGE_BYTES`, on every process."""
     if not is_multi_process():
         return [text]
     wait_for_all()
-    data = text.encode()[:MESSAGE_BYTES]
+    data = _encode(text)[:MESSAGE_BYTES]
     message = np.zeros(MESSAGE_BYTES, np.uint8)
     message[: len(data)] = np.frombuffer(data, np.uint8)
     messages = np.asarray(multihost_utils.process_allgather(message)).reshape(-1, MESSAGE_BYTES)

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from modse_jax.config.loading import from_dict, override_options
 from modse_jax.config.options import Config
-from modse_jax.errors import UserError
+from modse_jax.errors import UserError, describe_exception
 
 
 class Arm(NamedTuple):
@@ -175,8 +175,8 @@ def load_sweep(path: str) -> Sweep:
     except Exception as error:  # a sweep file is the user's code and may raise anything
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
-            f"--sweep={path} failed: {type(error).__name__}: {error} ({line.filename}, line "
-            f"{line.lineno})"
+            f"--sweep={path} failed: {type(error).__name__}: {describe_exception(error)} "
+            f"({line.filename}, line {line.lineno})"
         ) from None
     if not isinstance(sweep, Sweep):
         raise UserError(f"--sweep={path}: get_sweep() returned {type(sweep).__name__}, not Sweep")

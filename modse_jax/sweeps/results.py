@@ -124,7 +124,7 @@ def write_result(
     }
     path = directory.result(identity.id)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, json.dumps(result, indent=1) + "\n")
+    files.write_atomically(path, files.format_json(result, indent=1) + "\n")
     return result
 
 

@@ -15,8 +15,15 @@ from collections.abc import Iterator
 
 from modse_jax.config import device_mesh
 from modse_jax.config.options import Config
-from modse_jax.errors import DiskFullError, ExitCode, NoRoomError, RunError, UserError
-from modse_jax.runtime import compilation_cache, files, signals
+from modse_jax.errors import (
+    DiskFullError,
+    ExitCode,
+    NoRoomError,
+    RunError,
+    UserError,
+    describe_exception,
+)
+from modse_jax.runtime import compilation_cache, console_encoding, files, signals
 from modse_jax.runtime.lock import Lock, LockHeldError
 from modse_jax.sweeps import orders, results
 from modse_jax.sweeps.orders import Order, Reply
@@ -28,10 +35,11 @@ MAX_REASON_LENGTH = 500
 
 def main() -> None:
     """Executes the orders of standard input, and exits when it ends."""
+    console_encoding.escape_unprintable()
     signals.exit_on_stop_signals()
     compilation_cache.enable()
     programs = SharedPrograms()
-    with os.fdopen(os.dup(1), "w", buffering=1) as replies:
+    with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as replies:
         for line in sys.stdin:
             reply = train_run(orders.decode_order(line), programs)
             replies.write(orders.encode_reply(reply))
@@ -96,7 +104,7 @@ def _train(config: Config, workdir: pathlib.Path, programs: Programs) -> tuple[s
         return results.FAILED, _one_line(f"{type(error).__name__}: {error}")
     except Exception as error:  # such as an error of XLA; the other arms go on
         traceback.print_exc()
-        return results.FAILED, _one_line(f"{type(error).__name__}: {error}")
+        return results.FAILED, _one_line(f"{type(error).__name__}: {describe_exception(error)}")
     if code == ExitCode.STOPPED:
         return orders.STOPPED, ""
     return (results.DIVERGED if code == ExitCode.DIVERGED else results.FINISHED), ""
@@ -110,7 +118,7 @@ def _one_line(text: object) -> str:
 def _output_in(path: pathlib.Path) -> Iterator[None]:
     """Appends everything that is printed to a file, also by libraries that are not in Python."""
     saved = [os.dup(number) for number in (1, 2)]
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(f"---- {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}\n")
         file.flush()
         _flush()

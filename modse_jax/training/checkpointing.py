@@ -17,6 +17,7 @@ resume on any mesh.
 
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import shutil
@@ -27,12 +28,10 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import orbax.checkpoint as ocp
 
-from modse_jax.errors import DiskFullError, RunError, UserError
+from modse_jax.errors import DiskFullError, RunError, UserError, describe_exception
 from modse_jax.runtime import files, integrity, processes
-from modse_jax.training import state_arrays
+from modse_jax.training import fingerprints, state_arrays
 from modse_jax.training.train_step import State
-
-FORMAT = 2
 
 # Names of the directories for steps that are moved away.
 TRASH = "trash"
@@ -169,13 +168,14 @@ class Checkpoints:
         """Reads the metadata of a step: config, data, fingerprints of the arrays, and so on.
 
         Raises:
-          UserError: the step was saved in another format.
+          UserError: the step was saved in a format that this version cannot read.
         """
         meta = files.read_json(self.path(step) / "meta" / "metadata")
-        if meta.get("format") != FORMAT:
+        if meta.get("format") not in fingerprints.FINGERPRINTS:
+            readable = ", ".join(map(str, fingerprints.FINGERPRINTS))
             raise UserError(
-                f"checkpoint {step}: expected format {FORMAT}, found {meta.get('format')}; "
-                "evaluate it with the version that wrote it"
+                f"checkpoint {step} has format {meta.get('format')}, but this version reads "
+                f"formats {readable}; use the version of modse_jax that wrote it"
             )
         return meta
 
@@ -201,7 +201,7 @@ class Checkpoints:
         arguments = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments))
         state = State(**{"router_bias": {}, **restored["state"]})
-        actual = state_arrays.compute_fingerprints(state)
+        actual = state_arrays.compute_fingerprints(state, meta["format"])
         changed = [name for name, saved in meta["fingerprints"].items() if actual[name] != saved]
         reason = ""
         if changed:
@@ -243,8 +243,8 @@ class Checkpoints:
 
         Args:
           state: the state, which contains the number of its step.
-          meta: additional metadata, values that JSON can represent. "validation_loss" (a number or
-            None) decides which step is kept as the best.
+          meta: additional metadata, values that JSON can represent. "validation_loss" (a finite
+            number, or None) decides which step is kept as the best.
 
         Raises:
           RunError: there is not enough space, the previous save failed, or the state is not finite.
@@ -263,7 +263,7 @@ class Checkpoints:
                 f"the state of step {step} is not finite and will not be saved{self._last_good()}"
             )
         full_meta = {
-            "format": FORMAT,
+            "format": fingerprints.FORMAT,
             "step": step,
             **meta,
             "leaves": state_arrays.describe_arrays(state),
@@ -353,7 +353,7 @@ class Checkpoints:
             for entry in self._directory.glob(f"*{UNFINISHED}*"):
                 shutil.rmtree(entry, ignore_errors=True)
         self._manager.reload()
-        text = str(error) or type(error).__name__
+        text = describe_exception(error)
         reason = text.splitlines()[0][:MAX_REASON_LENGTH]
         # Orbax raises errors of its own types, which have only the text of the system's.
         is_disk_full = any(os.strerror(number) in text for number in files.DISK_FULL)
@@ -402,7 +402,7 @@ class Checkpoints:
             if step not in self._losses:
                 self._losses[step] = self.meta(step)["validation_loss"]
         kept = set(intact[-self._keep :])
-        validated = [step for step in intact if self._losses[step] is not None]
+        validated = [step for step in intact if _is_known(self._losses[step])]
         if validated:
             kept.add(min(validated, key=lambda step: (self._losses[step], step)))
         if self._keep_every:
@@ -419,6 +419,11 @@ class Checkpoints:
         os.rename(self.path(step), target)
         files.flush_to_disk(self._directory)
         return f"{folder}/{target.name}"
+
+
+def _is_known(loss: float | None) -> bool:
+    """Returns True for a finite loss. Checkpoints of older versions may hold NaN."""
+    return loss is not None and math.isfinite(loss)
 
 
 def _saved_fields(state: State) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import math
 import pathlib
 import sys
 import time
@@ -40,7 +41,8 @@ def train(config: Config, workdir: str, programs: Programs | None = None) -> Exi
       programs: compiles the programs of the run; None compiles those of this run alone.
 
     Returns:
-      FINISHED, DIVERGED, or STOPPED (by a signal; the same call resumes).
+      FINISHED, DIVERGED, or STOPPED (by a signal; the same call resumes). A run has diverged if too
+      many steps in a row were not finite, or if the loss of its last validation is not.
 
     Raises:
       UserError: the run cannot start. Nothing has been written.
@@ -51,8 +53,8 @@ def train(config: Config, workdir: str, programs: Programs | None = None) -> Exi
     try:
         with contextlib.ExitStack() as cleanup:
             started = startup.start_run(config, workdir_path, cleanup, programs or Programs())
-            if started is None:
-                return ExitCode.FINISHED
+            if isinstance(started, ExitCode):
+                return started
             return _train_to_end(Run(started, stop), stop)
     except Stopped:
         print(
@@ -68,8 +70,11 @@ def train(config: Config, workdir: str, programs: Programs | None = None) -> Exi
 def _train_to_end(run: "Run", stop: StopRequest) -> ExitCode:
     """Trains step by step. Returns how the run ended."""
     stop.enter_loop(run.mesh)
-    if run.is_validation_missing and run.validate() is None:
-        return run.finish(ExitCode.STOPPED)
+    validation_loss = None
+    if run.is_validation_missing:
+        validation_loss = run.validate()
+        if validation_loss is None:
+            return run.finish(ExitCode.STOPPED)
     while not run.is_complete:
         run.train_step()
         # Queried once per step, because a signal may arrive between two queries.
@@ -90,7 +95,9 @@ def _train_to_end(run: "Run", stop: StopRequest) -> ExitCode:
         if is_stopping:
             return run.finish(ExitCode.STOPPED)
         run.timer.resume()
-    return run.finish(ExitCode.FINISHED)
+    # The last step is always validated, by this process or, if that was stopped, by the next one.
+    is_finite = validation_loss is not None and math.isfinite(validation_loss)
+    return run.finish(ExitCode.FINISHED if is_finite else ExitCode.DIVERGED)
 
 
 class Run:
@@ -220,7 +227,7 @@ class Run:
     def _log_metrics(self, step: int, results: Metrics) -> None:
         interval = self.timer.restart(step)
         data = self._context.data
-        batches_taken = self._batch_number(step)
+        batches = restore.batches_read(step, self._context.metadata["skipped_data"])
         row = metrics.train_row(
             self._config,
             step,
@@ -230,9 +237,9 @@ class Run:
             self._context.peak_flops,
         )
         row["data_wait"] = interval.data_wait
-        row["epochs"] = batching.epochs(data, self._config, batches_taken)
+        row["epochs"] = batching.epochs(data, self._config, batches)
         if len(data.datasets) > 1:
-            row["tokens_by_source"] = batching.tokens_by_dataset(data, self._config, batches_taken)
+            row["tokens_by_source"] = batching.tokens_by_dataset(data, self._config, batches)
         layers = metrics.routing_by_layer(
             results.statistics,
             self._config.widths,
@@ -308,6 +315,8 @@ class Run:
         Args:
           validation_loss: that of the current step; None if it was not validated.
         """
+        if validation_loss is not None and not math.isfinite(validation_loss):
+            validation_loss = None  # so that this step is not kept as the best
         metadata = {**self._context.metadata, "validation_loss": validation_loss}
         self._context.checkpoints.save(self.state, metadata)
 
@@ -330,6 +339,8 @@ class Run:
                 f"stopped at step {self.step}, saved step {saved_step}; run the same command to "
                 "go on"
             )
+        if not self.has_diverged:
+            return validation_schedule.describe_nonfinite(self.step, self._context.workdir)
         return (
             f"diverged: {self._config.advanced.max_nonfinite_steps} steps in a row were not "
             f"finite, up to step {self.step}; the last good checkpoint is step {saved_step}. Lower "

@@ -20,6 +20,7 @@ import optax
 from modse_jax.config.options import Config
 from modse_jax.model.variables import RouterBias, nest_router_bias, router_bias_array
 from modse_jax.moe.layer_options import Pool
+from modse_jax.runtime import choices
 
 Update = Callable[[RouterBias, jax.Array, jax.Array, jax.Array], RouterBias]
 
@@ -75,12 +76,13 @@ def range_by_layer(router_bias: RouterBias) -> jax.Array | None:
 def rate_schedule(config: Config, bias_rate: jax.Array | float | None = None) -> optax.Schedule:
     """Returns the rate of the bias as a function of the number of updates so far."""
     rate = config.moe.bias_rate if bias_rate is None else bias_rate
-    steps = config.training.steps
-    if config.moe.bias_schedule == "linear":
-        return optax.linear_schedule(rate, 0.0, steps)
-    if config.moe.bias_schedule == "cosine":
-        return optax.cosine_decay_schedule(rate, steps)
-    return optax.constant_schedule(rate)
+    schedules: dict[str, Callable[..., optax.Schedule]] = {
+        "constant": lambda rate, steps: optax.constant_schedule(rate),
+        "linear": lambda rate, steps: optax.linear_schedule(rate, 0.0, steps),
+        "cosine": optax.cosine_decay_schedule,
+    }
+    schedule = choices.look_up(schedules, "moe.bias_schedule", config.moe.bias_schedule)
+    return schedule(rate, config.training.steps)
 
 
 def update_bias(
@@ -122,6 +124,7 @@ def _relative_deficit(counts_LN: jax.Array, rule: str) -> jax.Array:
     """Returns how far each expert's count is below the mean of its pool: a sign, or a fraction."""
     mean_L1 = jnp.sum(counts_LN, axis=1, keepdims=True) / jnp.float32(counts_LN.shape[1])
     deficit_LN = mean_L1 - counts_LN
+    choices.check(("sign", "proportional"), "rule", rule)
     if rule == "sign":
         return jnp.sign(deficit_LN)
     # A batch of padding alone has no counts, and then no deficit either.

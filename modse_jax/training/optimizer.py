@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import optax
 
-from modse_jax.config.options import Config
+from modse_jax.config.options import WEIGHT_DECAY_ON, Config
+from modse_jax.runtime import choices
 from modse_jax.training import hyperparameters
 from modse_jax.training.hyperparameters import Hyperparameters
 
@@ -19,7 +20,9 @@ def learning_rate(config: Config, values: Hyperparameters | None = None) -> opta
 
     It rises linearly to the peak in `warmup_steps`, then follows a cosine that reaches its floor at
     step `training.steps` of the schedule (MoDSE, section 4: from 2e-7, 2000 warmup steps, floor
-    3e-5). The first update uses step `first_step` of the schedule.
+    3e-5). The first update uses step `first_step` of the schedule. If that is 0, as in all older
+    runs, the last update uses step `training.steps - 1` and so a rate slightly above the floor:
+    with a peak of 3e-4 and a floor of 3e-5, by 5.5% of it with 30 steps and by 0.02% with 1,000.
 
     Args:
       config: the config.
@@ -76,6 +79,8 @@ def weight_decay_mask(params: Any, decays_on: str) -> Any:
         but the scales of norms, which are recognized by name. They cannot be recognized as vectors,
         because the parameters of all layers are stacked.
     """
+
+    choices.check(WEIGHT_DECAY_ON, "optimizer.weight_decay_on", decays_on)
 
     def decays(path: tuple, _: Any) -> bool:
         return decays_on == "all" or "scale" not in path[-1].key

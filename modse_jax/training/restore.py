@@ -26,6 +26,7 @@ class Restored(NamedTuple):
       rewind_to: the step to which the run is rewound now; 0 if it is not.
       skipped_data: [step, number of batches] for every rewind so far, this one included: after that
         step, that many batches of data are skipped.
+      has_independent_seeds: as in `training_data.TrainingData`, of the run so far.
     """
 
     step: int
@@ -33,6 +34,7 @@ class Restored(NamedTuple):
     damaged: list[list]
     rewind_to: int
     skipped_data: list[list[int]]
+    has_independent_seeds: bool
 
 
 def restore_state(
@@ -65,11 +67,15 @@ def restore_state(
             skipped_data = found.meta["skipped_data"]
             if rewind_to:
                 skipped_data = [*skipped_data, list(rewind)]
-            return Restored(found.step, state, damaged, rewind_to, skipped_data)
+            # Checkpoints of older versions lack the entry.
+            has_independent_seeds = found.meta.get("independent_seeds", False)
+            return Restored(
+                found.step, state, damaged, rewind_to, skipped_data, has_independent_seeds
+            )
         damaged.append([found.step, reason])
         found = checkpoints.newest(check, before=found.step)
         damaged += found.damaged
-    return Restored(0, None, damaged, 0, [])
+    return Restored(0, None, damaged, 0, [], True)
 
 
 def _find_rewind_target(checkpoints: Checkpoints, rewind: Sequence[int]) -> Found:
@@ -94,3 +100,21 @@ def next_batch_number(step: int, skipped_data: Sequence[Sequence[int]]) -> int:
       skipped_data: [step, number of batches] for every rewind.
     """
     return step + sum(count for first_step, count in skipped_data if step >= first_step)
+
+
+def batches_read(step: int, skipped_data: Sequence[Sequence[int]]) -> list[range]:
+    """Returns the numbers of the data batches of the first `step` training steps.
+
+    They are one range of numbers for each part of the run between two rewinds.
+
+    Args:
+      step: number of completed steps.
+      skipped_data: [step, number of batches] for every rewind.
+    """
+    starts = sorted({0, *(first_step for first_step, _ in skipped_data if first_step < step)})
+    ends = [*starts[1:], step]
+    batches = []
+    for start, end in zip(starts, ends):
+        first = next_batch_number(start, skipped_data)
+        batches.append(range(first, first + end - start))
+    return batches

@@ -37,7 +37,7 @@ class RunLogWriter:
         for name in LOGS:
             path = workdir / f"{name}.jsonl"
             _discard_after(path, step)
-            self._files[name] = path.open("a", buffering=1)
+            self._files[name] = path.open("a", buffering=1, encoding="utf-8")
         # Imported here: if torch is installed, tensorboardX imports all of it, which takes 5 s that
         # the error for a mistyped option should not wait for.
         import tensorboardX
@@ -88,7 +88,7 @@ class RunLogWriter:
     def _append(self, log: str, values: dict) -> None:
         file = self._files[log]
         try:
-            file.write(json.dumps(values) + "\n")
+            file.write(files.format_json(values) + "\n")
         except OSError as error:
             raise write_error_class(error)(
                 f"cannot write {file.name}: {error.strerror}; checkpoints are untouched: make room "
@@ -127,7 +127,7 @@ class NullWriter:
 
 def read_log(path: pathlib.Path) -> list[dict]:
     """Returns the lines of a .jsonl log as dictionaries; see `parse_log`."""
-    return parse_log(path.read_text().splitlines())
+    return parse_log(path.read_text(encoding="utf-8").splitlines())
 
 
 def parse_log(lines: Iterable[str]) -> list[dict]:
@@ -150,12 +150,12 @@ def _discard_after(path: pathlib.Path, step: int) -> None:
         return
     kept = []
     discarded = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         target = kept if _is_up_to(line, step) else discarded
         target.append(line)
     if not discarded:
         return
-    with open(path.with_suffix(".discarded.jsonl"), "a") as file:
+    with open(path.with_suffix(".discarded.jsonl"), "a", encoding="utf-8") as file:
         file.writelines(line if line.endswith("\n") else line + "\n" for line in discarded)
     files.write_atomically(path, "".join(kept))
 

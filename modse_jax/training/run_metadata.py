@@ -24,6 +24,7 @@ def build_metadata(config: Config, data: training_data.TrainingData, mesh: Mesh)
         "tokenizer": tokenizers.fingerprint(data.tokenizer),
         "tokenizer_model": base64.b64encode(data.tokenizer.serialize()).decode(),
         "validation_sets": data.set_fingerprints,
+        "independent_seeds": data.has_independent_seeds,
         "cards": [dataset.card for dataset in (*data.datasets, *data.validation_sets)],
         "code": processes.source_digest(),
         "devices": mesh.size,

@@ -8,9 +8,10 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from modse_jax.config.loading import to_saved
+from modse_jax.config.loading import differences, from_saved, override_options, to_saved
 from modse_jax.config.options import Config
 from modse_jax.data import data_card, training_data
+from modse_jax.errors import ExitCode
 from modse_jax.moe import expert_placement
 from modse_jax.runtime import files, peak_rate, processes
 from modse_jax.study import model_table
@@ -90,7 +91,7 @@ class StartedRun(NamedTuple):
 
 def start_run(
     config: Config, workdir: pathlib.Path, cleanup: contextlib.ExitStack, programs: Programs
-) -> StartedRun | None:
+) -> StartedRun | ExitCode:
     """Starts or resumes a run, up to its first step.
 
     Checkpoints, logs and config.json are not touched before all checks have passed. Only the lock
@@ -103,7 +104,8 @@ def start_run(
       programs: compiles the programs of the run.
 
     Returns:
-      The run; None if the workdir holds the finished run already.
+      The run; or how it ended, FINISHED or DIVERGED, if the workdir holds the complete run already.
+      Then options that do not change its training may still be changed in its config.json.
 
     Raises:
       UserError: a check failed.
@@ -116,17 +118,46 @@ def start_run(
         lambda: validation_schedule.is_validation_missing(workdir, restored.step, config.training)
     )
     if restored.step >= config.training.steps and not is_validation_missing:
-        console.log(
-            f"finished: {workdir} holds step {restored.step} of {config.training.steps}; nothing "
-            "to do"
-        )
         context.checkpoints.close()
-        return None
+        return _end_complete_run(config, workdir, restored.step)
     write_description(config, workdir)
     state = first_state(context, restored, programs)
     log_description(context)
     processes.wait_for_all()
     return StartedRun(context, restored.step, state, is_validation_missing)
+
+
+def _end_complete_run(config: Config, workdir: pathlib.Path, step: int) -> ExitCode:
+    """Saves changed options of a run without further steps; prints and returns how it ended."""
+    changes, has_diverged = processes.broadcast_from_main(
+        lambda: [_save_changed_options(config, workdir), _has_diverged(workdir, step)]
+    )
+    if changes:
+        console.log(f"changed in {workdir / 'config.json'}: {'; '.join(changes)}")
+    if has_diverged:
+        console.log(validation_schedule.describe_nonfinite(step, workdir), file=sys.stderr)
+        return ExitCode.DIVERGED
+    console.log(f"finished: {workdir} holds step {step} of {config.training.steps}; nothing to do")
+    return ExitCode.FINISHED
+
+
+def _save_changed_options(config: Config, workdir: pathlib.Path) -> list[str]:
+    """Writes config.json if options differ; returns a line `name: old -> new` for each of them.
+
+    training.steps stays that of the training, because it sets the learning rate of every step.
+    """
+    saved = from_saved(files.read_json(workdir / "config.json"))
+    steps = {"training.steps": saved.training.steps}
+    changed = override_options(config, steps)
+    lines = differences(saved, changed)
+    if lines:
+        write_config(changed, workdir)
+    return lines
+
+
+def _has_diverged(workdir: pathlib.Path, step: int) -> bool:
+    validation = validation_schedule.read_validation(workdir, step)
+    return validation is not None and not validation_schedule.is_loss_finite(validation)
 
 
 def prepare_run(
@@ -144,6 +175,7 @@ def prepare_run(
     cleanup.callback(checkpoints.settle)
     metadata = run_metadata.build_metadata(config, data, setup.mesh)
     restored = restore.restore_state(checkpoints, setup.state_shapes, metadata, config)
+    data = data._replace(has_independent_seeds=restored.has_independent_seeds)
     is_finished = restored.step >= config.training.steps
     context = RunContext(
         config=config,
@@ -151,7 +183,11 @@ def prepare_run(
         setup=setup,
         data=data,
         checkpoints=checkpoints,
-        metadata={**metadata, "skipped_data": restored.skipped_data},
+        metadata={
+            **metadata,
+            "skipped_data": restored.skipped_data,
+            "independent_seeds": restored.has_independent_seeds,
+        },
         compiled_step=None if is_finished else compile_step(config, setup, programs),
         score_step=programs.score_step(config, setup.mesh),
         peak_flops=peak_rate.peak_flops(setup.mesh.devices.flat),
@@ -169,8 +205,7 @@ def load_data(config: Config, workdir: pathlib.Path) -> training_data.TrainingDa
     for dataset in data.datasets:
         console.log(data_card.summarize_card(dataset.card))
     for dataset in data.validation_sets:
-        counts = dataset.card["splits"]["validation"]
-        console.log(data_card.summarize_split(f"validation set {dataset.name}", counts))
+        console.log(data_card.summarize_validation_set(dataset.name, dataset.card))
     return data
 
 
@@ -200,12 +235,14 @@ def write_description(config: Config, workdir: pathlib.Path) -> None:
     """Writes environment.json, then config.json, which marks the directory as that of a run."""
     if not processes.is_main_process():
         return
-    descriptions = {
-        "environment.json": run_description.describe_environment(),
-        "config.json": to_saved(config),
-    }
-    for name, value in descriptions.items():
-        files.write_atomically(workdir / name, json.dumps(value, indent=2) + "\n")
+    environment = json.dumps(run_description.describe_environment(), indent=2)
+    files.write_atomically(workdir / "environment.json", environment + "\n")
+    write_config(config, workdir)
+
+
+def write_config(config: Config, workdir: pathlib.Path) -> None:
+    """Writes config.json."""
+    files.write_atomically(workdir / "config.json", json.dumps(to_saved(config), indent=2) + "\n")
 
 
 def first_state(context: RunContext, restored: restore.Restored, programs: Programs) -> State:

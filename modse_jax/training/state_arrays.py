@@ -15,12 +15,8 @@ import numpy as np
 
 from modse_jax.errors import UserError
 from modse_jax.runtime import sharding
+from modse_jax.training import fingerprints
 from modse_jax.training.train_step import State
-
-# {bytes of an element: unsigned integer type of that size}.
-UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-
-GOLDEN_RATIO = 0x9E3779B1  # 2^32 / golden ratio, the multiplier of Fibonacci hashing
 
 
 def describe_arrays(state: State) -> dict[str, list]:
@@ -52,14 +48,21 @@ def check_arrays(step: int, saved: dict[str, list], expected: dict[str, list]) -
         raise UserError(f"checkpoint {step} does not fit the model: {'; '.join(differences[:5])}")
 
 
-def compute_fingerprints(state: State) -> dict[str, int]:
+def compute_fingerprints(
+    state: State, checkpoint_format: int = fingerprints.FORMAT
+) -> dict[str, int]:
     """Returns {path in the tree: fingerprint} for every array of a state.
 
     A fingerprint is a hash that does not depend on the sharding of the array. It is compared after
     a restore, to detect that an array is not what was saved.
+
+    Args:
+      state: the state.
+      checkpoint_format: the format of the checkpoint that the fingerprints are compared with, a key
+        of `fingerprints.FINGERPRINTS`.
     """
     names, arrays = zip(*_named_leaves(state))
-    values = jax.device_get(_fingerprint_all(list(arrays)))
+    values = jax.device_get(_fingerprint_all(list(arrays), checkpoint_format))
     return {name: int(value) for name, value in zip(names, values)}
 
 
@@ -113,41 +116,9 @@ def _all_finite(arrays: list[jax.Array]) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(array)) for array in arrays]))
 
 
-@jax.jit
-def _fingerprint_all(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [fingerprint(array) for array in arrays]
-
-
-def fingerprint(array: jax.Array) -> jax.Array:
-    """Returns the fingerprint of one array, a uint32.
-
-    For the bits b_i of element i and the constant c = `GOLDEN_RATIO` it is
-    sum_i (b_i xor i c) (2 i + 1) mod 2^32. Integer addition modulo 2^32 is associative, so the sum
-    is the same in any order and on any mesh.
-    """
-    unsigned = UNSIGNED[array.dtype.itemsize]
-    if array.dtype == bool:
-        bits = array.astype(jnp.uint8)
-    else:
-        bits = jax.lax.bitcast_convert_type(array, unsigned)
-    index = _flat_index(array.shape)
-    mixed = bits.astype(jnp.uint32) ^ (index * jnp.uint32(GOLDEN_RATIO))
-    weights = 2 * index + jnp.uint32(1)
-    return jnp.sum(mixed * weights, dtype=jnp.uint32)
-
-
-def _flat_index(shape: tuple[int, ...]) -> jax.Array:
-    """Returns the index of each element in the flattened array, modulo 2^32.
-
-    It is computed dimension by dimension: flattening a sharded array would all-gather it.
-    """
-    index = jnp.zeros(shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        position = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        index += position * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
-    return index
+@functools.partial(jax.jit, static_argnums=1)
+def _fingerprint_all(arrays: list[jax.Array], checkpoint_format: int) -> list[jax.Array]:
+    return [fingerprints.FINGERPRINTS[checkpoint_format](array) for array in arrays]
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:

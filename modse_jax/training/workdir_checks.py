@@ -13,10 +13,10 @@ from modse_jax.config.loading import (
     differences,
     from_saved,
 )
-from modse_jax.config.options import Config
+from modse_jax.config.options import Config, DataConfig
 from modse_jax.data import validation_sets
 from modse_jax.errors import UserError
-from modse_jax.runtime import processes
+from modse_jax.runtime import files, processes
 from modse_jax.runtime.lock import Lock
 from modse_jax.training.checkpointing import QUARANTINE
 
@@ -68,6 +68,7 @@ def check_workdir(workdir: pathlib.Path, config: Config) -> None:
       UserError: the workdir holds something else, holds a run with a config that may not change in
         this way, or cannot be written.
     """
+    files.check_is_text(workdir, "--workdir")
     contents = classify_workdir(workdir)
     if contents is WorkdirContents.FILE:
         raise UserError(f"--workdir={workdir} is a file; name a directory")
@@ -83,6 +84,8 @@ def check_workdir(workdir: pathlib.Path, config: Config) -> None:
         )
     if contents is WorkdirContents.RUN:
         _check_saved_config(workdir, config)
+    else:
+        _check_single_source(config)
     parent = nearest_existing_parent(workdir)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(
@@ -90,10 +93,23 @@ def check_workdir(workdir: pathlib.Path, config: Config) -> None:
         )
 
 
+def _check_single_source(config: Config) -> None:
+    """Raises UserError if a new run names a source that its mixture would replace.
+
+    Older versions ignored the source, so runs that they started may have both.
+    """
+    default = DataConfig().source
+    if config.data.mixture and config.data.source != default:
+        raise UserError(
+            f"data.source={config.data.source} would not be used, because data.mixture replaces "
+            f"it; leave one of the two out (data.mixture=(), or data.source={default})"
+        )
+
+
 def _check_saved_config(workdir: pathlib.Path, config: Config) -> None:
     path = workdir / "config.json"
     try:
-        saved = from_saved(json.loads(path.read_text()))
+        saved = from_saved(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, UserError) as error:
         raise UserError(
             f"{path} is not a config of this version ({error}); use another --workdir"

@@ -18,6 +18,7 @@ from pyarrow import parquet
 
 from modse_jax.data import data_card, prepared_data, sources
 from modse_jax.data.prepare import command_line, scanning
+from modse_jax.data.sources import folder_files, source_files
 from modse_jax.errors import UserError
 from modse_jax.runtime import integrity, lock
 from tests.helpers.datasets import (
@@ -116,21 +117,62 @@ def test_tfds_gives_the_same_records_without_tensorflow(texts, tmp_path):
 def test_parquet_gives_the_same_records(texts, tmp_path):
     table = pyarrow.table({"body": texts})
     parquet.write_table(table, tmp_path / "whole.parquet")
-    # Groups of four documents are parts with padding at their ends, so the records differ.
-    parquet.write_table(table, tmp_path / "groups.parquet", row_group_size=4)
-    cards = {}
+    parquet.write_table(table, tmp_path / "groups.parquet", row_group_size=1)
     for name in ("whole", "groups"):
         source = f"parquet:{tmp_path / name}.parquet"
-        cards[name] = prepare_source(source, "bytes", tmp_path / name, fraction=0.3, field="body")
-    assert_same_records(tmp_path / "plain", tmp_path / "whole")
-    documents = read_documents(tmp_path / "groups", "validation")
-    assert len(documents) > 1
-    assert documents == read_documents(tmp_path / "plain", "validation")
-    num_tokens = cards["whole"]["splits"]["train"]["tokens"]
-    assert cards["groups"]["splits"]["train"]["tokens"] == num_tokens
+        prepare_source(source, "bytes", tmp_path / name, fraction=0.3, field="body")
+        assert_same_records(tmp_path / "plain", tmp_path / name)
 
 
-def test_any_number_of_processes_gives_the_same_dataset(tmp_path):
+def test_small_files_are_packed_together(tmp_path):
+    """A source of many small files has the records of one file with the same lines."""
+    (tmp_path / "many").mkdir()
+    texts = [f"short post number {i}, about forty letters." for i in range(60)]
+    for i, text in enumerate(texts):
+        write_jsonl(tmp_path / "many" / f"{i:02}.jsonl", [text])
+    write_jsonl(tmp_path / "one.jsonl", texts)
+    for name in ("many", "one.jsonl"):
+        card = prepare_source(f"jsonl:{tmp_path / name}", "bytes", tmp_path / f"{name}.out", 512)
+    assert_same_records(tmp_path / "many.out", tmp_path / "one.jsonl.out")
+    padding = sum(split["padding"] for split in card["splits"].values())
+    records = sum(split["records"] for split in card["splits"].values())
+    share = f"{padding / (records * 513):.2%}"
+    assert padding and f"packing concat: {share} padding, " in data_card.summarize_card(card)
+
+
+def test_summary_warns_of_a_validation_split_of_too_many_bytes(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i:02}.txt").write_text(f"{i:02} " + "x" * 50)
+    card = prepare_source(f"text:{folder}", "bytes", tmp_path / "even", fraction=0.1)
+    assert "warning" not in data_card.summarize_card(card)
+    for text in read_documents(tmp_path / "even", "validation"):
+        (folder / f"{text[:2].decode()}.txt").write_bytes(text * 60)
+    card = prepare_source(f"text:{folder}", "bytes", tmp_path / "uneven", fraction=0.1)
+    sizes = {name: split["bytes"] for name, split in card["splits"].items()}
+    share = sizes["validation"] / sum(sizes.values())
+    warning = f"the validation split has {share:.0%} of the bytes, though validation_fraction=0.1"
+    assert share > 0.3 and warning in data_card.summarize_card(card)
+
+
+def test_names_that_are_passed_over_are_counted(corpus, tmp_path):
+    clean = prepare_source(f"text:{corpus}", "bytes", tmp_path / "clean")
+    assert "passed_over" not in clean
+    (corpus / ".hidden").write_text("x")
+    (corpus / "a.zip").write_text("x")
+    # The directory is in its source, and so is what an earlier preparation has written.
+    for name in ("first", "second"):
+        card = prepare_source(f"text:{corpus}", "bytes", corpus / name)
+        assert card["splits"] == clean["splits"]
+        assert card["passed_over"][folder_files.HIDDEN] == 1
+        assert card["passed_over"][folder_files.NOT_SUPPORTED] == 1
+    assert card["passed_over"][folder_files.RUN_OR_DATA] == 1
+    assert "passed over in the source: 1 hidden, 1 in a comp" in data_card.summarize_card(card)
+
+
+def test_any_number_of_processes_gives_the_same_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(source_files, "GROUP_BYTES", 1)  # a part for each file
     for i in range(6):
         texts = [random_text(i * 10 + j, 3) for j in range(9)]
         write_jsonl(tmp_path / f"{i}.jsonl", texts)
@@ -150,8 +192,15 @@ def start_preparing(source, out):
         "--workers=1",
         f"--out={out}",
     ]
+    code = (  # the command, with a part for each file
+        "import sys\n"
+        "from modse_jax.data.prepare import command_line\n"
+        "from modse_jax.data.sources import source_files\n"
+        "source_files.GROUP_BYTES = 1\n"
+        "command_line.main(sys.argv[1:])\n"
+    )
     return subprocess.Popen(
-        [*PREPARE_COMMAND, *flags],
+        [sys.executable, "-c", code, *flags],
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -1,6 +1,7 @@
 """Prepared directories decode to the documents, and damage is found when they are opened."""
 
 import hashlib
+import random
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from modse_jax.data import data_card, decoding, prepared_data, sources
 from modse_jax.data.validation_split import holdout_score
 from modse_jax.errors import UserError
+from tests.helpers.datasets import prepare_source
 
 
 def documents_of_split(corpus, split):
@@ -25,6 +27,29 @@ def test_records_decode_to_the_documents_of_their_split(prepared, corpus, split)
     documents = documents_of_split(corpus, split)
     assert documents
     assert list(decoding.decode_documents(prepared, split)) == documents
+
+
+def test_records_of_best_fit_decode_to_every_byte_once(tmp_path):
+    """Records hold several documents, and documents of 100 bytes and more are cut into pieces."""
+    rng = random.Random(0)
+    sizes = [rng.randrange(5, 60) for _ in range(30)] + [100, 200]
+    documents = ["".join(rng.choices("abcd \n", k=size)).encode() for size in sizes]
+    (tmp_path / "texts").mkdir()
+    for number, document in enumerate(documents):
+        (tmp_path / "texts" / f"{number}.txt").write_bytes(document)
+    source = f"text:{tmp_path / 'texts'}"
+    prepare_source(source, "bytes", tmp_path / "data", 64, 0.3, packing="best_fit")
+    decoded = []
+    for split in data_card.SPLITS:
+        dataset = prepared_data.open_prepared(tmp_path / "data")
+        texts = list(decoding.decode_documents(dataset, split))
+        assert sum(map(len, texts)) == dataset.card["splits"][split]["bytes"]
+        decoded += texts
+    whole = [document for document in documents if len(document) < 63]
+    assert set(whole) <= set(decoded)
+    # 100 bytes with begin and end are two pieces of up to 65 tokens, and 200 bytes are four.
+    assert len(decoded) == len(whole) + 2 + 4
+    assert sorted(b"".join(decoded)) == sorted(b"".join(documents))
 
 
 @pytest.mark.parametrize("split", data_card.SPLITS)

@@ -21,6 +21,23 @@ def test_data_that_was_prepared_with_other_options_is_refused(corpus, tmp_path):
         training_data.load(other, tmp_path)
 
 
+def test_the_workdir_is_no_part_of_the_source(corpus, tmp_path):
+    """Nor are the validation sets and the logs in it."""
+    before = training_data.load(tiny_config(data=dict(source=f"text:{corpus}")), tmp_path / "a")
+    workdir = corpus / "run"
+    workdir.mkdir()
+    (workdir / "train.log").write_text("x" * 5000)
+    sets = (("same", f"text:{corpus}"),)
+    config = tiny_config(data=dict(source=f"text:{corpus}", validation_sources=sets))
+    training_data.check_source(config, workdir)
+    data = training_data.load(config, workdir)
+    splits = data.datasets[0].card["splits"]
+    assert splits == before.datasets[0].card["splits"]
+    num_documents = sum(split["documents"] for split in splits.values())
+    assert data.validation_sets[0].card["splits"]["validation"]["documents"] == num_documents
+    assert data.validation_sets[0].card["passed_over"] == {"of this run": 1}
+
+
 def test_data_and_config_must_match(prepared, tmp_path):
     def load(tokenizer=prepared.tokenizer.kind, sequence_length=32, **sections):
         data = dict(

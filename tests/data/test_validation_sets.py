@@ -113,10 +113,10 @@ def test_a_killed_preparation_resumes_with_the_missing_set(texts, tmp_path, monk
     workdir = tmp_path / "killed"
     prepare = pipeline.prepare_data
 
-    def stop_at_second(data, out, *arguments):
+    def stop_at_second(data, out, *arguments, **options):
         if out.name == "second":
             raise KeyboardInterrupt
-        return prepare(data, out, *arguments)
+        return prepare(data, out, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "prepare_data", stop_at_second)
@@ -149,7 +149,7 @@ def load_and_expect(config: Config, workdir: pathlib.Path, message: str) -> None
         ("nonsense", "must be text:PATH"),
         ("text:{texts}/blank.txt", "has no document that is not empty"),
         ("prepared:{texts}", "is not prepared data"),
-        ("jsonl:{texts}/first.txt", "is not a JSON object"),
+        ("jsonl:{texts}/first.txt", "is not JSON: Expecting value"),
     ],
 )
 def test_bad_sources_are_refused_and_leave_nothing(source, message, texts, tmp_path):

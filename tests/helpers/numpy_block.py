@@ -78,7 +78,7 @@ def feed_forward(x_LD, w, name):
 
 def block(x_LD, w, segments, config: Config) -> BlockResult:
     """Returns the output of a block and its auxiliary losses; rows of padding mean nothing."""
-    is_pre = config.model.norm_position == "pre"
+    is_pre = {"pre": True, "post": False}[config.model.norm_position]
     placement = config.moe.shared_placement
     losses = (0.0, 0.0)
 
@@ -113,8 +113,10 @@ def block(x_LD, w, segments, config: Config) -> BlockResult:
         y = h + moe(norm("moe_norm", h)) + shared(norm("moe_norm", h))
     elif placement == "in_layer":
         y = h + norm("moe_norm", moe(h) + shared(h))
-    elif is_pre:
+    elif placement == "parallel" and is_pre:
         y = h + moe(norm("moe_norm", x_LD)) + shared(norm("shared_norm", h))
-    else:
+    elif placement == "parallel":
         y = h + norm("moe_norm", moe(x_LD)) + norm("shared_norm", shared(h))
+    else:
+        raise ValueError(f"shared_placement={placement!r} is unknown")
     return BlockResult(y, *losses)

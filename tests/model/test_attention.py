@@ -76,6 +76,35 @@ def test_blocked_attention_in_bfloat16_is_within_its_rounding_error(save_weights
     )
 
 
+@pytest.mark.parametrize("save_weights", [False, True])
+@pytest.mark.parametrize("common", [0, 1, 5])
+def test_bfloat16_gradients_do_not_depend_on_a_common_part_of_keys_and_values(common, save_weights):
+    """Trained keys and values of a head have one, and the softmax does not depend on that of keys.
+
+    With an `inner` from the rounded output, the error of dq is 1% for 1 and 29% for 5.
+    """
+    shape = (2, 128, 2, 64)
+    keys = jax.random.split(jax.random.key(0), 6)
+    q, k, v, dy = (jax.random.normal(key, shape) for key in keys[:4])
+    k, v = (
+        array + common * jax.random.normal(key, (1, 1, 2, 64))
+        for array, key in zip((k, v), keys[4:])
+    )
+    arrays = [array.astype(jnp.bfloat16) for array in (q, k, v, dy)]
+    segments = jnp.ones((2, 128), jnp.int32)
+
+    def dq(attend, q, k, v, dy):
+        return np.asarray(jax.jit(jax.vjp(lambda q: attend(q, k, v), q)[1])(dy)[0], np.float32)
+
+    got = dq(lambda *qkv: blocked.attend_packed(*qkv, segments, save_weights, 32), *arrays)
+    want = dq(
+        lambda *qkv: reference.attend(*qkv, masks.packed_mask(segments)),
+        *(array.astype(jnp.float32) for array in arrays),
+    )
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert error < {0: 0.004, 1: 0.005, 5: 0.015}[common]
+
+
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_projections_equal_einsum_with_gradients_on_every_chip(dtype, tolerance):
     shapes = (2, 24, 8), (8, 12), (2, 24, 12)

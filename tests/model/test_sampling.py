@@ -73,6 +73,7 @@ def test_decoding_through_the_cache_equals_the_full_forward_pass(options):
         (sampling.Settings(top_k=2), {0, 1}),
         (sampling.Settings(top_p=0.6), {0, 1}),
         (sampling.Settings(top_p=0.5), {0}),
+        (sampling.Settings(top_p=0.0), {0}),
         (sampling.Settings(temperature=0), {0}),
         (sampling.Settings(temperature=0.05), {0}),
     ],
@@ -82,6 +83,20 @@ def test_only_allowed_tokens_are_drawn(settings, drawn):
     keys = jax.random.split(KEY, 300)
     tokens = jax.vmap(lambda key: sampling.pick(logits_BV, settings, key)[0])(keys)
     assert set(np.unique(tokens)) == drawn
+
+
+@pytest.mark.parametrize("settings", [sampling.Settings(top_k=3), sampling.Settings(top_p=0.5)])
+def test_equally_likely_tokens_are_kept(settings):
+    logits_BV = jnp.array([[0.0] * 10 + [-1.0]] * 1000)
+    tokens = sampling.pick(logits_BV, settings, KEY)
+    assert set(np.unique(tokens)) == set(range(10))
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-40, 1e-50])
+def test_tiny_temperatures_draw_the_most_likely_token(temperature):
+    logits_BV = jnp.array([[1.0, 2.0, 3.0], [-1.0, -300.0, -2.0]])
+    for settings in (sampling.Settings(temperature), sampling.Settings(temperature, 2, 0.9)):
+        assert sampling.pick(logits_BV, settings, KEY).tolist() == [2, 0]
 
 
 def test_generation_stops_at_the_end_token():

@@ -33,3 +33,20 @@ def test_chips_are_recognized_by_their_device_kind(kind, platform, name, teraflo
     expected = None if teraflops is None else 2 * teraflops * 1e12
     assert chips.chip_name(device) == name
     assert peak_rate.peak_flops([device] * 2) == expected
+
+
+def test_rates_of_tpus_are_those_that_google_prints():
+    """TFLOP/s in bfloat16, TB/s of the memory, and TB/s of all links in one direction."""
+    printed = {
+        "v4": (275, 1.228, 0.3),
+        "v5e": (197, 0.819, 0.2),
+        "v5p": (459, 2.765, 0.6),
+        "v6e": (918, 1.638, 0.4),
+        "v7x": (2307, 7.4, 0.6),
+    }
+    rates = {
+        name: (chip.teraflops, chip.terabytes, chip.link_terabytes)
+        for name, chip in chips.CHIPS.items()
+        if name in chips.TPUS
+    }
+    assert rates == printed

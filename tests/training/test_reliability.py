@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,7 @@ from modse_jax.runtime import files, integrity, signals
 from modse_jax.runtime.lock import Lock
 from modse_jax.runtime.signals import StopRequest
 from modse_jax.training import (
+    fingerprints,
     loop,
     replay_check,
     restore,
@@ -33,7 +37,7 @@ from modse_jax.training import (
     train_step,
     validation,
 )
-from modse_jax.training.checkpointing import REWRITTEN, Checkpoints
+from modse_jax.training.checkpointing import REWRITTEN, Checkpoints, Found
 from tests.helpers import faults
 from tests.helpers.configs import tiny_config
 from tests.helpers.runs import ROOT, config_for, environment, state_of
@@ -131,7 +135,7 @@ def test_fingerprints_find_changed_arrays_in_intact_files(copy, state, monkeypat
     monkeypatch.setattr(
         state_arrays,
         "compute_fingerprints",
-        lambda s: {k: v + (k == "params/head") for k, v in right(s).items()},
+        lambda *a: {k: v + (k == "params/head") for k, v in right(*a).items()},
     )
     checkpoints = Checkpoints(copy, 3)
     reason = checkpoints.restore(3, abstract(state))[1]
@@ -141,16 +145,49 @@ def test_fingerprints_find_changed_arrays_in_intact_files(copy, state, monkeypat
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "uint8"])
 def test_fingerprint_depends_on_every_element_but_not_on_the_mesh(dtype):
     array = jnp.asarray(np.random.default_rng(0).integers(0, 2, (8, 6)), dtype)
-    plain = int(jax.jit(state_arrays.fingerprint)(array))
+    plain = int(jax.jit(fingerprints.fingerprint)(array))
     for sizes in ((8, 1, 1), (1, 2, 1), (2, 2, 2)):
         mesh = device_mesh.build_mesh(tiny_config(mesh=MeshConfig(*sizes)))
         spec = jax.sharding.PartitionSpec(("data", "fsdp"), "expert")
         there = jax.device_put(array, jax.sharding.NamedSharding(mesh, spec))
-        assert int(jax.jit(state_arrays.fingerprint)(there)) == plain
+        assert int(jax.jit(fingerprints.fingerprint)(there)) == plain
     for place in ((0, 0), (3, 2), (7, 5)):
         changed = array.at[place].set((1 - array[place]).astype(array.dtype))
-        assert int(jax.jit(state_arrays.fingerprint)(changed)) != plain
-    assert int(jax.jit(state_arrays.fingerprint)(array[::-1])) != plain
+        assert int(jax.jit(fingerprints.fingerprint)(changed)) != plain
+    assert int(jax.jit(fingerprints.fingerprint)(array[::-1])) != plain
+
+
+def test_fingerprint_depends_on_several_changes_of_the_same_bit():
+    """A sum that is linear in the bits does not change if an even number of signs does."""
+    rng = np.random.default_rng(0)
+    bits = rng.normal(size=(16, 12)).astype(np.float32).reshape(-1).view(np.uint32)
+    changed = [bits.copy() for _ in range(301)]
+    for trial, array in enumerate(changed[1:]):
+        places = rng.choice(bits.size, 2 * int(rng.integers(1, 20)), replace=False)
+        array[places] ^= np.uint32(1 << (31, 30, int(rng.integers(32)))[trial % 3])
+    changed.append(bits ^ np.uint32(1 << 31))  # every sign
+    find = jax.jit(jax.vmap(fingerprints.fingerprint))
+    values = np.asarray(find(np.stack(changed).view(np.float32).reshape(-1, 16, 12)))
+    assert not (values[1:] == values[0]).any()
+
+
+def test_checkpoints_of_format_2_are_verified_with_their_own_fingerprints(copy, state):
+    """The arrays are intact if their fingerprints match, and damaged if one does not."""
+    path = copy / "00000003" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    assert meta["format"] == 3
+    old = state_arrays.compute_fingerprints(at(state, 3), 2)
+    assert all(old[name] != new for name, new in meta["fingerprints"].items() if "params" in name)
+    for fingerprints_of_file, reason in (
+        (old, ""),
+        (meta["fingerprints"], r".* is not what was saved \(\d+ arrays differ\)"),
+        (old | {"params/head": 1}, r"params/head is not what was saved \(1 arrays differ\)"),
+    ):
+        path.write_text(json.dumps(meta | {"format": 2, "fingerprints": fingerprints_of_file}))
+        assert re.fullmatch(reason, Checkpoints(copy, 3).restore(3, abstract(state))[1])
+    path.write_text(json.dumps(meta | {"format": 4}))
+    with pytest.raises(UserError, match="checkpoint 3 has format 4, but .* reads formats 2, 3"):
+        Checkpoints(copy, 3).meta(3)
 
 
 def test_newest_best_and_every_nth_step_are_kept(tmp_path, state):
@@ -163,6 +200,15 @@ def test_newest_best_and_every_nth_step_are_kept(tmp_path, state):
     checkpoints.save(at(state, 7), {"validation_loss": 0.5})
     checkpoints.close()
     assert checkpoints.steps() == [4, 6, 7] and not (tmp_path / "trash").exists()
+
+
+def test_step_with_a_loss_that_is_not_finite_is_never_the_best(tmp_path, state):
+    """A comparison with NaN is always false, so the first step would be kept, and not the best."""
+    checkpoints = Checkpoints(tmp_path, 1)
+    for step, loss in ((1, math.nan), (2, 2.0), (3, 1.0), (4, math.inf), (5, None)):
+        checkpoints.save(at(state, step), {"validation_loss": loss})
+    checkpoints.close()
+    assert checkpoints.steps() == [3, 5]
 
 
 def test_step_without_a_file_does_not_count_as_kept(copy, state):
@@ -290,6 +336,26 @@ def test_replayed_step_is_compared_bit_by_bit():
 # ---- runs ----
 
 
+def test_batches_read_are_those_of_every_step():
+    for skipped_data in ([], [[4, 3]], [[2, 1], [4, 3]], [[4, 3], [4, 2], [6, 1]]):
+        for step in range(9):
+            expected = [restore.next_batch_number(number, skipped_data) for number in range(step)]
+            batches = restore.batches_read(step, skipped_data)
+            assert [number for numbers in batches for number in numbers] == expected
+
+
+@pytest.mark.parametrize("entry", [{}, {"independent_seeds": False}, {"independent_seeds": True}])
+def test_a_resumed_run_keeps_the_seeds_of_its_mixture(entry):
+    """Checkpoints of older versions have no entry, and their seeds are not independent."""
+    found = Found(3, {"skipped_data": [], **entry}, [])
+    checkpoints = types.SimpleNamespace(
+        newest=lambda check: found, restore=lambda step, shapes: ("the state", "")
+    )
+    restored = restore.restore_state(checkpoints, None, {}, ())
+    assert restored.state == "the state"
+    assert restored.has_independent_seeds == entry.get("independent_seeds", False)
+
+
 def test_rewind_happens_once_and_its_skipped_data_stays_skipped(corpus, tmp_path, capsys):
     config = config_for(
         corpus,
@@ -324,10 +390,11 @@ def test_rewind_happens_once_and_its_skipped_data_stays_skipped(corpus, tmp_path
         and restore.next_batch_number(4, meta["skipped_data"]) == 7
         and restore.next_batch_number(3, meta["skipped_data"]) == 3
     )
-    rows = [
-        r["step"] for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "train"
-    ]
-    assert rows == list(range(1, 9))
+    rows = [r for r in run_logs.read_log(workdir / "metrics.jsonl") if r["split"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    # The batches that the rewind skipped are not counted.
+    (first_epochs,), (last_epochs,) = (rows[i]["epochs"].values() for i in (0, -1))
+    assert last_epochs == pytest.approx(8 * first_epochs)
     longer = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=9))
     assert (
         loop.train(longer, str(workdir)) == ExitCode.FINISHED

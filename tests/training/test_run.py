@@ -28,9 +28,10 @@ from modse_jax.errors import ExitCode, UserError
 from modse_jax.evaluation import model_loading, scoring
 from modse_jax.report import analysis, demo_summary, pages, routing_statistics
 from modse_jax.runtime import malloc, sharding
-from modse_jax.training import loop, metrics, run_logs, startup, train_step
+from modse_jax.training import loop, metrics, run_logs, startup, train_step, workdir_checks
 from modse_jax.training.checkpointing import Checkpoints
 from modse_jax.training.programs import Programs
+from tests.helpers.configs import tiny_config
 from tests.helpers.runs import (
     ROOT,
     command,
@@ -344,11 +345,38 @@ def test_samples_report_and_summary(finished):
     assert summary["tokens_per_second"] > 0
 
 
+def test_a_source_beside_a_mixture_is_refused_in_a_new_run(tmp_path):
+    """Runs that older versions started with both are still resumed."""
+    config = tiny_config(data=dict(source="text:x", mixture=(("a", 1.0),)))
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match="data.source=text:x would not be used, because data.mix"):
+        workdir_checks.check_workdir(workdir, config)
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(loading.to_saved(config)))
+    workdir_checks.check_workdir(workdir, config)
+
+
+def test_samples_are_as_long_as_the_context_allows(finished):
+    """The context holds 64 tokens, and 4 tokens are requested."""
+    model = model_loading.load_model(finished.workdir, 6, 8)
+    long_sample, short_sample = scoring.sample(model, ("x" * 62, "x"))
+    assert len(long_sample["text"]) <= 1  # a prompt of 63 tokens with the begin token
+    assert long_sample["prompt"] == "x" * 62 and short_sample["prompt"] == "x"
+
+
+def test_prompts_of_an_ascii_locale_are_read_as_utf_8(finished):
+    """Python keeps the bytes of the command line that it cannot decode as surrogates."""
+    model = model_loading.load_model(finished.workdir, 6, 8)
+    (sample,) = scoring.sample(model, ("caf\udcc3\udca9",))
+    assert sample["prompt"] == "caf\u00e9"
+
+
 @pytest.mark.parametrize(
     "step, suites, prompts, message",
     [
         (5, ("loss",), (), "--step=5 is not saved in .*; saved: 3, 6"),
-        (0, ("lose",), (), "--suite=lose is unknown; suites: loss, routing"),
+        (0, ("lose",), (), "--suite=lose is unknown; suites: loss, .* tasks, compare, verify"),
+        (0, ("sample",), ("caf\udce9",), "is not UTF-8"),
         (0, ("sample",), ("x" * 99,), "has 100 tokens"),
     ],
 )
@@ -408,6 +436,53 @@ def test_diverging_run_stops_with_its_last_good_checkpoint(corpus, tmp_path, mon
     assert int(saved.step) == 3
     for array in jax.tree.leaves(saved.params):
         assert np.isfinite(array).all()
+
+
+def test_run_whose_validation_loss_is_not_finite_has_diverged(corpus, tmp_path, capsys):
+    """Its logs are JSON, and the same command says the same again."""
+    config = config_for(
+        corpus,
+        model=dict(dtype="bfloat16", num_layers=1),
+        training=dict(steps=4, log_every=1),
+        optimizer=dict(learning_rate=1e12, final_learning_rate=1e12, warmup_steps=1),
+    )
+    workdir = tmp_path / "run"
+    message = "diverged: the validation loss after the last step, 4, is not finite"
+    assert loop.train(config, str(workdir)) == ExitCode.DIVERGED
+    assert message in capsys.readouterr().err
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    for name in ("metrics", "routing"):
+        for line in (workdir / f"{name}.jsonl").read_text().splitlines():
+            json.loads(line, parse_constant=refuse)
+    (validation_row,) = read_rows(workdir, "validation")
+    assert validation_row["loss"] is None and validation_row["bits_per_byte"] is None
+    assert loop.train(config, str(workdir)) == ExitCode.DIVERGED
+    output = capsys.readouterr()
+    assert message in output.err and "nothing to do" not in output.out
+    scoring.evaluate(str(workdir), 0, ("loss", "routing"), 0, 0, ())
+    pages.write(str(workdir))
+    assert "loss nan nats/token" in (workdir / "report" / "index.html").read_text()
+
+
+def test_changed_options_of_a_finished_run_are_saved(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished.workdir, workdir)
+    environment = (workdir / "environment.json").read_bytes()
+    config = change(finished.config, "evaluation", temperature=0.0)
+    config = change(config, "training", steps=4)
+    assert loop.train(config, str(workdir)) == ExitCode.FINISHED
+    output = capsys.readouterr().out
+    assert f"changed in {workdir / 'config.json'}: evaluation.temperature: 0.8 -> 0.0\n" in output
+    assert "holds step 6 of 4; nothing to do" in output
+    saved = loading.from_saved(json.loads((workdir / "config.json").read_text()))
+    # The steps stay those of the training, because the learning rate depends on them.
+    assert saved == change(finished.config, "evaluation", temperature=0.0)
+    assert (workdir / "environment.json").read_bytes() == environment
+    assert loop.train(change(config, "training", steps=6), str(workdir)) == ExitCode.FINISHED
+    assert "changed in" not in capsys.readouterr().out
 
 
 def assert_refused(arguments: list[str], message: str, workdir: pathlib.Path) -> None:

@@ -374,6 +374,8 @@ def test_learning_rate_schedule_is_that_of_the_paper():
     assert float(rate(20)) == pytest.approx(3e-4)
     assert float(rate(60)) == pytest.approx((3e-4 + 3e-5) / 2, rel=1e-3)
     assert float(rate(100)) == pytest.approx(3e-5)
+    # The last update is number 99; its rate is above the floor.
+    assert float(rate(99)) == pytest.approx(3.0104e-5, rel=1e-5)
 
 
 def test_the_first_update_uses_the_first_step_of_the_schedule():

@@ -18,6 +18,7 @@ from modse_jax.data import data_card
 from modse_jax.data.prepare import pipeline
 from modse_jax.data.sources.source_files import SOURCE_FORMS
 from modse_jax.errors import UserError
+from modse_jax.runtime import console_encoding
 from modse_jax.runtime.one_line_parser import EXIT_BAD_INPUT, OneLineParser
 
 EXIT_INTERRUPTED = 130
@@ -27,6 +28,7 @@ DEFAULT_VOCAB_SIZE = 4096
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; prints a summary, or one line and a nonzero exit code."""
+    console_encoding.escape_unprintable()
     parser = _build_parser()
     options = parser.parse_args(argv)
     is_fraction = 0 < options.validation_fraction <= 1

@@ -14,6 +14,7 @@ import contextlib
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 from modse_jax.config.options import DataConfig
@@ -22,6 +23,7 @@ from modse_jax.data.prepare import encoding, publishing, scanning
 from modse_jax.data.prepare.working_directory import WorkingDirectory, plan_fingerprint
 from modse_jax.data.sources import Part
 from modse_jax.errors import UserError
+from modse_jax.runtime import files
 from modse_jax.runtime.lock import Lock
 
 # A larger source must be prepared with its own command, before the run.
@@ -34,6 +36,7 @@ def prepare_data(
     vocab_size: int,
     workers: int = 1,
     encoder: tokenizers.Tokenizer | None = None,
+    excluded: Sequence[pathlib.Path] = (),
 ) -> dict[str, Any]:
     """Prepares the source of a config: tokenizes its documents into records of equal length.
 
@@ -47,6 +50,8 @@ def prepare_data(
         vocab_size: number of pieces of a tokenizer that is trained on the source.
         workers: number of processes.
         encoder: the tokenizer; None takes the one that `data.tokenizer` names.
+        excluded: files and folders, such as the workdir of a run, that are no part of the source
+            even if it is a folder around them. What this function writes is excluded anyway.
 
     Returns:
         The card: a description of the data, which is also written to card.json.
@@ -56,20 +61,27 @@ def prepare_data(
             and is not empty. No files are left behind.
     """
     out = pathlib.Path(out).expanduser().absolute()
+    files.check_is_text(out, "--out")
     _check_output(out)
-    parts = _find_parts(data)
+    partial = out.with_name(out.name + ".partial")
+    lock_path = out.with_name(out.name + ".preparing")
+    excluded = (*excluded, out, partial, lock_path)
+    parts = _find_parts(data, excluded)
+    passed_over = sources.count_passed_over([data.source, data.validation_source], excluded)
     if encoder is None:
         encoder = _load_tokenizer(data)
     new_folders = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    directory = WorkingDirectory(out.with_name(out.name + ".partial"))
-    lock = Lock(out.with_name(out.name + ".preparing"), f"{out} is being prepared")
+    directory = WorkingDirectory(partial)
+    lock = Lock(lock_path, f"{out} is being prepared")
     try:
         directory.resume_or_create(plan_fingerprint(data, vocab_size, parts, encoder))
         scan = scanning.scan_documents(data, parts, directory, workers)
         if encoder is None:
             encoder = scanning.train_tokenizer(data, parts, scan, directory, vocab_size)
         encoded = encoding.encode_documents(data, parts, scan, encoder, directory, workers)
+        if passed_over:
+            encoded.card["passed_over"] = passed_over
         return publishing.publish(directory, out, encoded, encoder)
     except UserError:
         shutil.rmtree(directory.path, ignore_errors=True)
@@ -107,11 +119,11 @@ def _load_tokenizer(data: DataConfig) -> tokenizers.Tokenizer | None:
     return None
 
 
-def _find_parts(data: DataConfig) -> list[Part]:
+def _find_parts(data: DataConfig, excluded: Sequence[pathlib.Path]) -> list[Part]:
     """Returns the parts of the source, and then those of the validation source if there is one."""
     if not data.validation_source:
         is_validation = True if data_card.has_only_validation(data) else None
-        return sources.find_parts(data.source, data.field, is_validation)
-    training_parts = sources.find_parts(data.source, data.field, is_validation=False)
-    validation_parts = sources.find_parts(data.validation_source, data.field, is_validation=True)
+        return sources.find_parts(data.source, data.field, is_validation, excluded)
+    training_parts = sources.find_parts(data.source, data.field, False, excluded)
+    validation_parts = sources.find_parts(data.validation_source, data.field, True, excluded)
     return [*training_parts, *validation_parts]

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from modse_jax.config.options import DataConfig
+from modse_jax.config.options import UNDECODABLE, DataConfig
 from modse_jax.data import sources, tokenizers, validation_split
 from modse_jax.data.prepare import worker_pool
 from modse_jax.data.prepare.working_directory import WorkingDirectory
 from modse_jax.data.sources import Part
 from modse_jax.data.sources.text_files import PIECE_BYTES
 from modse_jax.errors import UserError
-from modse_jax.runtime import files
+from modse_jax.runtime import choices, files
 
 # Hashes of up to this many documents are compared in one step; more are compared in buckets.
 MAX_DOCUMENTS_IN_MEMORY = 1_000_000
@@ -133,7 +133,7 @@ def _choose_threshold(data: DataConfig, parts: list[Part], scans: list[PartScan]
         raise UserError(
             f"source {data.source!r} is a single document of {split_by_name[0].bytes} bytes, which "
             "cannot be split into training and validation; give more files, or one file of over "
-            f"{PIECE_BYTES} bytes with blank lines, or a validation_source"
+            f"{2 * PIECE_BYTES} bytes, or a validation_source"
         )
     return validation_split.holdout_threshold(
         sum(scan.below for scan in split_by_name),
@@ -183,6 +183,7 @@ def read_valid_documents(
     Raises:
         UserError: a document is not UTF-8, and `undecodable` is "fail".
     """
+    choices.check(UNDECODABLE, "undecodable", undecodable)
     for document in sources.read_part(part):
         text = document.text
         try:

@@ -27,6 +27,10 @@ SHARDS = "shards"
 
 PLAN = "plan"
 
+# Counts the changes of how sources are divided into parts and documents. What an older version has
+# begun is not resumed, because the numbers of its parts and documents mean others.
+DIVISION = 2
+
 TEMPORARY_NAMES = {SCANNED, SHARDS, PLAN}  # not part of the finished directory
 
 
@@ -68,7 +72,7 @@ class WorkingDirectory:
         Args:
             plan: the fingerprint from `plan_fingerprint`.
         """
-        if self.plan_path.exists() and self.plan_path.read_text() == plan:
+        if self.plan_path.exists() and self.plan_path.read_text(encoding="utf-8") == plan:
             return
         shutil.rmtree(self.path, ignore_errors=True)
         for folder in (SCANNED, SHARDS):
@@ -102,6 +106,7 @@ def plan_fingerprint(
     """
     plan = {
         "format": data_card.FORMAT,
+        "division": DIVISION,
         "data": {name: getattr(data, name) for name in data_card.PREPARATION_OPTIONS},
         "vocab_size": vocab_size,
         "tokenizer": tokenizers.fingerprint(encoder) if encoder else "",

@@ -1,13 +1,16 @@
 """Sources of text, from which documents are read.
 
 A source is named by a string: text:PATH, jsonl:PATH, parquet:PATH (a file, a folder or a glob; .gz
-and .zst are decompressed), tfds:NAME[/CONFIG][:SPLIT], or python_stdlib.
+and .zst are decompressed), tfds:NAME[/CONFIG][:VERSION][:SPLIT], or python_stdlib.
 
 A source is divided into parts: ranges of its files that processes can read independently. The
 division, and so the prepared data, does not depend on the number of processes.
 """
 
-from collections.abc import Callable, Iterator
+import collections
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 
 from modse_jax.data.sources import (
     jsonl_files,
@@ -28,7 +31,12 @@ READERS: dict[str, Callable[[Part], Iterator[Document]]] = {
 }
 
 
-def find_parts(source: str, field: str = "text", is_validation: bool | None = None) -> list[Part]:
+def find_parts(
+    source: str,
+    field: str = "text",
+    is_validation: bool | None = None,
+    excluded: Sequence[pathlib.Path] = (),
+) -> list[Part]:
     """Divides a source into parts, which processes can read independently; returns them in order.
 
     Args:
@@ -36,6 +44,7 @@ def find_parts(source: str, field: str = "text", is_validation: bool | None = No
         field: jsonl field, parquet column or tfds feature that holds the text.
         is_validation: True or False assigns all documents to the validation or the training split;
             None assigns each of them by a hash of its name.
+        excluded: files and folders, existing or not, that are no part of the source.
 
     Raises:
         UserError: the source has no documents, or is not of the kind that its name says.
@@ -44,7 +53,7 @@ def find_parts(source: str, field: str = "text", is_validation: bool | None = No
     options = SourceOptions(kind, field, is_validation)
     if kind == "tfds" and location:
         return tfds_records.tfds_parts(options, location)
-    files = source_files.find_files(source)
+    files = source_files.find_files(source, excluded).files
     if kind == "jsonl":
         return jsonl_files.jsonl_parts(options, files)
     if kind == "parquet":
@@ -58,20 +67,15 @@ def read_part(part: Part) -> Iterator[Document]:
     Raises:
         UserError: a file cannot be read, or its content is not what the kind of source requires.
     """
-    read_errors: tuple[type[Exception], ...] = (OSError, EOFError)
+    read_errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     if part.kind == "parquet":
         read_errors += parquet_files.arrow_errors()
-    try:
-        yield from READERS[part.kind](part)
-    except read_errors as error:
-        reason = getattr(error, "strerror", None) or _first_line(error)
-        raise UserError(
-            f"cannot read {part.description}: {reason}; check that the file is complete"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    for entry in part.files:
+        try:
+            yield from READERS[part.kind](part._replace(files=(entry,)))
+        except read_errors as error:
+            reason = source_files.read_error_reason(error)
+            raise UserError(f"cannot read {entry[1]}: {reason}") from None
 
 
 def read_documents(source: str, field: str = "text") -> Iterator[Document]:
@@ -80,8 +84,19 @@ def read_documents(source: str, field: str = "text") -> Iterator[Document]:
         yield from read_part(part)
 
 
-def total_bytes(source: str) -> int:
+def total_bytes(source: str, excluded: Sequence[pathlib.Path] = ()) -> int:
     """Returns the size of all files of a source in bytes; 0 for tfds, which does not report it."""
     if source.startswith("tfds:"):
         return 0
-    return sum(path.stat().st_size for _, path in source_files.find_files(source))
+    return sum(path.stat().st_size for _, path in source_files.find_files(source, excluded).files)
+
+
+def count_passed_over(
+    names: Sequence[str], excluded: Sequence[pathlib.Path] = ()
+) -> dict[str, int]:
+    """Returns {reason: number of names in the sources that are no part of them}."""
+    total: collections.Counter[str] = collections.Counter()
+    for name in names:
+        if name and not name.startswith("tfds:"):
+            total.update(source_files.find_files(name, excluded).passed_over)
+    return dict(total)

@@ -1,5 +1,6 @@
 """JSON Lines files: each line is an object, and one of its fields is the text of a document."""
 
+import codecs
 import json
 import pathlib
 from collections.abc import Iterator
@@ -13,13 +14,22 @@ from modse_jax.data.sources.documents_and_parts import (
 )
 from modse_jax.errors import UserError
 
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
 
 def jsonl_parts(options: SourceOptions, files: list[tuple[str, pathlib.Path]]) -> list[Part]:
-    """Divides the files of a JSON Lines source into parts, which processes read independently."""
+    """Divides the files of a JSON Lines source into parts, which processes read independently.
+
+    A file of more than PART_BYTES is cut; smaller and compressed ones are grouped.
+    """
     parts = []
+    group = source_files.PartGroup(options, has_many_documents=True)
     for name, path in files:
-        parts += source_files.cut_into_parts(options, name, path)
-    return parts
+        if source_files.is_small(path):
+            parts += group.add(name, path)
+        else:
+            parts += source_files.cut_into_parts(options, name, path)
+    return parts + group.finish()
 
 
 def read_jsonl(part: Part) -> Iterator[Document]:
@@ -40,13 +50,14 @@ def read_jsonl(part: Part) -> Iterator[Document]:
             if part.end and position >= part.end:
                 return
             position += len(line)
+            line = line.removeprefix(codecs.BOM_UTF8)  # of the file, or of one that was appended
             if line.strip():
                 text = _parse_line(line, part.field, path, position)
                 yield named_by_content(_encode_text(text))
 
 
 def _parse_line(line: bytes, field: str, path: str, end: int) -> str:
-    """Returns the text in a field of a line.
+    """Returns the text in a field of a line; "" if it is null.
 
     Args:
         line: the line, a JSON object.
@@ -54,22 +65,29 @@ def _parse_line(line: bytes, field: str, path: str, end: int) -> str:
         path: the file, for error messages.
         end: the position of the end of the line in the file, for error messages.
     """
-    line_name = f"the line before byte {end}"
+    line_name = f"{path}: the line before byte {end}"
     hint = "name the field of the text with --field, or data.field"
+    if line.startswith(UTF16_MARKS):
+        raise UserError(f"{path} is UTF-16; convert it to UTF-8, for example with iconv")
     try:
         # Bytes that are not valid UTF-8 become surrogates, and bytes again in _encode_text. What
         # happens to such documents is decided later, by the option `undecodable`.
         row = json.loads(line.decode("utf-8", "surrogateescape"))
-        text = row[field]
-    except KeyError:
-        fields = ", ".join(map(str, row))
+    except ValueError as error:
+        raise UserError(f"{line_name} is not JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{line_name} is nested too deeply to be read") from None
+    if not isinstance(row, dict):
         raise UserError(
-            f"{path}: {line_name} has no field {field!r} (fields: {fields}); {hint}"
-        ) from None
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: {line_name} is not a JSON object; {hint}") from None
+            f"{line_name} is a JSON {type(row).__name__}, not an object of fields; {hint}"
+        )
+    if field not in row:
+        raise UserError(f"{line_name} has no field {field!r} (fields: {', '.join(row)}); {hint}")
+    text = row[field]
+    if text is None:
+        return ""
     if not isinstance(text, str):
-        raise UserError(f"{path}: field {field!r} of {line_name} is not text")
+        raise UserError(f"{line_name} has no text in the field {field!r}; {hint}")
     return text
 
 

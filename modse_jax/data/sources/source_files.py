@@ -1,47 +1,66 @@
 """Finds the files of a source, divides them into parts, and opens them, compressed or not."""
 
+import collections
 import glob
+import gzip
 import io
+import os
 import pathlib
 import sysconfig
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, cast
 
+from modse_jax.data.sources import folder_files
 from modse_jax.data.sources.documents_and_parts import Part, SourceOptions
+from modse_jax.data.sources.folder_files import FoundFiles
 from modse_jax.errors import UserError
 
 SOURCE_FORMS = (
     "text:PATH, jsonl:PATH, parquet:PATH (a file, a folder, or a glob), "
-    "tfds:NAME[/CONFIG][:SPLIT], or python_stdlib"
+    "tfds:NAME[/CONFIG][:VERSION][:SPLIT], or python_stdlib"
 )
 
 FILE_KINDS = ("text", "jsonl", "parquet")
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = (".gz", ".zst")
+
+ZSTD_WINDOW = 2**27  # bytes of the largest window that pyarrow decompresses
 
 PART_BYTES = 32 * 2**20  # target size of a part
+
+GROUP_BYTES = PART_BYTES  # files that are not cut are grouped until they have this size
 
 NOT_STANDARD_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 
 
-def find_files(source: str) -> list[tuple[str, pathlib.Path]]:
-    """Returns (name, path) of every file of a source, sorted by name.
+def find_files(source: str, excluded: Sequence[pathlib.Path] = ()) -> FoundFiles:
+    """Returns (name, path) of every file of a source, and counts the names that are passed over.
 
     The name is the path relative to the folder of the source, or the path itself for a glob.
 
+    Args:
+        source: name of the source.
+        excluded: files and folders, existing or not, that are no part of a source: what the
+            command itself writes.
+
     Raises:
-        UserError: the source has no files, or its form is unknown.
+        UserError: the source has no files, its form is unknown, or it is a file in a compression
+            that is not supported.
     """
     kind, _, location = source.partition(":")
     if kind == "python_stdlib" and not location:
-        found = list(_standard_library_files())
+        found = FoundFiles(sorted(_standard_library_files()), {})
     elif kind in FILE_KINDS and location:
-        found = list(_matching_files(kind, pathlib.Path(location).expanduser()))
+        found = _matching_files(kind, pathlib.Path(location).expanduser(), excluded)
     else:
         raise UserError(f"source {source!r} must be {SOURCE_FORMS}")
-    if not found:
-        raise UserError(f"source {source!r} has no files; give {SOURCE_FORMS}")
-    return sorted(found)
+    if not found.files:
+        passed_over = folder_files.describe_passed_over(found.passed_over)
+        raise UserError(
+            f"source {source!r} has no files{f' ({passed_over})' if passed_over else ''}; give "
+            f"{SOURCE_FORMS}"
+        )
+    return found
 
 
 def _standard_library_files() -> Iterator[tuple[str, pathlib.Path]]:
@@ -52,24 +71,48 @@ def _standard_library_files() -> Iterator[tuple[str, pathlib.Path]]:
             yield relative.as_posix(), path
 
 
-def _matching_files(kind: str, root: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
-    if root.is_file():
-        yield root.name, root
-    elif root.is_dir():
-        for path in root.rglob("*"):
-            has_right_suffix = kind == "text" or f".{kind}" in path.suffixes
-            if path.is_file() and has_right_suffix:
-                yield path.relative_to(root).as_posix(), path
-    else:
-        for match in glob.glob(str(root), recursive=True):
-            path = pathlib.Path(match)
-            if path.is_file():
-                yield match, path
+def _matching_files(
+    kind: str, location: pathlib.Path, excluded: Sequence[pathlib.Path]
+) -> FoundFiles:
+    if location.is_dir():
+        return folder_files.find_in_folder(kind, location, excluded)
+    if location.is_file():
+        if folder_files.has_unsupported_ending(location.name):
+            raise UserError(
+                f"{location} is compressed or packed in a way that is not supported; decompress "
+                f"it, or compress it as {' or '.join(COMPRESSIONS)}"
+            )
+        return FoundFiles([(location.name, location)], {})
+    return _files_of_glob(str(location), excluded)
+
+
+def _files_of_glob(pattern: str, excluded: Sequence[pathlib.Path]) -> FoundFiles:
+    """Returns the files that a glob matches, whatever their endings are."""
+    found = []
+    passed_over: collections.Counter[str] = collections.Counter()
+    own_paths = [os.path.realpath(path) for path in excluded]
+    for match in glob.glob(pattern, recursive=True):
+        path = pathlib.Path(match)
+        if not path.is_file():
+            continue
+        real_path = pathlib.Path(os.path.realpath(path))
+        if any(real_path.is_relative_to(own_path) for own_path in own_paths):
+            passed_over[folder_files.OWN_OUTPUT] += 1
+        elif folder_files.has_unsupported_ending(match):
+            passed_over[folder_files.NOT_SUPPORTED] += 1
+        else:
+            found.append((match, path))
+    return FoundFiles(sorted(found), dict(passed_over))
 
 
 def is_compressed(path: pathlib.Path) -> bool:
     """Returns whether a file must be decompressed, and so can only be read from its start."""
-    return path.suffix in COMPRESSIONS
+    return path.suffix.lower() in COMPRESSIONS
+
+
+def is_small(path: pathlib.Path) -> bool:
+    """Returns whether a file is not cut into parts: it has at most PART_BYTES or is compressed."""
+    return path.stat().st_size <= PART_BYTES or is_compressed(path)
 
 
 def cut_into_parts(options: SourceOptions, name: str, path: pathlib.Path) -> list[Part]:
@@ -80,7 +123,7 @@ def cut_into_parts(options: SourceOptions, name: str, path: pathlib.Path) -> lis
     """
     files = ((name, str(path)),)
     size = path.stat().st_size
-    if size <= PART_BYTES or is_compressed(path):
+    if is_small(path):
         return [options.make_part(files, 0, 0, True, size)]
     parts = []
     for start in range(0, size, PART_BYTES):
@@ -91,14 +134,57 @@ def cut_into_parts(options: SourceOptions, name: str, path: pathlib.Path) -> lis
     return parts
 
 
+class PartGroup:
+    """Groups whole files into parts of GROUP_BYTES or a little more.
+
+    Every part ends in padding. With a part for each file, a source of many small files would be
+    mostly padding.
+    """
+
+    def __init__(self, options: SourceOptions, has_many_documents: bool):
+        self._options = options
+        self._has_many_documents = has_many_documents
+        self._files: list[tuple[str, str]] = []
+        self._size = 0
+
+    def add(self, name: str, path: pathlib.Path) -> list[Part]:
+        """Adds a file; returns the part that it completes, if it does."""
+        self._files.append((name, str(path)))
+        self._size += path.stat().st_size
+        return self.finish() if self._size >= GROUP_BYTES else []
+
+    def finish(self) -> list[Part]:
+        """Returns the part of the files that were added since the last one, if there are any."""
+        if not self._files:
+            return []
+        files = tuple(self._files)
+        part = self._options.make_part(files, 0, 0, self._has_many_documents, self._size)
+        self._files = []
+        self._size = 0
+        return [part]
+
+
 def open_file(path: pathlib.Path) -> BinaryIO:
     """Opens a file for reading, decompressing .gz and .zst on the fly."""
     if not is_compressed(path):
         return open(path, "rb")
+    if path.suffix.lower() == ".gz":
+        # Unlike pyarrow, it reads files that are padded with zeros, as tapes leave them.
+        return cast(BinaryIO, gzip.open(path, "rb"))
     import pyarrow  # imported here because only compressed files need it
 
-    stream = pyarrow.input_stream(str(path), compression=COMPRESSIONS[path.suffix])
-    return io.BufferedReader(_ArrowReader(stream))
+    return io.BufferedReader(_ArrowReader(pyarrow.input_stream(str(path), compression="zstd")))
+
+
+def read_error_reason(error: Exception) -> str:
+    """Returns why a file could not be read, as a phrase for an error message."""
+    if "requires too much memory" in str(error):
+        return (
+            f"it is compressed with a window of more than {ZSTD_WINDOW >> 20} MiB (zstd --long); "
+            "compress it again without --long"
+        )
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"{reason.splitlines()[0]}; check that the file is complete"
 
 
 class _ArrowReader(io.RawIOBase):

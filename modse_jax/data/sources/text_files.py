@@ -1,9 +1,14 @@
 """Text files: each file is one document, or a large file is cut into documents at blank lines.
 
 A large file is divided into parts (ranges of bytes) that different processes read, and each part is
-cut into documents at borders. A border is the end of a blank line. If there is no blank line within
-LARGEST_PIECE bytes, the border is the last line end in them, or else the end of the last complete
-UTF-8 character.
+cut into documents at borders. The border at or after a position is
+
+1. the end of the first blank line that ends within SEARCHED_BYTES after the position; if there is
+   none, as in a list of names or a log,
+2. the end of the file, if it is less than PIECE_BYTES away; otherwise
+3. the first line end within SEARCHED_BYTES (LF, CRLF or CR); otherwise
+4. the first space within SEARCHED_BYTES; otherwise
+5. the end of the UTF-8 character at the position.
 
 Documents cross the ends of parts. A part therefore begins at the first border at or after its start
 and ends at the first border at or after its end, where the next part begins. Both processes find
@@ -25,11 +30,15 @@ from modse_jax.data.sources.documents_and_parts import (
 
 BLANK_LINE = re.compile(rb"\n\r?\n")
 
+LINE_END = re.compile(rb"\r\n|\n|\r(?!\n)")
+
+SPACE = re.compile(rb"[ \t]")
+
 LOOK_BACK = 3  # bytes of the longest match of BLANK_LINE
 
 PIECE_BYTES = 16384  # minimum size of a document that is cut out of a file
 
-LARGEST_PIECE = 8 * 2**20  # most bytes after the minimum size in which a border is looked for
+SEARCHED_BYTES = 3 * PIECE_BYTES  # bytes after the minimum size in which a border is looked for
 
 LARGE_FILE = 8 * 2**20  # a larger file of a folder is cut into documents, like a single file
 
@@ -39,38 +48,32 @@ READ_BYTES = 1 << 17
 def text_parts(options: SourceOptions, files: list[tuple[str, pathlib.Path]]) -> list[Part]:
     """Divides the files of a text source into parts, which processes read independently.
 
-    Small files are whole documents, and are grouped into parts of PART_BYTES. A single file, a
-    large file and a compressed file are cut into documents at blank lines.
+    Small files are whole documents. A single file, a large file and a compressed file are cut into
+    documents. Files that are not cut into parts are grouped.
     """
     if options.kind == "text" and len(files) == 1:
         return source_files.cut_into_parts(options, *files[0])
     parts: list[Part] = []
-    group: list[tuple[str, str]] = []
-    group_size = 0
+    whole_files = source_files.PartGroup(options, has_many_documents=False)
+    compressed_files = source_files.PartGroup(options, has_many_documents=True)
     for name, path in files:
-        file_size = path.stat().st_size
-        if file_size > LARGE_FILE or source_files.is_compressed(path):
+        if source_files.is_compressed(path):
+            parts += compressed_files.add(name, path)
+        elif path.stat().st_size > LARGE_FILE:
             parts += source_files.cut_into_parts(options, name, path)
-            continue
-        group.append((name, str(path)))
-        group_size += file_size
-        if group_size >= source_files.PART_BYTES:
-            parts.append(options.make_part(tuple(group), 0, 0, False, group_size))
-            group = []
-            group_size = 0
-    if group:
-        parts.append(options.make_part(tuple(group), 0, 0, False, group_size))
-    return parts
+        else:
+            parts += whole_files.add(name, path)
+    return parts + whole_files.finish() + compressed_files.finish()
 
 
 def read_text(part: Part) -> Iterator[Document]:
     """Yields the documents of a part of a text source."""
-    for name, path in part.files:
-        if part.has_many_documents:
-            for piece in _read_pieces(part, pathlib.Path(path)):
-                yield named_by_content(piece)
-        else:
-            yield Document(name, pathlib.Path(path).read_bytes())
+    name, path = part.single_file
+    if part.has_many_documents:
+        for piece in _read_pieces(part, pathlib.Path(path)):
+            yield named_by_content(piece)
+    else:
+        yield Document(name, pathlib.Path(path).read_bytes())
 
 
 def _read_pieces(part: Part, path: pathlib.Path) -> Iterator[bytes]:
@@ -149,47 +152,43 @@ class _BorderReader:
         Distances are in bytes, from the first byte that has not been taken. If there is no such
         border, the distance to the end of the file is returned.
         """
-        max_size = min_size + LARGEST_PIECE
-        search_start = 0
-        while True:
-            blank_line_end = self._find_blank_line(min_size, search_start)
-            if blank_line_end is not None and blank_line_end <= max_size:
-                return blank_line_end
-            if len(self._buffer) >= max_size + LOOK_BACK:
-                return self._find_line_end(min_size, max_size)
-            if self._at_end_of_file:
-                return len(self._buffer)
+        max_size = min_size + SEARCHED_BYTES
+        blank_line_end = self._find(BLANK_LINE, min_size, max_size)
+        while blank_line_end is None and len(self._buffer) < max_size and not self._at_end_of_file:
             # A blank line may begin in the last bytes of the buffer and end in the next read.
-            search_start = max(0, len(self._before) + len(self._buffer) - LOOK_BACK)
+            searched = max(min_size, len(self._buffer) + 1)
             data = self._file.read(READ_BYTES)
             self._at_end_of_file = not data
             self._buffer += data
-
-    def _find_blank_line(self, min_size: int, search_start: int) -> int | None:
-        """Returns the distance to the end of the next blank line, or None if there is none.
-
-        Args:
-            min_size: blank lines that end at a smaller distance are skipped.
-            search_start: index into `_before + _buffer` before which no blank line begins.
-        """
-        text = self._before + self._buffer
-        offset = len(self._before)
-        match = BLANK_LINE.search(text, max(search_start, offset + min_size - LOOK_BACK))
-        while match and match.end() - offset < min_size:
-            match = BLANK_LINE.search(text, match.start() + 1)
-        return match.end() - offset if match else None
-
-    def _find_line_end(self, min_size: int, max_size: int) -> int:
-        """Returns the distance to the border in bytes without a blank line.
-
-        It is the end of the last line that ends between `min_size` and `max_size`, or, without one,
-        the end of the UTF-8 character at `max_size`.
-        """
-        last_line_end = self._buffer.rfind(b"\n", min_size, max_size) + 1
-        border = last_line_end or max_size
+            blank_line_end = self._find(BLANK_LINE, searched, max_size)
+        if blank_line_end is not None:
+            return blank_line_end
+        if self._at_end_of_file and len(self._buffer) < min_size + PIECE_BYTES:
+            return len(self._buffer)
+        for pattern in (LINE_END, SPACE):
+            end = self._find(pattern, min_size, max_size)
+            if end is not None:
+                return end
+        border = min_size
         while border < len(self._buffer) and _is_utf8_continuation(self._buffer[border]):
             border += 1
         return border
+
+    def _find(self, pattern: re.Pattern[bytes], min_size: int, max_size: int) -> int | None:
+        """Returns the distance to the end of the next match of a pattern, or None.
+
+        Args:
+            pattern: matches at most LOOK_BACK bytes.
+            min_size: matches that end at a smaller distance are skipped.
+            max_size: matches that end at a larger distance are not looked for.
+        """
+        text = self._before + self._buffer
+        offset = len(self._before)
+        start = max(0, offset + min_size - LOOK_BACK)
+        match = pattern.search(text, start, offset + max_size)
+        while match and match.end() - offset < min_size:
+            match = pattern.search(text, match.start() + 1, offset + max_size)
+        return match.end() - offset if match else None
 
 
 def _is_utf8_continuation(byte: int) -> bool:

@@ -4,6 +4,7 @@ TFDS reads array_record files without TensorFlow. Building such a dataset takes 
 this package does not install.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from modse_jax.data.sources.documents_and_parts import (
     SourceOptions,
     named_by_content,
 )
-from modse_jax.errors import UserError
+from modse_jax.errors import UserError, describe_exception
 
 RECORDS_PER_PART = 50_000
 
@@ -21,19 +22,20 @@ RECORDS_PER_READ = 64
 
 DEFAULT_SPLIT = "train"
 
+VERSION = re.compile(r"[0-9]+\.([0-9]+|\*)\.([0-9]+|\*)")  # as TFDS writes it: 1.0.0 or 1.*.*
+
 
 def tfds_parts(options: SourceOptions, location: str) -> list[Part]:
     """Divides a TFDS source into parts of RECORDS_PER_PART, which processes read independently.
 
     Args:
         options: kind, field and split of all parts.
-        location: the name of the source after "tfds:", which is NAME[/CONFIG][:SPLIT].
+        location: the name of the source after "tfds:", NAME[/CONFIG][:VERSION][:SPLIT].
 
     Raises:
         UserError: the dataset cannot be opened, is empty, or lacks the feature.
     """
-    name, _, split = location.partition(":")
-    split = split or DEFAULT_SPLIT
+    name, split = _name_and_split(location)
     records = _open_split(name, split)
     if not len(records):
         raise UserError(f"tfds:{location} has no records")
@@ -70,6 +72,15 @@ def read_tfds(part: Part) -> Iterator[Document]:
             yield named_by_content(text.encode() if isinstance(text, str) else text)
 
 
+def _name_and_split(location: str) -> tuple[str, str]:
+    """Returns the name of a dataset, with its version if that is given, and the split."""
+    name, _, rest = location.partition(":")
+    version, _, after_version = rest.partition(":")
+    if VERSION.fullmatch(version):
+        return f"{name}:{version}", after_version or DEFAULT_SPLIT
+    return name, rest or DEFAULT_SPLIT
+
+
 def _open_split(name: str, split: str) -> Any:
     """Opens a split of a TFDS dataset, for random access to its records.
 
@@ -85,7 +96,7 @@ def _open_split(name: str, split: str) -> Any:
         text = str(error).lower()
         if "tensorflow" in text and "pip install" in text:
             raise UserError(_build_instructions(name)) from None
-        message = " ".join(str(error).split())
+        message = " ".join(describe_exception(error).split())
         raise UserError(
             f"tfds:{name}, split {split!r}, cannot be opened: {message[:300]}; if the dataset "
             f"has not been built yet: {_build_instructions(name)}"

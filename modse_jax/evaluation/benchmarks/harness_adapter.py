@@ -220,12 +220,18 @@ class Adapter(TemplateLM):
 
 
 def _sampling_settings(options: dict[str, Any]) -> sampling.Settings:
-    """Translates the harness's sampling options.
+    """Translates the harness's sampling options; an option that is missing or None is not set.
 
     If sampling is requested without a temperature, the temperature is 1. The harness disables top-k
     by values below 1, such as -1.
     """
-    temperature = float(options.get("temperature") or options["do_sample"])
-    top_k = max(int(options.get("top_k") or 0), 0)
-    top_p = float(options.get("top_p") or 1.0)
-    return sampling.Settings(temperature, top_k, top_p)
+    temperature = options.get("temperature")
+    if temperature is None:
+        temperature = 1.0 if options["do_sample"] else 0.0
+    top_k = options.get("top_k")
+    top_p = options.get("top_p")
+    return sampling.Settings(
+        temperature=float(temperature),
+        top_k=0 if top_k is None else max(int(top_k), 0),
+        top_p=1.0 if top_p is None else float(top_p),
+    )

@@ -187,12 +187,12 @@ def _read_jsonl(data: str, name: str) -> list[dict]:
     with _open(data, name) as file:
         try:
             return [json.loads(line) for line in file if line.strip()]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{pathlib.Path(data) / name} is not jsonl: {error}") from None
 
 
 def _open(
-    data: str, name: str, mode: str = "r", encoding: str | None = "utf-8", **options: Any
+    data: str, name: str, mode: str = "r", encoding: str | None = "utf-8-sig", **options: Any
 ) -> IO:
     path = pathlib.Path(data) / name
     try:

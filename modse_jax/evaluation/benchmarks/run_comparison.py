@@ -1,6 +1,7 @@
 """Compares the benchmark results of several runs, document by document."""
 
 import json
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -101,7 +102,7 @@ def _read_run(path: pathlib.Path, step: int, limit: int) -> RunResults:
         )
     step = step or max(found)
     file = result_files.results_path(path, step, limit)
-    records = json.loads(file.read_text()).get("tasks", {}) if file.exists() else {}
+    records = json.loads(file.read_text(encoding="utf-8")).get("tasks", {}) if file.exists() else {}
     return RunResults(path, step, records)
 
 
@@ -205,12 +206,14 @@ def _read_scores(path: pathlib.Path) -> dict[Metric, DocumentScores]:
             "on that workdir first"
         )
     scores: dict[Metric, DocumentScores] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         for metric, value in row["metrics"].items():
             if metric in LOG_PROBABILITY_METRICS:
                 metric = "log p"
                 value = value[0] if isinstance(value, list) else value
+            if value is None:  # NaN, which JSON does not have
+                value = math.nan
             if isinstance(value, (int, float)):
                 documents = scores.setdefault((metric, row["filter"]), {})
                 documents[row["task"], row["document"]] = (row["hash"], value)

@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from modse_jax.errors import UserError
+from modse_jax.data.sources import folder_files
+from modse_jax.errors import UserError, describe_exception
 
 TASKS_FOLDER = pathlib.Path(__file__).parents[3] / "configs" / "tasks"
 
@@ -140,7 +141,7 @@ def _load_task(manager: Any, name: str) -> Task:
 
 def _describe_error(name: str, error: Exception) -> str:
     """Returns the first line of an error, with advice if the data could not be downloaded."""
-    first_line = str(error).splitlines()[0] if str(error) else ""
+    first_line = describe_exception(error).splitlines()[0]
     package = type(error).__module__.partition(".")[0]
     is_download = isinstance(error, OSError) or package in ("datasets", "huggingface_hub")
     advice = f"; {OFFLINE_ADVICE}" if is_download else ""
@@ -170,16 +171,16 @@ def copy_task_folders(
 
 
 def _copy_task_folder(source: pathlib.Path, target: pathlib.Path, values: dict[str, str]) -> None:
-    for path in source.rglob("*"):
-        is_task_code = path.suffix in ("", ".yaml", ".py") and path.is_file()
+    for name, path in folder_files.find_in_folder("text", source, ()).files:
+        is_task_code = path.suffix in ("", ".yaml", ".py")
         if not is_task_code or path.stat().st_size >= MAX_FILE_BYTES:
             continue
-        text = path.read_text(errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
         if path.suffix == ".yaml":
             text = _resolve_task_file(text, values)
-        copy = target / path.relative_to(source)
+        copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(text)
+        copy.write_text(text, encoding="utf-8")
 
 
 def _resolve_task_file(text: str, values: dict[str, str]) -> str:
@@ -212,6 +213,6 @@ def _find_unreadable(folder: pathlib.Path) -> list[str]:
         try:
             load_yaml(path, resolve_func=False)
         except Exception as error:
-            message = " ".join(str(error).split())[:MAX_ERROR_CHARACTERS]
+            message = " ".join(describe_exception(error).split())[:MAX_ERROR_CHARACTERS]
             unreadable.append(f"{path.name}: {message}")
     return unreadable

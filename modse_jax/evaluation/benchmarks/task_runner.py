@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from modse_jax.errors import RunError, UserError
+from modse_jax.errors import RunError, UserError, describe_exception
 from modse_jax.evaluation import model_loading, result_files, text_table
 from modse_jax.evaluation.benchmarks import task_files
 from modse_jax.evaluation.benchmarks.task_files import LoadedTasks, Task
@@ -170,7 +170,9 @@ def _evaluate_tasks(
         result = _evaluate_task(adapter, loaded.manager, task, limit)
         documents_path = result_files.samples_path(workdir, step, limit, task.name)
         _write_documents(documents_path, result.documents)
-        earlier = json.loads(path.read_text()).get("tasks", {}) if path.exists() else {}
+        earlier = {}
+        if path.exists():
+            earlier = json.loads(path.read_text(encoding="utf-8")).get("tasks", {})
         added = {"step": step, "limit": limit, "tasks": {**earlier, task.name: result.record}}
         results = result_files.add_results(workdir, step, limit, added)
         show(format_record(task.name, result.record) + "\n")
@@ -192,7 +194,7 @@ def _evaluate_task(adapter: "Adapter", manager: Any, task: Task, limit: int) -> 
     except Exception as error:  # the code of a task raises anything
         traceback.print_exc()
         raise RunError(
-            f"task {task.name} failed: {type(error).__name__}: {error}; "
+            f"task {task.name} failed: {type(error).__name__}: {describe_exception(error)}; "
             "the tasks before it are written"
         ) from None
     is_group = task.name in evaluated.get("groups", {})
@@ -257,7 +259,7 @@ def _document_result(part: str, row: dict) -> dict:
 
 def _write_documents(path: pathlib.Path, documents: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(document, ensure_ascii=False, default=str) for document in documents]
+    lines = [files.format_json(document, ensure_ascii=False, default=str) for document in documents]
     files.write_atomically(path, "".join(line + "\n" for line in lines))
 
 
@@ -300,5 +302,8 @@ def format_metric(score: dict) -> str:
     return f"{score['metric']} ({score['filter']})"
 
 
-def _format_number(value: float) -> str:
+def _format_number(value: float | None) -> str:
+    """Returns a score as text. None stands for NaN, which JSON does not have."""
+    if value is None:
+        return "nan"
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.3g}"

@@ -48,7 +48,7 @@ class SavedForBackward(NamedTuple):
     key_BLGC: jax.Array
     value_BLGC: jax.Array
     segments_BL: jax.Array
-    out_BLAC: jax.Array
+    out_BLAC: jax.Array | None  # in float32; None in other types
     sum_BLA1: jax.Array  # denominators of the softmax
     blocks: list[jax.Array]  # per block: softmax weights if saved, else the maximum score per query
 
@@ -116,8 +116,20 @@ def _attend_forward(
     out_BLAC = _bgcrl_to_blac(jnp.concatenate(out_blocks, axis=4))
     sum_BLA1 = _bgcrl_to_blac(jnp.concatenate(sum_blocks, axis=4))
     out_BLAC = out_BLAC.astype(query_BLAC.dtype)
+    # The gradient of the scores is weights * (dweights - inner), where inner is the mean of
+    # dweights, weighted by the weights. In exact arithmetic that is the sum over C of dout * out,
+    # which costs less. But if `out` is rounded to bfloat16, the gradients of the scores no longer
+    # sum to 0 over the keys. The rest is multiplied by the mean key, which can be larger than the
+    # gradient of the queries itself (Qiu and Yao, arXiv 2510.04212). So `out` is only used in
+    # float32.
     saved = SavedForBackward(
-        query_BLAC, key_BLGC, value_BLGC, segments_BL, out_BLAC, sum_BLA1, saved_blocks
+        query_BLAC,
+        key_BLGC,
+        value_BLGC,
+        segments_BL,
+        out_BLAC if out_BLAC.dtype == jnp.float32 else None,
+        sum_BLA1,
+        saved_blocks,
     )
     return out_BLAC, saved
 
@@ -130,9 +142,10 @@ def _attend_backward(
     # The saved softmax weights are not normalized. The output gradient is divided by the
     # denominators instead, because it has fewer elements than the weights.
     dout_BLAC = (dout_BLAC / saved.sum_BLA1).astype(dtype)
-    inner_BLAC = dout_BLAC.astype(jnp.float32) * saved.out_BLAC.astype(jnp.float32)
-    inner_BLA1 = jnp.sum(inner_BLAC, axis=3, keepdims=True)
-    inner_BG1RL = _blac_to_bgcrl(inner_BLA1, num_groups)
+    inner_BG1RL = None
+    if saved.out_BLAC is not None:
+        inner_BLA1 = jnp.sum(dout_BLAC * saved.out_BLAC, axis=3, keepdims=True)
+        inner_BG1RL = _blac_to_bgcrl(inner_BLA1, num_groups)
     query_BLAC = scale_queries(saved.query_BLAC)
     query_BGRLC = _blac_to_bgrlc(query_BLAC, num_groups)
     query_BGCRL = _blac_to_bgcrl(query_BLAC, num_groups)
@@ -154,7 +167,7 @@ def _attend_backward(
             _block_gradients(
                 weights_BGSQ,
                 _bgcrl_to_bgcq(dout_BGCRL[..., first:stop]),
-                inner_BG1RL[..., first:stop],
+                None if inner_BG1RL is None else inner_BG1RL[..., first:stop],
                 query_BGRLC[:, :, :, first:stop],
                 dout_BGRLC[:, :, :, first:stop],
                 key_BGCS[..., :stop],
@@ -174,7 +187,7 @@ attend_packed.defvjp(_attend_forward, _attend_backward)
 def _block_gradients(
     weights_BGSQ: jax.Array,
     dout_BGCQ: jax.Array,
-    inner_BG1RL: jax.Array,
+    inner_BG1RL: jax.Array | None,
     query_BGRLC: jax.Array,
     dout_BGRLC: jax.Array,
     key_BGCS: jax.Array,
@@ -185,12 +198,17 @@ def _block_gradients(
     Args:
         weights_BGSQ: softmax weights before the division by their sum.
         dout_BGCQ, dout_BGRLC: the output gradient divided by that sum, in two layouts.
-        inner_BG1RL: sum over C of the divided output gradient times the output.
+        inner_BG1RL: sum over C of the divided output gradient times the output; None computes the
+            same from the softmax weights.
         query_BGRLC: the queries of the block.
         key_BGCS, value_BGSC: keys and values up to the end of the block.
     """
     dweights_BGSQ = _matmul("bgsc,bgcq->bgsq", value_BGSC, dout_BGCQ)
-    dscores_BGSQ = weights_BGSQ * (dweights_BGSQ - _bgcrl_to_bgcq(inner_BG1RL))
+    if inner_BG1RL is None:
+        inner_BG1Q = _weighted_mean(weights_BGSQ, dweights_BGSQ)
+    else:
+        inner_BG1Q = _bgcrl_to_bgcq(inner_BG1RL)
+    dscores_BGSQ = weights_BGSQ * (dweights_BGSQ - inner_BG1Q)
     dscores_BGSQ = dscores_BGSQ.astype(query_BGRLC.dtype)
     dquery_BGCQ = _matmul("bgcs,bgsq->bgcq", key_BGCS, dscores_BGSQ)
     return BlockGradients(
@@ -198,6 +216,17 @@ def _block_gradients(
         dkey_BGSC=_matmul("bgsq,bgqc->bgsc", dscores_BGSQ, _bgrlc_to_bgqc(query_BGRLC)),
         dvalue_BGSC=_matmul("bgsq,bgqc->bgsc", weights_BGSQ, _bgrlc_to_bgqc(dout_BGRLC)),
     )
+
+
+def _weighted_mean(weights_BGSQ: jax.Array, values_BGSQ: jax.Array) -> jax.Array:
+    """Returns the mean of values over the keys S with the given weights, [B, G, 1, Q] in float32.
+
+    The differences to this mean, multiplied by the weights, sum to 0 over the keys up to rounding
+    in float32, even if the weights are rounded to bfloat16.
+    """
+    weights_BGSQ = weights_BGSQ.astype(jnp.float32)
+    sum_BG1Q = jnp.sum(weights_BGSQ, axis=2, keepdims=True)
+    return jnp.sum(weights_BGSQ * values_BGSQ, axis=2, keepdims=True) / sum_BG1Q
 
 
 def block_ranges(length: int, min_block: int) -> list[tuple[int, int]]:

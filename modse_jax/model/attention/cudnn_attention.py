@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from modse_jax.errors import UserError
+from modse_jax.errors import UserError, describe_exception
 from modse_jax.model.attention.masks import packed_mask
 from modse_jax.model.attention.reference import attend
 
@@ -101,8 +101,9 @@ def check_cudnn(
     try:
         results = _output_and_gradients(lambda q, k, v: attend_by(q, k, v, segments_BL), arrays)
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError, ValueError) as error:
+        reason = describe_exception(error).splitlines()[0][:200]
         raise UserError(
-            f"cuDNN's attention does not run on this device ({str(error).splitlines()[0][:200]}); "
+            f"cuDNN's attention does not run on this device ({reason}); "
             "set --config.model.attention=blocks"
         ) from None
     references = _output_and_gradients(

@@ -48,11 +48,6 @@ from modse_jax.runtime import chips
 # for every width.
 SIXTEENTHS = (8, 12, 14, 15, 16, 17, 18, 20, 24)
 
-# The same for a largest block of 16 to 63 rows, for which finer steps save few rows. They are
-# compiled only for at least MANY_EXPERTS experts: fewer experts with so few rows take little time.
-COARSE_SIXTEENTHS = (12, 16, 20, 24)
-MANY_EXPERTS = 64
-
 # The hidden dimension of w_gate [D, H], w_up [D, H] and w_down [H, D].
 HIDDEN_AXES = (1, 1, 0)
 
@@ -582,16 +577,10 @@ def choose_block_sizes(blocks: Blocks, num_rows: int, num_experts: int, chip: st
     """
     even_share = max(8, -(-num_rows // num_experts))
     body = min(blocks.body, -(-even_share // 16) * 16, num_rows)
-    sixteenths: tuple[int, ...] = ()
-    if chip == "cpu" and even_share <= 1.5 * body:
-        if body >= 64:
-            sixteenths = SIXTEENTHS
-        elif body >= 16 and num_experts >= MANY_EXPERTS:
-            sixteenths = COARSE_SIXTEENTHS
-    # An even share may be smaller than a tail block.
-    smallest = min(blocks.tail, body * COARSE_SIXTEENTHS[0] // 16)
-    single_block = {body * n // 16 for n in sixteenths}
-    single_block = {s for s in single_block if smallest <= s <= num_rows}
+    single_block: set[int] = set()
+    if chip == "cpu" and body >= 64 and even_share <= 1.5 * body:
+        single_block = {body * n // 16 for n in SIXTEENTHS}
+    single_block = {s for s in single_block if blocks.tail <= s <= num_rows}
     smaller = [s for s in (body // 2, body // 8) if s >= blocks.tail]
     return BlockSizes(tuple(sorted(single_block)), (body, *smaller))
 
@@ -602,13 +591,15 @@ def saved_buffer_size(
     """Returns the number of elements of the buffer of saved activations; 0 if none are saved.
 
     The buffer has room for blocks.saved times what balanced routing needs, and scratch space for
-    one block whose activations do not fit there. Its size is limited to what int32 can index.
+    one block whose activations do not fit there. Its size is limited to what int32 can index. If
+    the scratch space alone exceeds that, none are saved, so all are recomputed.
     """
-    if not blocks.saved:
+    scratch = _scratch_size(placement, sizes)
+    if not blocks.saved or scratch > MAX_INT32:
         return 0
     num_hidden = max(map(sum, placement.widths))
     budget = int(blocks.saved * num_rows * 2 * num_hidden / placement.num_experts)
-    return min(budget + _scratch_size(placement, sizes), MAX_INT32)
+    return min(budget + scratch, MAX_INT32)
 
 
 def _scratch_size(placement: expert_placement.Placement, sizes: BlockSizes) -> int:

@@ -20,12 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from modse_jax.errors import describe_exception
 from modse_jax.moe import expert_placement
 from modse_jax.moe.experts import chunks, hidden_unit_padding, pallas_gpu, pallas_tpu, pallas_triton
 from modse_jax.moe.experts.block_sizes import Blocks
 from modse_jax.moe.experts.blocked import blocked
 from modse_jax.moe.experts.expert_weights import ExpertWeights
 from modse_jax.moe.experts.reference_ffn import reference
+from modse_jax.moe.layer_options import BACKENDS
+from modse_jax.runtime import choices
 
 KERNELS = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu, "pallas_triton": pallas_triton}
 
@@ -138,6 +141,7 @@ def select_backend(
     The note says why "auto" chose `blocked` on a chip for which there are kernels, or how many more
     FLOPs the chosen kernels need because of padding. Otherwise it is empty.
     """
+    choices.check(BACKENDS, "backend", backend)
     selected = _kernels_for_chip(chip) if backend == "auto" else backend
     if selected not in KERNELS:
         return selected, ""
@@ -280,7 +284,7 @@ def self_test_kernels(
         computed = jax.jit(lambda: output_and_gradients(run_backend))()
         computed = jax.block_until_ready(computed)
     except Exception as error:  # whatever a compiler or driver raises
-        reason = (str(error).splitlines() or [""])[0]
+        reason = describe_exception(error).splitlines()[0]
         raise RuntimeError(
             f"the kernels of {backend} do not run on this device ({type(error).__name__}: "
             f"{reason[:200]}); {USE_BLOCKED}"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from lm_eval.api.instance import Instance
+from lm_eval.models.utils import normalize_gen_kwargs
 
 from modse_jax.data import tokenizers
 from modse_jax.evaluation import model_loading
@@ -228,6 +229,23 @@ def record_programs(adapter, monkeypatch):
 
     monkeypatch.setattr(adapter.engine.programs, "run", run_and_record)
     return kinds
+
+
+@pytest.mark.parametrize(
+    "options, settings",
+    [
+        (dict(), (0.0, 0, 1.0)),
+        (dict(do_sample=False, temperature=0.7), (0.0, 0, 1.0)),
+        (dict(do_sample=True), (1.0, 0, 1.0)),
+        (dict(do_sample=True, temperature=0.0), (0.0, 0, 1.0)),
+        (dict(temperature=0.5, top_k=-1, top_p=0.0), (0.5, 0, 0.0)),
+        (dict(do_sample=True, top_k=0, top_p=None), (1.0, 0, 1.0)),
+        (dict(temperature=0.5, top_k=3, top_p=0.9), (0.5, 3, 0.9)),
+    ],
+)
+def test_sampling_options_of_the_harness_keep_their_zeros(options, settings):
+    options = normalize_gen_kwargs({"until": [], **options})
+    assert harness_adapter._sampling_settings(options) == settings
 
 
 def test_generation_ends_at_a_stop_string(model, monkeypatch):
