@@ -5,7 +5,6 @@ identities of its runs are in results.csv.
 """
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -85,7 +84,7 @@ def write(
         "claims": claims._asdict(),
         "runs": [{"arm": arm, **identity.to_json()} for arm, identity in identities.items()],
     }
-    files.write_atomically(directory.description, json.dumps(content, indent=1) + "\n")
+    files.write_atomically(directory.description, files.format_json(content, indent=1) + "\n")
 
 
 def read_name(directory: SweepDirectory) -> str:
@@ -168,7 +167,7 @@ def _read_arms_of_table(directory: SweepDirectory, names: Any) -> list[Described
             f"{path} is missing, and {directory.description} of an older version has no ids of "
             "runs; run the sweep again, which repeats no finished run"
         )
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if [row.get("arm") for row in rows] != names or any("id" not in row for row in rows):
         raise UserError(

@@ -125,7 +125,7 @@ def read_routing(config: Config, training: pathlib.Path) -> Routing | None:
 
 def _read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Yields the lines of a log one by one, because routing.jsonl may be large."""
-    with open(path, errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 yield json.loads(line)
