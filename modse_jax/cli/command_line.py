@@ -107,7 +107,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 def _explain_flag_error(argv: list[str], error: Exception) -> str:
     """Returns the message for an error that absl or ml_collections raised for the flags.
 
-    Theirs do not have the name of an unknown option, and hold the traceback of a config file.
+    Theirs do not have the name of an unknown option.
     """
     for argument in argv[1:]:
         option = re.match(r"--?(\w+)\.([\w.]+)(=|$)", argument)
@@ -115,16 +115,7 @@ def _explain_flag_error(argv: list[str], error: Exception) -> str:
             unknown = loading.explain_unknown(option[2])
             if unknown:
                 return unknown
-    message = describe_exception(error)
-    flag, is_traceback, trace = message.partition(" Error whilst parsing config file:")
-    if not is_traceback:
-        return message
-    reason = trace.strip().splitlines()[-1]
-    if "get_config() takes 0 positional arguments" in reason:
-        return f"{flag} this config takes no argument; remove the colon and what follows it"
-    places = re.findall(r'File "(.*)", line (\d+)', trace)
-    file, line = next(place for place in places if "site-packages" not in place[0])
-    return f"{flag} the config file failed with {reason} (line {line} of {file})"
+    return describe_exception(error)
 
 
 def _is_config_flag(name: str) -> bool:

@@ -50,6 +50,11 @@ class _Parser(config_flags.config_flags.ConfigFileFlagParser):
         except Exception as error:  # a config file is the user's code and may raise anything
             # The library replaces some errors by others that contain a traceback.
             cause = error.__context__ or error
+            if "get_config() takes 0 positional arguments" in str(cause):
+                raise UserError(
+                    f"--{NAME}={path}: this config takes no argument; remove the colon and what "
+                    "follows it"
+                ) from None
             raise UserError(
                 f"--{NAME}={path} failed: {type(cause).__name__}: {cause}{_location(cause)}; {HINT}"
             ) from None

@@ -15,6 +15,7 @@ commands:
   train            train a model, or resume its training (the same as train.py)
   plan             compile the training step for other hardware; needs --plan=TOPOLOGY
   sweep            train many configs of one sweep file, or resume them
+  report           compare the runs of a sweep on one page
   eval             evaluate a checkpoint (the same as eval.py)
   prepare          turn text into a dataset of token records
   inspect          look at prepared data
@@ -57,6 +58,12 @@ def _sweep() -> None:
     sweep_command.run()
 
 
+def _report() -> None:
+    from modse_jax.cli import report_command
+
+    report_command.run()
+
+
 def _eval() -> None:
     from modse_jax.cli import eval_command
 
@@ -79,6 +86,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "train": _train,
     "plan": _plan,
     "sweep": _sweep,
+    "report": _report,
     "eval": _eval,
     "prepare": _prepare,
     "inspect": _inspect,

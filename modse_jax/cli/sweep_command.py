@@ -61,15 +61,15 @@ def sweep() -> int:
     is_slurm = FLAGS.launcher == "slurm"
     if not is_slurm and (FLAGS.slurm or FLAGS.jobs != 1):
         raise UserError("--jobs and --slurm are for jobs of Slurm; add --launcher=slurm")
-    arms = planning.load_arms(FLAGS.sweep)
+    loaded = planning.load_sweep(FLAGS.sweep)
     directory = SweepDirectory(FLAGS.workdir) if FLAGS.workdir else None
     if FLAGS.dry_run:
-        print(dry_run.describe_sweep(arms, directory, FLAGS.flops_per_second))
+        print(dry_run.describe_sweep(loaded.arms, directory, FLAGS.flops_per_second))
         return ExitCode.FINISHED
     if directory is None:
         raise UserError("--workdir is missing; name a directory for the sweep (or --dry_run)")
     if is_slurm:
         options = slurm.parse_options(FLAGS.slurm)
         slurm.check_installed()
-        return slurm.launch(directory, FLAGS.sweep, arms, FLAGS.jobs, options, FLAGS.retry)
-    return runner.run_sweep(directory, planning.sweep_name(FLAGS.sweep), arms, FLAGS.retry)
+        return slurm.launch(directory, FLAGS.sweep, loaded, FLAGS.jobs, options, FLAGS.retry)
+    return runner.run_sweep(directory, planning.sweep_name(FLAGS.sweep), loaded, FLAGS.retry)

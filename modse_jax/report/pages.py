@@ -11,7 +11,7 @@ import numpy as np
 from modse_jax.evaluation import model_loading, result_files, scoring, text_table
 from modse_jax.evaluation.text_table import Column
 from modse_jax.moe.layer_options import Pool
-from modse_jax.report import plot_style, run_plots
+from modse_jax.report import html_page, plot_style, run_plots
 from modse_jax.report.plot_style import CaptionedFigure
 from modse_jax.runtime import files
 from modse_jax.training import run_logs
@@ -23,14 +23,10 @@ STRAGGLER_COLUMNS = (
     Column(0, "left", gap=3),  # number of layers
 )
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:{color}}}
-img{{max-width:100%}}pre{{overflow-x:auto;background:#f4f4f4;padding:1em}}</style>
-<h1>Run {title}</h1><p>{facts}</p>
+BODY = """<h1>Run {title}</h1><p>{facts}</p>
 {figures}
 <pre>{stragglers}</pre>
-{results}
-"""
+{results}"""
 
 
 def write(workdir: str) -> None:
@@ -123,14 +119,14 @@ def _format_page(
         f"<pre>{html.escape(scoring.format_results(files.read_json(file)))}</pre>"
         for file in result_files.find_full_results(workdir)
     )
-    return PAGE.format(
+    body = BODY.format(
         title=html.escape(workdir.name),
-        color=plot_style.COLOR_TEXT,
         facts=html.escape(facts),
         figures=_format_figures(captions) + _format_analysis(workdir),
         stragglers=html.escape(stragglers),
         results=results,
     )
+    return html_page.format_page(workdir.name, body)
 
 
 def _format_value(value: object) -> str:

@@ -17,7 +17,13 @@ COLOR_TEXT = "#222222"
 COLOR_TRAIN = "#0072B2"
 COLOR_VALIDATION = "#D55E00"
 COLOR_EXTRA = "#009E73"
+COLOR_FAINT = "#B8B8B8"
 COLOR_MAP = "cividis"
+
+# For up to six series that have no order. Each also has its own marker and line.
+SERIES_COLORS = (COLOR_TRAIN, COLOR_VALIDATION, COLOR_EXTRA, "#CC79A7", "#E69F00", "#56B4E9")
+SERIES_MARKERS = ("o", "s", "^", "D", "v", "P")
+SERIES_LINES = ("-", "--", "-.", (0, (1, 1.2)), (0, (5, 1, 1, 1, 1, 1)), (0, (7, 2)))
 
 DPI = 130
 EXPERT_LABEL = "expert, by hidden width"

@@ -67,15 +67,15 @@ def check_matched(sweep: Sweep, arms: Sequence[ResolvedArm]) -> None:
             _check_group(group, quantity, tolerance)
 
 
-def find_missing_rates(sweep: Sweep, arms: Sequence[ResolvedArm]) -> str:
-    """Returns a warning if the sweep compares shapes at too few learning rates, else ""."""
+def find_missing_rates(compares_shapes: bool, arms: Sequence[ResolvedArm]) -> str:
+    """Returns a warning if a sweep compares shapes at too few learning rates, else ""."""
     rates: dict[Config, set[float]] = collections.defaultdict(set)
     names: dict[Config, str] = {}
     for arm in arms:
         shape = without_rates(arm.config)
         rates[shape].add(arm.config.optimizer.learning_rate)
         names.setdefault(shape, arm.name)
-    if not sweep.compares_shapes or len(rates) == 1:
+    if not compares_shapes or len(rates) == 1:
         return ""
     few = [shape for shape in rates if len(rates[shape]) < FEWEST_RATES]
     if not few:

@@ -4,7 +4,6 @@ All checks of the sweep file come before anything is written.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,11 @@ from typing import NamedTuple
 from modse_jax.config.options import Config
 from modse_jax.data import data_card, prepared_data, tokenizers, training_data, validation_sets
 from modse_jax.errors import UserError
-from modse_jax.runtime import files, processes
+from modse_jax.runtime import processes
 from modse_jax.runtime.lock import wait_for_lock
-from modse_jax.sweeps import definition, matching
+from modse_jax.sweeps import definition, description, matching
 from modse_jax.sweeps.definition import ResolvedArm
+from modse_jax.sweeps.description import Claims
 from modse_jax.sweeps.identity import RunIdentity, hash_values
 from modse_jax.sweeps.results import SweepDirectory
 from modse_jax.training import hyperparameters
@@ -44,7 +44,19 @@ def sweep_name(path: str) -> str:
     return pathlib.Path(path).stem
 
 
-def load_arms(path: str) -> list[ResolvedArm]:
+class LoadedSweep(NamedTuple):
+    """A sweep file whose arms have been checked.
+
+    Attributes:
+        arms: its arms.
+        claims: what it states about them.
+    """
+
+    arms: list[ResolvedArm]
+    claims: Claims
+
+
+def load_sweep(path: str) -> LoadedSweep:
     """Loads a sweep file, checks its arms, and prints a warning if there is one.
 
     Raises:
@@ -53,28 +65,26 @@ def load_arms(path: str) -> list[ResolvedArm]:
     sweep = definition.load_sweep(path)
     arms = definition.resolve_arms(sweep)
     matching.check_matched(sweep, arms)
-    warning = matching.find_missing_rates(sweep, arms)
+    warning = matching.find_missing_rates(sweep.compares_shapes, arms)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
-    return arms
+    return LoadedSweep(arms, Claims.of(sweep))
 
 
-def plan_runs(
-    directory: SweepDirectory, name: str, arms: Sequence[ResolvedArm]
-) -> list[PlannedRun]:
+def plan_runs(directory: SweepDirectory, name: str, sweep: LoadedSweep) -> list[PlannedRun]:
     """Prepares the data of all arms, and writes sweep.json.
 
     Args:
         directory: the workdir of the sweep.
         name: the name of the sweep.
-        arms: its arms.
+        sweep: the sweep.
 
     Raises:
         UserError: the workdir is not that of this sweep, or the data is invalid. Nothing that this
             call has made remains.
     """
     check_directory(directory, name)
-    configs_by_key = _group_by_data(arms)
+    configs_by_key = _group_by_data(sweep.arms)
     for key, config in configs_by_key.items():
         training_data.check_source(config, directory.data / key)
     with wait_for_lock(directory.root / ".lock"):
@@ -82,8 +92,17 @@ def plan_runs(
             key: training_data.load(config, directory.data / key)
             for key, config in configs_by_key.items()
         }
-        description = {"sweep": name, "arms": [arm.name for arm in arms]}
-        files.write_atomically(directory.description, json.dumps(description, indent=1) + "\n")
+        runs = _name_runs(directory, sweep.arms, data_by_key)
+        description.write(directory, name, identities(runs), sweep.claims)
+    return runs
+
+
+def _name_runs(
+    directory: SweepDirectory,
+    arms: Sequence[ResolvedArm],
+    data_by_key: Mapping[str, training_data.TrainingData],
+) -> list[PlannedRun]:
+    """Returns the run of every arm, whose data has been loaded."""
     code = processes.source_digest()
     runs = []
     for arm in arms:
@@ -98,7 +117,7 @@ def check_directory(directory: SweepDirectory, name: str) -> None:
     """Raises UserError if a workdir belongs to something other than the sweep of this name."""
     root = directory.root
     if directory.description.exists():
-        found = files.read_json(directory.description).get("sweep")
+        found = description.read_name(directory)
         if found != name:
             raise UserError(
                 f"{root} holds the sweep {found!r}, not {name!r}; use another --workdir"

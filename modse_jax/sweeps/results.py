@@ -1,22 +1,24 @@
 """The results of a sweep: one file per run, and tables that are rebuilt from these files.
 
-    WORKDIR/sweep.json                     the name of the sweep and its arms
+    WORKDIR/sweep.json                     what the sweep is: see `description`
     WORKDIR/data/KEY/                      prepared data that runs share
     WORKDIR/runs/ID/training/              the workdir of a run, as train.py writes it
     WORKDIR/runs/ID/output.txt             what the run printed
     WORKDIR/runs/ID/result.json            its result; exists once the run has ended
     WORKDIR/results.csv, results.parquet   a row for each arm of the sweep
     WORKDIR/other_results.csv              results of other code or data, or of arms that are gone
+    WORKDIR/report/                        the report: see modse_jax/report/comparison
 
 A result is written once, by a rename, so it is complete or absent. Tables are written by a rename
-too, and nothing is read from them: deleting one loses nothing.
+too, and nothing is read from them: deleting one loses nothing. (Only in workdirs of older versions,
+whose sweep.json has no ids, a report takes the ids from results.csv.)
 """
 
 import csv
 import io
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from modse_jax.config.loading import from_saved, to_flat_dict
 from modse_jax.config.options import Config
 from modse_jax.errors import UserError
 from modse_jax.model import accounting
+from modse_jax.moe import layer_options
 from modse_jax.runtime import files
 from modse_jax.sweeps import matching
 from modse_jax.sweeps.identity import RunIdentity
@@ -89,6 +92,11 @@ def read_result(directory: SweepDirectory, run_id: str) -> Result | None:
     if found != FORMAT:
         raise UserError(f"{path} has format {found}, expected {FORMAT}; use another --workdir")
     return result
+
+
+def state_without_result(directory: SweepDirectory, run_id: str) -> str:
+    """Returns the state of a run that has no result: UNFINISHED, or WAITING if it has not begun."""
+    return UNFINISHED if directory.training(run_id).exists() else WAITING
 
 
 def read_config(result: Result) -> Config:
@@ -167,18 +175,47 @@ def _summarize_routing(
     num_layers = config.model.num_layers
     layer_of_row = np.array([row["layer"] for row in rows])
     by_layer = [counts_RE[layer_of_row == layer].sum(axis=0) for layer in range(num_layers)]
-    dropped_share = sum(row["dropped"] for row in rows) / max(int(counts_RE.sum()), 1)
+    dropped = sum(row["dropped"] for row in rows)
     num_tokens = len(rows) * tokens_per_step // num_layers
-    computed_E = counts_RE.sum(axis=0) * (1 - dropped_share)
     return {
-        # The maximum over the mean, of the tokens of all logged steps; the largest of any layer.
-        "load_imbalance": max(float(counts.max() / counts.mean()) for counts in by_layer),
-        "dropped_share": dropped_share,
-        # Dropped tokens are taken from all experts alike, because the logs do not have more.
-        "realized_flops_per_token": accounting.realized_flops_per_token(
-            config, config.data.sequence_length, computed_E, num_tokens
+        # Of the tokens of all logged steps; the largest of any layer.
+        "load_imbalance": max(load_imbalance(config, counts_E) for counts_E in by_layer),
+        "dropped_share": dropped / max(int(counts_RE.sum()), 1),
+        "realized_flops_per_token": realized_flops_per_token(
+            config, counts_RE, dropped, num_tokens
         ),
     }
+
+
+def load_imbalance(config: Config, counts_E: np.ndarray) -> float:
+    """Returns the maximum over the mean of tokens per expert of a pool, of the least balanced pool.
+
+    Args:
+        config: the config of the run.
+        counts_E: tokens routed to every expert of a layer.
+    """
+    of_pools = [counts_E[pool.experts] for pool in layer_options.pool_ranges(config.pools)]
+    return max(float(counts.max() / max(counts.mean(), 1e-9)) for counts in of_pools)
+
+
+def realized_flops_per_token(
+    config: Config, counts_RE: np.ndarray, dropped: int, num_tokens: int
+) -> int:
+    """Returns the FLOPs of training per token for the routing of some lines of routing.jsonl.
+
+    Dropped tokens are taken from all experts alike, because the logs do not have more.
+
+    Args:
+        config: the config of the run.
+        counts_RE: tokens routed to every expert, per line.
+        dropped: routed tokens over capacity, of all lines.
+        num_tokens: the tokens that entered the model.
+    """
+    counts_E = counts_RE.sum(axis=0)
+    computed_E = counts_E * (1 - dropped / max(int(counts_E.sum()), 1))
+    return accounting.realized_flops_per_token(
+        config, config.data.sequence_length, computed_E, num_tokens
+    )
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -202,13 +239,14 @@ def rebuild_tables(
     configs = [matching.ResolvedArm(name, identity.config) for name, identity in arms.items()]
     options = matching.varying_options(configs)
     rows = [_arm_row(directory, name, arm, options) for name, arm in arms.items()]
-    _write_csv(directory.root / "results.csv", rows)
+    write_csv(directory.root / "results.csv", rows)
     _write_parquet(directory.root / "results.parquet", rows, name)
     others = find_other_results(directory, {identity.id for identity in arms.values()})
     other_path = directory.root / "other_results.csv"
     if others:
-        current = next(iter(arms.values()))
-        _write_csv(other_path, [_other_row(result, current, options) for result in others])
+        code = next(iter(arms.values())).code
+        known = {identity.config for identity in arms.values()}
+        write_csv(other_path, [_other_row(result, code, known, options) for result in others])
     else:
         other_path.unlink(missing_ok=True)
     return rows
@@ -226,19 +264,30 @@ def _arm_row(
 ) -> dict[str, Any]:
     result = read_result(directory, arm.id)
     if result is None:
-        state = UNFINISHED if directory.training(arm.id).exists() else WAITING
+        state = state_without_result(directory, arm.id)
         result = {"state": state, "reason": "", "revision": "", "metrics": _no_metrics()}
     return {"arm": name, **_describe(arm.id, arm.config, result, options)}
 
 
-def _other_row(result: Result, current: RunIdentity, options: Sequence[str]) -> dict[str, Any]:
-    reason = "not an arm of this sweep"
-    if result["code"] != current.code:
-        reason = "other code"
-    elif result["data"] != current.data:
-        reason = "other data"
+def _other_row(
+    result: Result, code: str, configs: Container[Config], options: Sequence[str]
+) -> dict[str, Any]:
     config = read_config(result)
+    reason = explain_apart(result, code, configs)
     return {"apart_because": reason, **_describe(result["id"], config, result, options)}
+
+
+def explain_apart(result: Result, code: str, configs: Container[Config]) -> str:
+    """Returns why a result in a workdir is not one of the sweep's.
+
+    Args:
+        result: a result whose id is not that of an arm.
+        code: hash of the code of the sweep.
+        configs: the configs of the arms.
+    """
+    if result["code"] != code:
+        return "other code"
+    return "other data" if read_config(result) in configs else "not an arm of this sweep"
 
 
 def _describe(
@@ -265,7 +314,8 @@ def _as_cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, (list, tuple)) else value
 
 
-def _write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows, at least one, as a CSV file whose columns are the names of the first row."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

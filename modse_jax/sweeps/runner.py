@@ -21,9 +21,8 @@ from modse_jax.errors import DiskFullError, ExitCode, UserError
 from modse_jax.runtime import processes, signals
 from modse_jax.runtime.lock import LockHeldError, hold_lock, wait_for_lock
 from modse_jax.sweeps import orders, planning, results
-from modse_jax.sweeps.definition import ResolvedArm
 from modse_jax.sweeps.orders import Order, Reply
-from modse_jax.sweeps.planning import PlannedRun
+from modse_jax.sweeps.planning import LoadedSweep, PlannedRun
 from modse_jax.sweeps.progress import Progress
 from modse_jax.sweeps.results import SweepDirectory
 
@@ -287,7 +286,7 @@ def discard_failed(directory: SweepDirectory, runs: Sequence[PlannedRun]) -> int
 def run_sweep(
     directory: SweepDirectory,
     name: str,
-    arms: Sequence[ResolvedArm],
+    sweep: LoadedSweep,
     retry: str = "",
     share: Share | None = None,
 ) -> ExitCode:
@@ -296,7 +295,7 @@ def run_sweep(
     Args:
         directory: the workdir of the sweep.
         name: the name of the sweep.
-        arms: its arms, which have been checked.
+        sweep: the sweep, whose arms have been checked.
         retry: "failed" trains runs that failed earlier once more.
         share: which job of several this is; see `Runner`.
 
@@ -306,7 +305,7 @@ def run_sweep(
     """
     if processes.is_multi_process():
         raise UserError("a sweep runs in one process; start one command on one machine")
-    runs = planning.plan_runs(directory, name, arms)
+    runs = planning.plan_runs(directory, name, sweep)
     if retry == "failed":
         discard_failed(directory, runs)
     return Runner(directory, name, runs, share).run()

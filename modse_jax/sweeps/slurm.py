@@ -17,7 +17,7 @@ from typing import Any
 from modse_jax.errors import ExitCode, RunError, UserError
 from modse_jax.runtime import processes
 from modse_jax.sweeps import planning, results, runner
-from modse_jax.sweeps.definition import ResolvedArm
+from modse_jax.sweeps.planning import LoadedSweep
 from modse_jax.sweeps.results import SweepDirectory
 from modse_jax.sweeps.runner import Share
 
@@ -56,7 +56,7 @@ def run_job(sweep: str, workdir: str, share: Share) -> int:
     code = runner.run_sweep(
         SweepDirectory(workdir),
         planning.sweep_name(sweep),
-        planning.load_arms(sweep),
+        planning.load_sweep(sweep),
         share=share,
     )
     if code == ExitCode.STOPPED and "SLURM_JOB_ID" in os.environ:
@@ -109,7 +109,7 @@ def check_installed() -> None:
 def launch(
     directory: SweepDirectory,
     sweep: str,
-    arms: Sequence[ResolvedArm],
+    loaded: LoadedSweep,
     count: int,
     options: Mapping[str, str],
     retry: str = "",
@@ -119,7 +119,7 @@ def launch(
     Args:
         directory: the workdir of the sweep, on a file system that all nodes see.
         sweep: the sweep file.
-        arms: its arms, which have been checked.
+        loaded: the sweep, whose arms have been checked.
         count: the number of jobs; there are at most as many as runs without a result.
         options: options of sbatch, from `parse_options`.
         retry: "failed" trains runs that failed earlier once more.
@@ -132,7 +132,7 @@ def launch(
         RunError: sbatch refuses the jobs.
     """
     name = planning.sweep_name(sweep)
-    runs = planning.plan_runs(directory, name, arms)
+    runs = planning.plan_runs(directory, name, loaded)
     if retry == "failed":
         runner.discard_failed(directory, runs)
     pending = [run for run in runs if results.read_result(directory, run.identity.id) is None]

@@ -43,9 +43,13 @@ def test_subcommands_train_and_evaluate_from_any_directory(corpus, tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["sing"], "'sing' is not a command; commands: train, plan, sweep, eval"),
+        (["sing"], "'sing' is not a command; commands: train, plan, sweep, report, eval"),
         (["plan", f"--config={ROOT / 'configs' / 'tiny.py'}"], "--plan is missing"),
         (["prepare", "--out=x"], "arguments are required: --source"),
+        (
+            ["report", "--workdir=nowhere"],
+            "nowhere is not a directory; name the workdir of a sweep",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(args, message, tmp_path):

@@ -107,7 +107,7 @@ def test_comparing_shapes_at_too_few_rates_gives_a_warning():
 
     def warning(arms, **options):
         sweep = make_sweep(arms, **options)
-        return matching.find_missing_rates(sweep, definition.resolve_arms(sweep))
+        return matching.find_missing_rates(sweep.compares_shapes, definition.resolve_arms(sweep))
 
     assert "2 of 2 shapes are trained at fewer than 3" in warning(product(shapes, RATES[:2]))
     mixed = chain(product(shapes[:1], RATES), shapes[1:])
@@ -176,7 +176,7 @@ def test_runs_share_programs_if_only_numbers_seeds_and_data_names_differ():
 
 def test_dry_run_describes_every_arm(tmp_path, capsys):
     path = pathlib.Path(__file__).parents[2] / "configs" / "sweeps" / "micro_rates.py"
-    arms = planning.load_arms(str(path))
+    arms = planning.load_sweep(str(path)).arms
     assert not capsys.readouterr().err  # no warning: there are four rates
     text = dry_run.describe_sweep(arms, None, flops_per_second=1e10)
     rows = {line[:20].strip(): line[20:].split() for line in text.splitlines()}

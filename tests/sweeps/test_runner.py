@@ -33,7 +33,7 @@ ARMS = """chain(
 def plan(tmp_path, corpus, arms, workdir="sweep"):
     """Returns (directory, planned runs) of a sweep with some arms."""
     directory = SweepDirectory(tmp_path / workdir)
-    loaded = planning.load_arms(sweeps.write_sweep(tmp_path, corpus, arms))
+    loaded = planning.load_sweep(sweeps.write_sweep(tmp_path, corpus, arms))
     return directory, planning.plan_runs(directory, "small", loaded)
 
 

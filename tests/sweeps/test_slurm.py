@@ -51,7 +51,7 @@ def plan(tmp_path, corpus, arms=TWO_SEEDS):
     """Returns (sweep file, directory, arms, planned runs)."""
     file = sweeps.write_sweep(tmp_path, corpus, arms)
     directory = SweepDirectory(tmp_path / "sweep")
-    loaded = planning.load_arms(file)
+    loaded = planning.load_sweep(file)
     return file, directory, loaded, planning.plan_runs(directory, "small", loaded)
 
 
@@ -77,7 +77,7 @@ def test_jobs_share_the_runs_and_resume_after_sigterm(corpus, tmp_path, job_envi
     arms = "product(axis('moe.top_k', (1, 2)), seeds(0, 1))"
     file = sweeps.write_sweep(tmp_path, corpus, arms, steps=300, log_every=20, checkpoint_every=100)
     directory = SweepDirectory(tmp_path / "sweep")
-    planning.plan_runs(directory, "small", planning.load_arms(file))
+    planning.plan_runs(directory, "small", planning.load_sweep(file))
     (job,) = slurm.submit(directory, file, 1, {}, cluster="local")
     while sweeps.count_logged_steps(directory.root) < 17 and not job.done():
         time.sleep(0.05)
@@ -102,7 +102,7 @@ def slurm_processes(job):
 def test_stopped_job_is_put_back_into_the_queue(tmp_path, monkeypatch, commands):
     record = tmp_path / "requeued"
     write_command(commands, "scontrol", f"echo $* >> {record}")
-    monkeypatch.setattr(planning, "load_arms", lambda path: [])
+    monkeypatch.setattr(planning, "load_sweep", lambda path: [])
     codes = [ExitCode.FINISHED, ExitCode.FAILED, ExitCode.STOPPED, ExitCode.STOPPED]
     monkeypatch.setattr(runner, "run_sweep", lambda *_, share: codes.pop(0))
     job = functools.partial(slurm.run_job, "small.py", str(tmp_path), Share(0, 1))
