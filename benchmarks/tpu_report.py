@@ -76,7 +76,7 @@ def _count_bytes(
     all_weights = BFLOAT16_BYTES * int(width_E.sum()) * dim
     parts = dim // tiles.outer
     # A: x forward, x and dy backward, for every task. Its weights are read once if a tile covers
-    # the whole model axis, and otherwise for every task.
+    # the entire model axis, and otherwise for every task.
     weights_read = all_weights if dim == tiles.inner else tasks * weight_tile
     kernel_a = tasks * (3 * row_tile + 4 * hidden_tile) + 5 * weights_read
     # B: hidden activations once for every part of the model axis, weights for every task, and one

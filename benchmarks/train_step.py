@@ -224,7 +224,7 @@ def measure(jobs: Mapping[str, Config], repeats: int, with_peers: bool) -> list[
         name: timing.time_interleaved(timing.compile_all(list_parts(step)), repeats, calls=4)
         for name, step in own_steps.items()
     }
-    # After the parts: a whole step donates the arrays that they read.
+    # After the parts: an entire step donates the arrays that they read.
     steps: dict[tuple[str, str], Step] = {(name, OURS): step for name, step in own_steps.items()}
     for name, config in jobs.items():
         if with_peers and len(set(config.widths)) == 1:

@@ -15,7 +15,7 @@ from modse_jax.errors import UserError
 
 
 class Migration(NamedTuple):
-    """What changed from one format to the next.
+    """The changes from one format of the config to the next.
 
     Attributes:
         moved_options: {old "section.option": new "section.option"}.
@@ -26,7 +26,7 @@ class Migration(NamedTuple):
     renamed_values: dict[tuple[str, str], str]
 
 
-# Entry n - 1 turns format n into format n + 1.
+# Entry n - 1 converts format n into format n + 1.
 MIGRATIONS = (
     Migration(
         moved_options={

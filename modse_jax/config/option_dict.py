@@ -17,15 +17,15 @@ class OptionDict(ml_collections.ConfigDict):
     """A ConfigDict of options, or one of its sections.
 
     Attributes:
-        _moved: {old name in this section: (the whole config, old path, new path)}.
-        _is_whole: this is a whole config, whose sections accept old names.
+        _moved: {old name in this section: (the entire config, old path, new path)}.
+        _is_whole: this is an entire config, whose sections accept old names.
     """
 
     _moved: Mapping[str, tuple["OptionDict", str, str]] = {}
     _is_whole = False
 
     def accept_old_names(self) -> None:
-        """Lets the sections of this whole config accept the old names of their options."""
+        """Lets the sections of this entire config accept the old names of their options."""
         by_section: dict[str, dict[str, tuple[OptionDict, str, str]]] = {}
         for old, new in moved_options().items():
             section, _, name = old.rpartition(".")

@@ -1,7 +1,7 @@
 """Every option of a run: its type, default, allowed values and one line of help.
 
 A config file starts from `loading.default_config()` and overrides a few values. `loading.from_dict`
-turns them into the frozen, checked `Config` that the rest of the code reads. The values 0 and ""
+converts them into the frozen, checked `Config` that the rest of the code reads. The values 0 and ""
 mean "off", because a command-line flag cannot be set to None.
 `python -m modse_jax.config.reference` prints the table of docs/options.md.
 """

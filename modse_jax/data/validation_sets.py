@@ -1,4 +1,4 @@
-"""Validation sets of a run (`data.validation_sources`), each of which has a loss of its own.
+"""Validation sets of a run (`data.validation_sources`), each of which has its own loss.
 
 The validation split of a prepared directory is a set. A set that is text is prepared into
 `WORKDIR/validation/NAME` when the run starts: as the training data is (of a mixture, its first

@@ -47,7 +47,7 @@ class Capacity(NamedTuple):
 def expert_capacity(num_tokens: int, pool: Pool, factor: float) -> int:
     """Returns the largest number of tokens of an expert of a pool: ceil(factor * T * k / E).
 
-    It is computed with whole numbers, so that no rounding can move it. Source: Switch Transformer,
+    It is computed with integers, so that no rounding can move it. Source: Switch Transformer,
     Eq. 3.
 
     Args:

@@ -35,12 +35,12 @@ def widths_from_ratio_pairs(pairs: Sequence[tuple[float, float]], dim: int) -> t
 
 
 def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
-    """Checks that all widths are whole numbers, and returns them as a tuple of int.
+    """Checks that all widths are integers, and returns them as a tuple of int.
 
     Width 0 is that of a zero expert or a copy expert.
 
     Raises:
-        ValueError: a width is no whole number or negative, or all are 0. The message names the
+        ValueError: a width is not an integer or negative, or all are 0. The message names the
             expert.
     """
     for expert, width in enumerate(widths):

@@ -55,7 +55,7 @@ class MoELayer(nnx.Module):
         widths: number of hidden units of every expert; 0 for a zero or copy expert.
         router: how tokens are routed; None for the default options.
         experts: how the experts are computed; None for the default options.
-        num_layers: layers of the whole model. The output of the experts is initialized
+        num_layers: layers of the entire model. The output of the experts is initialized
             1 / sqrt(2 * num_layers) as large, as residual branches often are.
         init_std: standard deviation of every initial matrix; 0 for the rule of each matrix.
         mesh: the devices, with the axes `data`, `fsdp` and `expert` (see runtime/sharding.py);

@@ -79,7 +79,7 @@ class RouterOptions:
         balance_loss_count: the choices that the load-balancing loss counts; see
             balancing.balance_loss.
         balance_loss_scope: the tokens that the load-balancing loss and the width penalty are
-            computed over: the whole batch; those of each device; or those of each sequence, that
+            computed over: the entire batch; those of each device; or those of each sequence, that
             is of each row of the batch. The losses of devices or sequences are averaged, weighted
             by their numbers of tokens.
         balance_loss_over_choices: "mean" divides the load-balancing loss of a pool by the number

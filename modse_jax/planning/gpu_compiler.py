@@ -441,7 +441,7 @@ def read_launches(folder: str | pathlib.Path, iterations: float = 1.0) -> Launch
     """Counts what one run of a compiled program launches, from files that XLA has written.
 
     A loop with a known trip count is counted with it. Other trip counts depend on data: the host
-    reads the condition before every iteration, unless the whole loop is in a CUDA graph.
+    reads the condition before every iteration, unless the entire loop is in a CUDA graph.
 
     Args:
         folder: the `dump_to` folder of `compile_options`.

@@ -1,7 +1,7 @@
 """Counts the bytes that a compiled program sends between devices, from its HLO text.
 
 A collective in a loop counts as often as the loop runs. Bytes are those that one device sends if
-the collective runs as a ring of n devices: (n - 1) / n of the whole array for an all-gather or a
+the collective runs as a ring of n devices: (n - 1) / n of the entire array for an all-gather or a
 reduce-scatter, twice that for an all-reduce, and (n - 1) / n of a device's operand for an
 all-to-all. A ragged all-to-all is counted as if every device received equally many rows.
 """

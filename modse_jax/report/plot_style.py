@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 matplotlib.use("Agg")  # figures are only saved, so no display is needed
 
-# Colors that can be told apart with color blindness (Okabe and Ito).
+# Colors that can be distinguished with color blindness (Okabe and Ito).
 COLOR_TEXT = "#222222"
 COLOR_TRAIN = "#0072B2"
 COLOR_VALIDATION = "#D55E00"

@@ -130,7 +130,7 @@ def build_mixture(size: str | Size, num_experts: int, granularity: Fraction) -> 
     """Returns an arm of the grid: n experts of granularity g, of which k = 1 / g are active.
 
     Raises:
-        UserError: 1 / g, or a width, is not a whole number, or there are fewer than k experts.
+        UserError: 1 / g, or a width, is not an integer, or there are fewer than k experts.
     """
     size = _as_size(size)
     return _build(size, mixture_options(size, num_experts, granularity))
@@ -174,7 +174,7 @@ def build_pools(
     """Returns an arm with one or more pools, each with its own router, and any shared expert.
 
     Raises:
-        UserError: the active widths do not sum to the dense width, or a width is no whole number.
+        UserError: the active widths do not sum to the dense width, or a width is not an integer.
     """
     size = _as_size(size)
     return _build(size, pools_options(size, pools, shared_granularity, placement))
@@ -226,7 +226,7 @@ def shared_options(
         placement: "in_layer" or "parallel", which the study's code uses; "none" without one.
 
     Raises:
-        UserError: the number of active experts, or a width, is not a whole number.
+        UserError: the number of active experts, or a width, is not an integer.
     """
     active = _whole("k = (1 - g_shared) / g", (1 - shared_granularity) / granularity)
     pool = PoolOfArm(num_experts, granularity, active)
@@ -242,7 +242,7 @@ def pools_options(
     """Returns the options of the layer of `build_pools`.
 
     Raises:
-        UserError: a width is not a whole number.
+        UserError: a width is not an integer.
     """
     options: dict[str, Any] = {
         "moe.shared_width": _width(size, shared_granularity),
@@ -339,7 +339,7 @@ def _width(size: Size, granularity: Fraction) -> int:
 
 
 def _whole(name: str, value: Fraction) -> int:
-    """Returns a fraction that is a whole number as an int."""
+    """Returns a fraction that is an integer as an int."""
     value = Fraction(value)
     if value.denominator != 1 or value < 1:
         raise UserError(

@@ -192,7 +192,7 @@ def from_study(
         dense_over_dim: the width of the dense layer divided by the width of the model.
 
     Raises:
-        ValueError: n or k is not a whole number.
+        ValueError: n or k is not an integer.
     """
     # A float such as 0.125 is exactly a fraction too.
     granularity, shared = Fraction(granularity), Fraction(shared)
@@ -210,7 +210,7 @@ def from_krajewski(
     The joint law has no granularity: its E is that of G = 1.
 
     Raises:
-        ValueError: G or G * E is not a whole number.
+        ValueError: G or G * E is not an integer.
     """
     granularity = Fraction(granularity)
     active = _whole("k = G", granularity)
@@ -238,7 +238,7 @@ def from_ling(
         dense_over_dim: width of the dense FFN over model width.
 
     Raises:
-        ValueError: E_a is not a whole number.
+        ValueError: E_a is not an integer.
     """
     width = 2 / (Fraction(granularity) * Fraction(dense_over_dim))
     all_active = Fraction(activation_ratio) * (experts + shared_experts)
@@ -248,7 +248,7 @@ def from_ling(
 
 
 def _whole(name: str, value: Fraction) -> int:
-    """Returns a fraction that is a positive whole number as an int."""
+    """Returns a fraction that is a positive integer as an int."""
     if value.denominator != 1 or value < 1:
         raise ValueError(f"{name} = {value} must be a whole number of at least 1")
     return int(value)

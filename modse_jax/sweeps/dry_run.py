@@ -102,7 +102,7 @@ def _measured_speed(directory: SweepDirectory) -> float:
 
 
 def count_flops(config: Config) -> int:
-    """Returns the nominal FLOPs of the whole training."""
+    """Returns the nominal FLOPs of the entire training."""
     return matching.count_flops_per_token(config) * matching.count_tokens(config)
 
 

@@ -1,4 +1,4 @@
-"""What a runner and its worker write to each other: orders, and replies to them, one per line."""
+"""The messages between a runner and its worker: orders, and replies to them, one per line."""
 
 import json
 from typing import NamedTuple

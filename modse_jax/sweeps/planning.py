@@ -1,4 +1,4 @@
-"""Turns a sweep file into runs: checks it, prepares the data, and names every run.
+"""Converts a sweep file into runs: checks it, prepares the data, and names every run.
 
 All checks of the sweep file come before anything is written.
 """

@@ -1,4 +1,4 @@
-"""Turns the results of a step into the rows of the logs, and into the line that is printed.
+"""Converts the results of a step into the rows of the logs, and into the line that is printed.
 
 Legend: E experts, K top-k.
 """

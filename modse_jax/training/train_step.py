@@ -136,7 +136,7 @@ class LossFunction(Protocol):
     def __call__(
         self, params: Params, router_bias: RouterBias, batch: Batch, totals: BatchTotals
     ) -> tuple[jax.Array, LossTerms]:
-        """`totals` are those of the whole batch. Only `params` is differentiated."""
+        """`totals` are those of the entire batch. Only `params` is differentiated."""
         ...
 
 

@@ -213,7 +213,7 @@ def read_split_documents(
     Args:
         data: the options of the preparation.
         threshold: documents with a holdout score below it belong to the validation split, unless
-            the whole part belongs to one split.
+            the entire part belongs to one split.
         dropped: numbers of the valid documents of the part that are not used.
         part: the part to read.
     """

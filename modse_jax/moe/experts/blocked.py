@@ -412,7 +412,7 @@ def _recompute_missing(
     """Recomputes the gate and up activations of a block unless the forward pass saved them.
 
     They are written to the scratch space at the end of the buffer, which is returned. This is a
-    loop of at most one iteration, because `lax.cond` would copy the whole buffer. The first row
+    loop of at most one iteration, because `lax.cond` would copy the entire buffer. The first row
     depends on the loop index; otherwise XLA would hoist the matmuls out of the loop and always run
     them.
     """
