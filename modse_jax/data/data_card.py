@@ -83,7 +83,7 @@ def card_fingerprint(card: dict[str, Any]) -> str:
 
 
 def summarize_card(card: dict[str, Any]) -> str:
-    """Returns the main figures of a card as text."""
+    """Returns the main numbers of a data card as text: documents, tokens, records and padding."""
     lines = [
         f"source {card['source']}, tokenizer {card['tokenizer']} ({card['vocab_size']} ids), "
         f"records of {card['sequence_length']} tokens, {card['packing']}; "

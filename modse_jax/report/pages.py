@@ -65,13 +65,13 @@ def _newest_layers(layers: list[dict]) -> list[dict]:
 def _plot_routing(
     layers: list[dict], newest: list[dict], widths: tuple[int, ...], pools: tuple[Pool, ...]
 ) -> dict[str, CaptionedFigure]:
-    """Returns the figures of the experts' load.
+    """Returns the pictures of how many tokens the experts receive.
 
     Args:
         layers: All lines of routing.jsonl.
-        newest: From `_newest_layers`.
+        newest: The last lines of it, one for each layer.
         widths: Hidden widths of the experts.
-        pools: The pools of experts.
+        pools: The groups of experts that have a router of their own.
     """
     when = f"{newest[0]['split']}, step {newest[0]['step']}"
     return {

@@ -118,7 +118,7 @@ class LayerShape:
 
     @property
     def ling_granularity(self) -> Fraction:
-        """Returns G = 2 * model width / expert width."""
+        """Returns the granularity of Ling: 2 * model width / mean width of an expert."""
         return 2 / (self.granularity * self.dense_over_dim)
 
     @property

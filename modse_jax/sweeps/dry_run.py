@@ -90,7 +90,10 @@ def find_speed(directory: SweepDirectory | None, flops_per_second: float) -> Spe
 
 
 def _measured_speed(directory: SweepDirectory) -> float:
-    """Returns the speed of all finished runs of a workdir; 0 without any."""
+    """Returns the nominal FLOPs per second of training, over all finished runs of a workdir.
+
+    It is 0 if no run has finished.
+    """
     flops = 0.0
     seconds = 0.0
     for result in results.find_other_results(directory, set()):
@@ -102,7 +105,7 @@ def _measured_speed(directory: SweepDirectory) -> float:
 
 
 def count_flops(config: Config) -> int:
-    """Returns the nominal FLOPs of the entire training."""
+    """Returns the nominal FLOPs of all training steps of a config."""
     return matching.count_flops_per_token(config) * matching.count_tokens(config)
 
 

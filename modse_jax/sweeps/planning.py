@@ -30,8 +30,9 @@ class PlannedRun(NamedTuple):
 
     Attributes:
         name: the name of its arm.
-        identity: its identity, which has the config of the sweep file.
-        config: the config to train with, which names the prepared data.
+        identity: decides if a stored result is that of this run: a hash of the config as the
+            sweep file gives it, of the data and of the code.
+        config: the same config, but with the path of the prepared data as its source.
     """
 
     name: str

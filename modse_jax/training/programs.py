@@ -61,7 +61,7 @@ class SharedPrograms(Programs):
         self._programs: dict[str, Any] = {}
 
     def train_step(self, config: Config, mesh: Mesh) -> CompiledStep:
-        """Returns the training step, compiled now or for an earlier run."""
+        """Returns the compiled training step, which is reused if an earlier run had the same."""
         seconds = 0.0
         inputs = hyperparameters.to_arrays(hyperparameters.from_config(config))
 

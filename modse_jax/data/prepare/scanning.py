@@ -120,9 +120,9 @@ def scan_documents(
 def _choose_threshold(data: DataConfig, parts: list[Part], scans: list[PartScan]) -> float:
     """Returns the threshold of the validation split.
 
-    A document belongs to it if its holdout score, a hash of its name in [0, 1), is below the
-    threshold. Only parts of the source that are divided between the two splits determine it. If
-    every part lies in one split as a whole, the threshold is 0.
+    A document of a part of the source that is divided between the splits belongs to the validation
+    split if its holdout score, a hash of its name in [0, 1), is below the threshold. Parts that lie
+    in one split as a whole do not use it. It is 0 if all parts do.
     """
     split_by_name = [
         scan for scan, part in zip(scans, parts) if part.is_validation is None and scan.documents

@@ -49,7 +49,11 @@ Weights = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def chunk_rows(num_rows: int, placement: expert_placement.Placement, tile_rows: int) -> int:
-    """Returns the number of rows of a chunk, a multiple of tile_rows, but at most num_rows."""
+    """Returns how many routed tokens (rows) are processed as one chunk of a sharded buffer.
+
+    It is ROOM times an even share of the shard, rounded up to a multiple of the row tile size
+    `tile_rows`, but not more than all rows, num_rows.
+    """
     even_share = num_rows * placement.slots / placement.num_experts
     rows = max(1, -int(-ROOM * even_share // tile_rows)) * tile_rows
     return min(rows, num_rows)

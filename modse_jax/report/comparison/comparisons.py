@@ -164,7 +164,7 @@ class Pair(NamedTuple):
 
     @property
     def is_reversed(self) -> bool:
-        """True if the sign is not the same, and both differences are above noise."""
+        """True if two differences have opposite signs, and both are above noise."""
         found = self.differences.values()
         is_definite = all(d is not None and d.verdict in statistics.DEFINITE for d in found)
         return self.is_swapped and is_definite

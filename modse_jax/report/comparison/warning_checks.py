@@ -55,7 +55,7 @@ def _check_planned_rates(sweep: SweepRuns) -> str:
 
 
 def _check_finished_rates(sweep: SweepRuns, shapes: Sequence[Shape]) -> str:
-    """Warns of shapes that have enough rates, whose runs have not ended."""
+    """Warns of each shape with enough learning rates for a verdict, of which some runs are unfinished."""
     if not _compares_shapes(sweep) or len(shapes) == 1:
         return ""
     few = [
