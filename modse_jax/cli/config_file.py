@@ -48,8 +48,8 @@ class _Parser(config_flags.config_flags.ConfigFileFlagParser):
                 f"{error.lineno}); {HINT}"
             ) from None
         except Exception as error:  # a config file is the user's code and may raise anything
-            # ml_collections raises some errors again with a traceback in their message, so the original
-            # error is reported.
+            # ml_collections raises some errors again with a traceback in their message.
+            # The original error is reported.
             cause = error.__context__ or error
             if "get_config() takes 0 positional arguments" in str(cause):
                 raise UserError(

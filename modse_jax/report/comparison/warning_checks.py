@@ -55,7 +55,7 @@ def _check_planned_rates(sweep: SweepRuns) -> str:
 
 
 def _check_finished_rates(sweep: SweepRuns, shapes: Sequence[Shape]) -> str:
-    """Warns of each shape with enough learning rates for a verdict, of which some runs are unfinished."""
+    """Warns of shapes with enough learning rates for a verdict but with unfinished runs."""
     if not _compares_shapes(sweep) or len(shapes) == 1:
         return ""
     few = [
