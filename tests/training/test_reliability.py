@@ -351,7 +351,7 @@ def test_a_resumed_run_keeps_the_seeds_of_its_mixture(entry):
     checkpoints = types.SimpleNamespace(
         newest=lambda check: found, restore=lambda step, shapes: ("the state", "")
     )
-    restored = restore.restore_state(checkpoints, None, {}, ())
+    restored = restore.restore_state(checkpoints, None, {}, tiny_config())
     assert restored.state == "the state"
     assert restored.has_independent_seeds == entry.get("independent_seeds", False)
 
