@@ -237,7 +237,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_dataset(
     rng = random.Random(0)
     num_killed = 0
     num_resumed = 0
-    for _ in range(num_kills):
+    for _ in range(3 * num_kills):  # a busy machine may finish no part between two kills
         process = start_preparing(source, killed)
         before = count_finished_parts(partial)
         wait_for_progress(process, partial, before)
@@ -246,7 +246,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_dataset(
         process.kill()
         process.wait()
         num_resumed += before > 1
-        if killed.exists():
+        if killed.exists() or (num_killed >= num_kills and num_resumed >= min_resumed):
             break
     assert killed.exists() or start_preparing(source, killed).wait() == 0
     assert num_killed >= min_resumed
