@@ -366,7 +366,9 @@ class OptimizerConfig:
         2e-7, "learning rate of step 0 of the schedule, where the warm-up starts", minimum=0
     )
     final_learning_rate: float = option(
-        3e-5, "floor of the cosine schedule, which it reaches after the last step", minimum=0
+        3e-5,
+        "floor of the cosine schedule, which it reaches at step training.steps of the schedule",
+        minimum=0,
     )
     warmup_steps: int = option(100, "steps of linear warm-up", minimum=0)
     first_step: int = option(

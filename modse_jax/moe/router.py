@@ -228,6 +228,27 @@ def route(
         )
         for pool in pools
     ]
+    return _reduce_losses(gates_TK, ids_TK, sums, valid_T, pools, options, widths, reduce)
+
+
+def _reduce_losses(
+    gates_TK: jax.Array,
+    ids_TK: jax.Array,
+    sums: Sequence[PoolSums],
+    valid_T: jax.Array,
+    pools: Sequence[PoolRange],
+    options: RouterOptions,
+    widths: Sequence[int],
+    reduce: Callable,
+) -> Routing:
+    """Returns the routing with the losses and statistics of all devices.
+
+    Args:
+        gates_TK, ids_TK: the gates and the experts of every token of this device.
+        sums: the sums over the tokens of this device, for every pool.
+        valid_T, options, widths, reduce: see `route`.
+        pools: the experts and the choices of every pool.
+    """
     local = _make_statistics(sums, pools, valid_T)
     local_p = [jnp.sum(pool.loads_G.probability_sum_E, axis=0) for pool in sums]
     local_z = _add([pool.z for pool in sums])

@@ -24,7 +24,7 @@ FORMAT = 2
 
 
 class Claims(NamedTuple):
-    """What a sweep file states about its arms; see the attributes of `definition.Sweep`."""
+    """The claims of a sweep file about its arms; see the attributes of `definition.Sweep`."""
 
     fixed: Mapping[str, float] = {}
     fixed_within: Sequence[str] = ()
@@ -53,7 +53,7 @@ class DescribedArm(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What the workdir of a sweep holds.
+    """The contents of sweep.json.
 
     Attributes:
         sweep: the name of the sweep.

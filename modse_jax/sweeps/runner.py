@@ -35,7 +35,7 @@ WAIT_SECONDS = 1.0  # between two looks at the runs of other processes
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Which of several jobs a runner is. Jobs begin with different runs, so with other shapes.
+    """The place of a runner among several jobs, which begin with different runs.
 
     Attributes:
         index: the index of the job.

@@ -25,7 +25,7 @@ DENSE_WIDTH = 48
 
 
 class Outcome(NamedTuple):
-    """What happened to a run.
+    """The end of a run.
 
     Attributes:
         loss: its last validation loss; None if it has no logs.

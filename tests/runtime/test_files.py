@@ -1,6 +1,7 @@
 """Atomic writes, and the hash of the package's source."""
 
 import hashlib
+import json
 import os
 
 import pytest
@@ -17,6 +18,16 @@ def test_atomic_write_replaces_the_file(content, tmp_path):
     expected = content.encode() if isinstance(content, str) else content
     assert path.read_bytes() == expected
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_that_json_does_not_have_become_null():
+    value = {"loss": float("nan"), "bounds": (1.5, -float("inf")), "nested": [{"a": float("inf")}]}
+    assert json.loads(files.format_json(value)) == {
+        "loss": None,
+        "bounds": [1.5, None],
+        "nested": [{"a": None}],
+    }
+    assert "NaN" not in files.format_json(value, indent=1)
 
 
 def test_failed_atomic_write_keeps_the_old_file(tmp_path, monkeypatch):

@@ -61,7 +61,6 @@ def prepare_data(
             and is not empty. No files are left behind.
     """
     out = pathlib.Path(out).expanduser().absolute()
-    files.check_is_text(out, "--out")
     _check_output(out)
     partial = out.with_name(out.name + ".partial")
     lock_path = out.with_name(out.name + ".preparing")
@@ -96,6 +95,7 @@ def prepare_data(
 
 def _check_output(out: pathlib.Path) -> None:
     """Raises UserError if the directory cannot be made or is not empty."""
+    files.check_is_text(out, "--out")
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{out} cannot be made: {existing} is not a writable directory")

@@ -304,6 +304,5 @@ def format_metric(score: dict) -> str:
 
 def _format_number(value: float | None) -> str:
     """Returns a score as text. None stands for NaN, which JSON does not have."""
-    if value is None:
-        return "nan"
-    return f"{value:.4f}" if abs(value) < 100 else f"{value:.3g}"
+    is_large = value is not None and abs(value) >= 100
+    return text_table.format_number(value, ".3g" if is_large else ".4f")

@@ -105,7 +105,7 @@ class Tiles(NamedTuple):
     blocks: int = 132
 
 
-class HiddenOutTasks(NamedTuple):
+class ToHiddenTasks(NamedTuple):
     """The tasks of the to-hidden kernel (A): one visit and one tile of hidden units each.
 
     A visit is an expert and a row tile in which it has rows. Entries from `num_tasks` on are filler
@@ -120,7 +120,7 @@ class HiddenOutTasks(NamedTuple):
     flat_tile_T: jax.Array  # the same tile on the flat hidden axis
 
 
-class HiddenInTasks(NamedTuple):
+class FromHiddenTasks(NamedTuple):
     """The tasks of the from-hidden kernel (B): the visits, those of the widest expert first.
 
     A visit is an expert and a row tile in which it has rows. Entries from `num_visits` on are
@@ -150,8 +150,8 @@ class WeightTasks(NamedTuple):
 class Lists(NamedTuple):
     """The task lists of the three kernels for one routing of tokens to experts."""
 
-    hidden_out: HiddenOutTasks
-    hidden_in: HiddenInTasks
+    to_hidden: ToHiddenTasks
+    from_hidden: FromHiddenTasks
     weights: WeightTasks
     num_rows: jax.Array  # int32 []: routed tokens of all experts, without padding rows
 
@@ -250,19 +250,19 @@ def forward(
     w_gate, w_up, w_down = weights
     x = _pad_rows(x_ND, tiles)
     lists = build_lists(rows_E, shard, x.shape[0], placement, tiles)
-    hidden_NM, *saved = run_hidden_out(
+    hidden_NM, *saved = run_to_hidden(
         x,
         (w_gate, w_up),
         transposed=False,
         epilogue=_swiglu_and_inputs if save else _swiglu,
         num_outputs=3 if save else 1,
         saved=(),
-        tasks=lists.hidden_out,
+        tasks=lists.to_hidden,
         widest=_widest(placement),
         tiles=tiles,
         interpret=interpret,
     )
-    y = run_hidden_in([(hidden_NM, w_down)], False, lists.hidden_in, tiles, interpret)
+    y = run_from_hidden([(hidden_NM, w_down)], False, lists.from_hidden, tiles, interpret)
     y_ND = _clear_padding(y, x_ND.shape[0], lists)
     return y_ND, Saved(*saved, lists) if save else None
 
@@ -283,20 +283,20 @@ def backward(
     x = _pad_rows(x_ND, tiles)
     dy = _pad_rows(dy_ND, tiles)
     lists = saved.lists
-    hidden_NM, dgate_NM, dup_NM = run_hidden_out(
+    hidden_NM, dgate_NM, dup_NM = run_to_hidden(
         dy,
         (w_down,),
         transposed=True,
         epilogue=_swiglu_backward,
         num_outputs=3,
         saved=(saved.gate_NM, saved.up_NM),
-        tasks=lists.hidden_out,
+        tasks=lists.to_hidden,
         widest=_widest(placement),
         tiles=tiles,
         interpret=interpret,
     )
-    dx = run_hidden_in(
-        [(dgate_NM, w_gate), (dup_NM, w_up)], True, lists.hidden_in, tiles, interpret
+    dx = run_from_hidden(
+        [(dgate_NM, w_gate), (dup_NM, w_up)], True, lists.from_hidden, tiles, interpret
     )
     run_weights_kernel = functools.partial(
         run_weights,
@@ -369,8 +369,8 @@ def build_lists(
     end_E = jnp.cumsum(rows_E).astype(jnp.int32)
     start_E = end_E - rows_E
     return Lists(
-        _list_hidden_out_tasks(rows_E, start_E, end_E, columns, tiles, num_rows),
-        _list_hidden_in_tasks(rows_E, start_E, end_E, columns, tiles, num_rows),
+        _list_to_hidden_tasks(rows_E, start_E, end_E, columns, tiles, num_rows),
+        _list_from_hidden_tasks(rows_E, start_E, end_E, columns, tiles, num_rows),
         _list_weight_tasks(rows_E, start_E, end_E, columns, tiles),
         end_E[-1],
     )
@@ -395,32 +395,32 @@ def _find_own_rows(
     return start_X, end_X
 
 
-def _list_hidden_out_tasks(
+def _list_to_hidden_tasks(
     rows_E: jax.Array,
     start_E: jax.Array,
     end_E: jax.Array,
     columns: tile_lists.ColumnTiles,
     tiles: Tiles,
     num_rows: int,
-) -> HiddenOutTasks:
-    tasks = tile_lists.list_grouped_hidden_out_tasks(
+) -> ToHiddenTasks:
+    tasks = tile_lists.list_grouped_to_hidden_tasks(
         rows_E, columns, tiles, num_rows // tiles.rows, VISITS_PER_GROUP
     )
     num_tasks = tasks.num_tasks[None]
     start_T, end_T = _find_own_rows(start_E, end_E, tasks.expert_T, tasks.row_tile_T, tiles)
-    return HiddenOutTasks(
+    return ToHiddenTasks(
         num_tasks, start_T, end_T, tasks.row_tile_T, tasks.column_tile_T, tasks.flat_tile_T
     )
 
 
-def _list_hidden_in_tasks(
+def _list_from_hidden_tasks(
     rows_E: jax.Array,
     start_E: jax.Array,
     end_E: jax.Array,
     columns: tile_lists.ColumnTiles,
     tiles: Tiles,
     num_rows: int,
-) -> HiddenInTasks:
+) -> FromHiddenTasks:
     """Lists the visits (an expert and a row tile each), those of the widest expert first.
 
     A task takes longer for a wider expert. The longest tasks start first, so that no multiprocessor
@@ -435,7 +435,7 @@ def _list_hidden_in_tasks(
     num_visits = jnp.sum(visits.is_visit_V, dtype=jnp.int32)[None]
     start_V, end_V = _find_own_rows(start_E, end_E, expert_V, row_tile_V, tiles)
     first_flat_tile_V = columns.first_flat_tile_E[expert_V]
-    return HiddenInTasks(num_visits, start_V, end_V, row_tile_V, steps_V, first_flat_tile_V)
+    return FromHiddenTasks(num_visits, start_V, end_V, row_tile_V, steps_V, first_flat_tile_V)
 
 
 def _list_weight_tasks(
@@ -458,14 +458,14 @@ def _list_weight_tasks(
 # ---- kernel A: to-hidden ----
 
 
-def run_hidden_out(
+def run_to_hidden(
     rows_ND: jax.Array,
     weights: Sequence[jax.Array],
     transposed: bool,
     epilogue: Callable[..., tuple[jax.Array, ...]],
     num_outputs: int,
     saved: Sequence[jax.Array],
-    tasks: HiddenOutTasks,
+    tasks: ToHiddenTasks,
     widest: int,
     tiles: Tiles,
     interpret: Any,
@@ -493,9 +493,9 @@ def run_hidden_out(
     first_saved = len(weights)
     first_output = first_saved + len(saved)
 
-    def hidden_out_kernel(*refs: Ref) -> None:
-        num_lists = len(HiddenOutTasks._fields)
-        lists = HiddenOutTasks(*refs[:num_lists])
+    def to_hidden_kernel(*refs: Ref) -> None:
+        num_lists = len(ToHiddenTasks._fields)
+        lists = ToHiddenTasks(*refs[:num_lists])
         x_gmem, *refs = refs[num_lists:]
         w_gmem = refs[:first_saved]
         saved_gmem = refs[first_saved:first_output]
@@ -507,7 +507,7 @@ def run_hidden_out(
             row_tile = lists.row_tile_T[task]
             column_tile = lists.column_tile_T[task]
             flat_tile = lists.flat_tile_T[task]
-            sums = _multiply_hidden_out(
+            sums = _multiply_to_hidden(
                 x_gmem, w_gmem, row_tile, flat_tile, transposed, tiles, interpret
             )
             first_row = row_tile * tiles.rows
@@ -523,11 +523,11 @@ def run_hidden_out(
             _load_tiles(saved_tiles_gmem, (tiles.rows, tiles.hidden), dtype, finish)
 
     widest_type = jax.ShapeDtypeStruct((rows_ND.shape[0], widest), dtype)
-    kernel = _make_kernel(hidden_out_kernel, [widest_type] * num_outputs, tiles, interpret)
+    kernel = _make_kernel(to_hidden_kernel, [widest_type] * num_outputs, tiles, interpret)
     return kernel(*tasks, rows_ND, *weights, *saved)
 
 
-def _multiply_hidden_out(
+def _multiply_to_hidden(
     x_gmem: Ref,
     w_gmem: Sequence[Ref],
     row_tile: jax.Array,
@@ -547,14 +547,14 @@ def _multiply_hidden_out(
     w_spec = plgpu.BlockSpec(weights_block, index_weights, delay_release=1)
 
     def multiply(*accumulators: Ref) -> tuple[jax.Array, ...]:
-        def hidden_out_step(_: Any, x_smem: Ref, *w_smem: Ref) -> None:
+        def to_hidden_step(_: Any, x_smem: Ref, *w_smem: Ref) -> None:
             for accumulator, tile in zip(accumulators, w_smem):
                 _multiply_add(accumulator, x_smem, tile, interpret, right_t=transposed)
             # Waits for the matmuls of the previous step, whose tiles delay_release=1 frees now.
             plgpu.wgmma_wait(len(accumulators))
 
         plgpu.emit_pipeline(
-            hidden_out_step,
+            to_hidden_step,
             grid=(dim // UNIT,),
             max_concurrent_steps=tiles.stages,
             in_specs=[x_spec] + [w_spec] * len(w_gmem),
@@ -568,10 +568,10 @@ def _multiply_hidden_out(
 # ---- kernel B: from-hidden ----
 
 
-def run_hidden_in(
+def run_from_hidden(
     pairs: Sequence[tuple[jax.Array, jax.Array]],
     transposed: bool,
-    tasks: HiddenInTasks,
+    tasks: FromHiddenTasks,
     tiles: Tiles,
     interpret: Any,
 ) -> jax.Array:
@@ -594,9 +594,9 @@ def run_hidden_in(
     dim = weights.shape[0 if transposed else 1]
     num_model_tiles = dim // MODEL
 
-    def hidden_in_kernel(*refs: Ref) -> None:
-        num_lists = len(HiddenInTasks._fields)
-        lists = HiddenInTasks(*refs[:num_lists])
+    def from_hidden_kernel(*refs: Ref) -> None:
+        num_lists = len(FromHiddenTasks._fields)
+        lists = FromHiddenTasks(*refs[:num_lists])
         *operands_gmem, out_gmem = refs[num_lists:]
 
         @plgpu.nd_loop((lists.num_visits[0] * num_model_tiles,), collective_axes="sm")
@@ -604,7 +604,7 @@ def run_hidden_in(
             visit = lax.div(loop.index[0], num_model_tiles)
             model_tile = lax.rem(loop.index[0], num_model_tiles)
             row_tile = lists.row_tile_V[visit]
-            value = _multiply_hidden_in(
+            value = _multiply_from_hidden(
                 operands_gmem, lists, visit, row_tile, model_tile, transposed, tiles, interpret
             )
             _store_rows(
@@ -618,13 +618,13 @@ def run_hidden_in(
 
     out_type = jax.ShapeDtypeStruct((num_padded_rows, dim), dtype)
     operands = [array for pair in pairs for array in pair]
-    kernel = _make_kernel(hidden_in_kernel, out_type, tiles, interpret)
+    kernel = _make_kernel(from_hidden_kernel, out_type, tiles, interpret)
     return kernel(*tasks, *operands)
 
 
-def _multiply_hidden_in(
+def _multiply_from_hidden(
     operands_gmem: Sequence[Ref],
-    lists: HiddenInTasks,
+    lists: FromHiddenTasks,
     visit: jax.Array,
     row_tile: jax.Array,
     model_tile: jax.Array,
@@ -648,13 +648,13 @@ def _multiply_hidden_in(
     w_spec = plgpu.BlockSpec(weights_block, index_weights, delay_release=1)
 
     def multiply(accumulator: Ref) -> jax.Array:
-        def hidden_in_step(_: Any, hidden_smem: Ref, w_smem: Ref) -> None:
+        def from_hidden_step(_: Any, hidden_smem: Ref, w_smem: Ref) -> None:
             _multiply_add(accumulator, hidden_smem, w_smem, interpret, right_t=transposed)
             plgpu.wgmma_wait(1)
 
         for hidden_gmem, w_gmem in zip(operands_gmem[::2], operands_gmem[1::2]):
             plgpu.emit_pipeline(
-                hidden_in_step,
+                from_hidden_step,
                 grid=(lists.steps_V[visit],),
                 max_concurrent_steps=tiles.stages,
                 in_specs=[hidden_spec, w_spec],

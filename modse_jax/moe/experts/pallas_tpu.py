@@ -141,7 +141,7 @@ class Job(NamedTuple):
         return max(1, -(-self.num_rows // self.tiles.rows))
 
 
-class HiddenOutMatmul(NamedTuple):
+class ToHiddenMatmul(NamedTuple):
     """One matmul of the to-hidden kernel (A): rows [N, D] x weights -> hidden units [N, M]."""
 
     rows_index: int  # index of the left operand in the kernel's list of arrays of rows
@@ -149,7 +149,7 @@ class HiddenOutMatmul(NamedTuple):
     transposed: bool
 
 
-class HiddenInMatmul(NamedTuple):
+class FromHiddenMatmul(NamedTuple):
     """One matmul of the from-hidden kernel (B): hidden activations x weights -> rows [N, D]."""
 
     hidden_NM: jax.Array
@@ -164,7 +164,7 @@ class CoreTasks(NamedTuple):
     end_P: jax.Array  # int32: index after its last task
 
 
-class HiddenOutScalars(NamedTuple):
+class ToHiddenScalars(NamedTuple):
     """The arrays that the to-hidden kernel (A) reads from scalar memory."""
 
     bounds: Ref  # Job.bounds_B
@@ -307,9 +307,9 @@ def _forward(
     """Returns y_ND, and the arguments for `_backward`, which recomputes the activations."""
     job = make_job(x_ND, rows_E, shard, placement, tiles, interpret)
     x = _pad_rows(x_ND, job)
-    matmuls = [HiddenOutMatmul(0, w_gate, False), HiddenOutMatmul(0, w_up, False)]
-    (hidden_NM,) = run_hidden_out(job, [x], matmuls, _swiglu, num_outputs=1)
-    y_ND = run_hidden_in(job, [HiddenInMatmul(hidden_NM, w_down, False)])
+    matmuls = [ToHiddenMatmul(0, w_gate, False), ToHiddenMatmul(0, w_up, False)]
+    (hidden_NM,) = run_to_hidden(job, [x], matmuls, _swiglu, num_outputs=1)
+    y_ND = run_from_hidden(job, [FromHiddenMatmul(hidden_NM, w_down, False)])
     return _clear_padding(y_ND, job), (x_ND, rows_E, w_gate, w_up, w_down, shard)
 
 
@@ -326,15 +326,15 @@ def _backward(
     x = _pad_rows(x_ND, job)
     dy = _pad_rows(dy_ND, job)
     matmuls = [
-        HiddenOutMatmul(0, w_gate, False),
-        HiddenOutMatmul(0, w_up, False),
-        HiddenOutMatmul(1, w_down, True),
+        ToHiddenMatmul(0, w_gate, False),
+        ToHiddenMatmul(0, w_up, False),
+        ToHiddenMatmul(1, w_down, True),
     ]
-    hidden_NM, dgate_NM, dup_NM = run_hidden_out(
+    hidden_NM, dgate_NM, dup_NM = run_to_hidden(
         job, [x, dy], matmuls, swiglu.swiglu_backward, num_outputs=3
     )
-    dx_ND = run_hidden_in(
-        job, [HiddenInMatmul(dgate_NM, w_gate, True), HiddenInMatmul(dup_NM, w_up, True)]
+    dx_ND = run_from_hidden(
+        job, [FromHiddenMatmul(dgate_NM, w_gate, True), FromHiddenMatmul(dup_NM, w_up, True)]
     )
     dw_gate, dw_up = run_weights(job, x, [dgate_NM, dup_NM], hidden_first=False)
     (dw_down,) = run_weights(job, dy, [hidden_NM], hidden_first=True)
@@ -388,7 +388,7 @@ def list_column_tiles(job: Job) -> tile_lists.ColumnTiles:
     return tile_lists.list_column_tiles(job.placement, job.shard, padded_rows, job.tiles)
 
 
-def list_hidden_out_tasks(
+def list_to_hidden_tasks(
     rows_E: jax.Array, columns: tile_lists.ColumnTiles, tiles: Tiles, num_row_tiles: int
 ) -> tile_lists.TaskList:
     """Returns the tasks of the to-hidden kernel (A).
@@ -477,10 +477,10 @@ def split_tasks(tasks: tile_lists.TaskList, cores: int) -> CoreTasks:
 # ---- kernel A: to-hidden ----
 
 
-def run_hidden_out(
+def run_to_hidden(
     job: Job,
     row_arrays: Sequence[jax.Array],
-    matmuls: Sequence[HiddenOutMatmul],
+    matmuls: Sequence[ToHiddenMatmul],
     epilogue: Callable[..., tuple[jax.Array, ...]],
     num_outputs: int,
 ) -> Sequence[jax.Array]:
@@ -502,24 +502,24 @@ def run_hidden_out(
     dtype = row_arrays[0].dtype
     num_steps = dim // tiles.inner
     columns = list_column_tiles(job)
-    tasks = list_hidden_out_tasks(job.rows_E, columns, tiles, job.num_row_tiles)
+    tasks = list_to_hidden_tasks(job.rows_E, columns, tiles, job.num_row_tiles)
     core_tasks = split_tasks(tasks, tiles.cores)
 
-    rows_spec = pl.BlockSpec((tiles.rows, tiles.inner), _index_hidden_out_rows)
-    weights_specs = [_hidden_out_weights_spec(matmul.transposed, tiles) for matmul in matmuls]
+    rows_spec = pl.BlockSpec((tiles.rows, tiles.inner), _index_to_hidden_rows)
+    weights_specs = [_to_hidden_weights_spec(matmul.transposed, tiles) for matmul in matmuls]
     widest = max(map(max, job.placement.widths))
     out_shape = jax.ShapeDtypeStruct((num_padded_rows, widest), dtype)
     out_block = (tiles.rows, tiles.hidden)
     max_tasks_of_core = jnp.max(core_tasks.end_P - core_tasks.first_P)
     kernel = functools.partial(
-        _hidden_out_kernel,
+        _to_hidden_kernel,
         num_row_arrays=len(row_arrays),
         matmuls=[(matmul.rows_index, matmul.transposed) for matmul in matmuls],
         epilogue=epilogue,
         tiles=tiles,
         num_steps=num_steps,
     )
-    scalars = HiddenOutScalars(
+    scalars = ToHiddenScalars(
         job.bounds_B,
         core_tasks.first_P,
         core_tasks.end_P,
@@ -534,7 +534,7 @@ def run_hidden_out(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             in_specs=[rows_spec] * len(row_arrays) + weights_specs,
-            out_specs=[pl.BlockSpec(out_block, _index_hidden_out_outputs)] * num_outputs,
+            out_specs=[pl.BlockSpec(out_block, _index_to_hidden_outputs)] * num_outputs,
             grid=(tiles.cores, max_tasks_of_core, num_steps),
             scratch_shapes=[pltpu.VMEM(out_block, jnp.float32)] * len(matmuls),
         ),
@@ -543,7 +543,7 @@ def run_hidden_out(
     )(*scalars, *row_arrays, *[matmul.weights for matmul in matmuls])
 
 
-def _find_task(core: jax.Array, step: jax.Array, scalars: HiddenOutScalars) -> jax.Array:
+def _find_task(core: jax.Array, step: jax.Array, scalars: ToHiddenScalars) -> jax.Array:
     """Returns the index of the task of a core in a grid step.
 
     All cores have equally many grid steps. A core with fewer tasks stays at its last one, which the
@@ -554,34 +554,34 @@ def _find_task(core: jax.Array, step: jax.Array, scalars: HiddenOutScalars) -> j
     return jnp.minimum(task, last_task)
 
 
-def _index_hidden_out_rows(core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref) -> tuple:
-    scalars = HiddenOutScalars(*refs)
+def _index_to_hidden_rows(core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref) -> tuple:
+    scalars = ToHiddenScalars(*refs)
     return scalars.row_tile[_find_task(core, step, scalars)], q
 
 
-def _index_hidden_out_weights(
+def _index_to_hidden_weights(
     core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref, transposed: bool
 ) -> tuple:
-    scalars = HiddenOutScalars(*refs)
+    scalars = ToHiddenScalars(*refs)
     flat_tile = scalars.flat_tile[_find_task(core, step, scalars)]
     return (flat_tile, q) if transposed else (q, flat_tile)
 
 
-def _hidden_out_weights_spec(transposed: bool, tiles: Tiles) -> pl.BlockSpec:
+def _to_hidden_weights_spec(transposed: bool, tiles: Tiles) -> pl.BlockSpec:
     block = (tiles.inner, tiles.hidden)
     if transposed:
         block = block[::-1]
-    index_map = functools.partial(_index_hidden_out_weights, transposed=transposed)
+    index_map = functools.partial(_index_to_hidden_weights, transposed=transposed)
     return pl.BlockSpec(block, index_map)
 
 
-def _index_hidden_out_outputs(core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref) -> tuple:
-    scalars = HiddenOutScalars(*refs)
+def _index_to_hidden_outputs(core: jax.Array, step: jax.Array, q: jax.Array, *refs: Ref) -> tuple:
+    scalars = ToHiddenScalars(*refs)
     task = _find_task(core, step, scalars)
     return scalars.row_tile[task], scalars.column_tile[task]
 
 
-def _hidden_out_kernel(
+def _to_hidden_kernel(
     *refs: Ref,
     num_row_arrays: int,
     matmuls: Sequence[tuple[int, bool]],
@@ -597,12 +597,12 @@ def _hidden_out_kernel(
       refs: scalars, rows, weights, outputs, and one float32 sum in scratch memory per matmul.
       num_row_arrays: the number of arrays of rows among the refs.
       matmuls: for each matmul the index of its array of rows, and True for transposed weights.
-      epilogue: see run_hidden_out.
+      epilogue: see run_to_hidden.
       tiles: the tile sizes.
       num_steps: steps along the model axis.
     """
-    num_scalars = len(HiddenOutScalars._fields)
-    scalars = HiddenOutScalars(*refs[:num_scalars])
+    num_scalars = len(ToHiddenScalars._fields)
+    scalars = ToHiddenScalars(*refs[:num_scalars])
     rows_refs, refs = _split_refs(refs[num_scalars:], num_row_arrays)
     weights_refs, refs = _split_refs(refs, len(matmuls))
     out_refs, sum_refs = _split_refs(refs, len(refs) - len(matmuls))
@@ -629,7 +629,7 @@ def _hidden_out_kernel(
 # ---- kernel B: from-hidden ----
 
 
-def run_hidden_in(job: Job, matmuls: Sequence[HiddenInMatmul]) -> jax.Array:
+def run_from_hidden(job: Job, matmuls: Sequence[FromHiddenMatmul]) -> jax.Array:
     """Launches the from-hidden kernel (B): hidden activations times their expert's weights.
 
     Args:
@@ -644,7 +644,7 @@ def run_hidden_in(job: Job, matmuls: Sequence[HiddenInMatmul]) -> jax.Array:
     num_padded_rows = first.hidden_NM.shape[0]
     dim = first.weights.shape[0 if first.transposed else 1]
     columns = list_column_tiles(job)
-    tasks = tile_lists.list_hidden_in_tasks(job.rows_E, columns, tiles, job.num_row_tiles)
+    tasks = tile_lists.list_from_hidden_tasks(job.rows_E, columns, tiles, job.num_row_tiles)
 
     def index_weights(q: jax.Array, task: jax.Array, *refs: Ref, transposed: bool) -> tuple:
         flat_tile = TaskScalars(*refs).flat_tile[task]
@@ -661,7 +661,7 @@ def run_hidden_in(job: Job, matmuls: Sequence[HiddenInMatmul]) -> jax.Array:
     out_block = (tiles.rows, tiles.outer)
     return pl.pallas_call(
         functools.partial(
-            _hidden_in_kernel, transposed=[matmul.transposed for matmul in matmuls], tiles=tiles
+            _from_hidden_kernel, transposed=[matmul.transposed for matmul in matmuls], tiles=tiles
         ),
         out_shape=jax.ShapeDtypeStruct((num_padded_rows, dim), first.hidden_NM.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -679,7 +679,7 @@ def run_hidden_in(job: Job, matmuls: Sequence[HiddenInMatmul]) -> jax.Array:
     )
 
 
-def _hidden_in_kernel(*refs: Ref, transposed: Sequence[bool], tiles: Tiles) -> None:
+def _from_hidden_kernel(*refs: Ref, transposed: Sequence[bool], tiles: Tiles) -> None:
     """Computes one task: adds one tile of the expert's hidden units to the sum of a visit.
 
     The last task of a visit (an expert and a row tile) stores the rows of the expert.
@@ -831,7 +831,7 @@ def _is_last(scalars: TaskScalars, task: jax.Array) -> jax.Array:
     return scalars.flags[task] >= tile_lists.LAST
 
 
-def _own_rows(scalars: HiddenOutScalars | TaskScalars, task: jax.Array, tiles: Tiles) -> jax.Array:
+def _own_rows(scalars: ToHiddenScalars | TaskScalars, task: jax.Array, tiles: Tiles) -> jax.Array:
     """Returns a mask [R, 1] of the rows of the task's row tile that belong to its expert."""
     expert = scalars.expert[task]
     first_row = scalars.row_tile[task] * tiles.rows

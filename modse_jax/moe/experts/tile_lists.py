@@ -188,7 +188,7 @@ def list_column_tiles(
     )
 
 
-def list_hidden_in_tasks(
+def list_from_hidden_tasks(
     rows_E: jax.Array, columns: ColumnTiles, tiles: TileSizes, num_row_tiles: int
 ) -> TaskList:
     """Returns the tasks of a kernel that contracts over hidden units, such as the down projection.
@@ -212,7 +212,7 @@ def list_hidden_in_tasks(
     )
 
 
-def list_grouped_hidden_out_tasks(
+def list_grouped_to_hidden_tasks(
     rows_E: jax.Array,
     columns: ColumnTiles,
     tiles: TileSizes,

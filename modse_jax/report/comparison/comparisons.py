@@ -2,11 +2,11 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from modse_jax.report.comparison import statistics
 from modse_jax.report.comparison.runs import Seed
-from modse_jax.report.comparison.shapes import Group, Shape
+from modse_jax.report.comparison.shapes import Group, Losses, Shape
 from modse_jax.report.comparison.statistics import Difference, Mean
 from modse_jax.sweeps import matching
 
@@ -113,7 +113,7 @@ def compare(group: Group, metric: str, shared_rate: float | None = None) -> Comp
         shared_rate = statistics.choose_shared_rate(losses, diverged)
     plain = {
         id(shape): {
-            BEST: _best_outcome(shape, of_shape, bad),
+            BEST: _best_outcome(of_shape, bad),
             SHARED: _shared_outcome(of_shape, bad, shared_rate),
         }
         for shape, of_shape, bad in zip(group.shapes, losses, diverged)
@@ -128,7 +128,7 @@ def compare(group: Group, metric: str, shared_rate: float | None = None) -> Comp
     return Comparison(group, metric, shared_rate, shapes)
 
 
-def _best_outcome(shape: Shape, losses: Any, diverged: set[float]) -> Outcome:
+def _best_outcome(losses: Losses, diverged: set[float]) -> Outcome:
     choice = statistics.choose_best_rate(losses, diverged, matching.FEWEST_RATES)
     if choice.rate is None:
         return Outcome(None, choice.note, {}, None, None)
@@ -136,7 +136,7 @@ def _best_outcome(shape: Shape, losses: Any, diverged: set[float]) -> Outcome:
     return Outcome(choice.rate, choice.note, found, statistics.mean(found.values()), None)
 
 
-def _shared_outcome(losses: Any, diverged: set[float], rate: float | None) -> Outcome:
+def _shared_outcome(losses: Losses, diverged: set[float], rate: float | None) -> Outcome:
     if rate in diverged:
         return Outcome(None, "runs have diverged at this rate", {}, None, None)
     if rate is None or rate not in losses:
@@ -217,7 +217,7 @@ def describe_order(comparison: Comparison) -> list[str]:
 
 
 def _describe_lead(ranking: Sequence[ComparedShape], view: str) -> str:
-    """Returns which shapes cannot be told from the lowest one."""
+    """Returns how the lowest shape differs from the others: from which of them within noise."""
     first = ranking[0].outcomes[view].losses
     unsure = []
     for other in ranking[1:]:

@@ -55,7 +55,7 @@ rates. A best rate at the end of the tried rates may not be the best.</li>
 
 @dataclasses.dataclass(frozen=True)
 class ReportOptions:
-    """What a report compares.
+    """The choices of a user on what a report compares.
 
     Attributes:
         metric: a loss of `metrics.METRICS`.

@@ -65,7 +65,7 @@ class Run(NamedTuple):
 
 
 class SweepRuns(NamedTuple):
-    """What the workdir of a sweep holds.
+    """The contents of the workdir of a sweep.
 
     Attributes:
         name: the name of the sweep.

@@ -1,4 +1,4 @@
-"""What a reader must know before believing the comparisons of a sweep."""
+"""Finds what weakens the comparisons of a sweep, for the warnings at the top of its report."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -55,7 +55,7 @@ def _check_planned_rates(sweep: SweepRuns) -> str:
 
 
 def _check_finished_rates(sweep: SweepRuns, shapes: Sequence[Shape]) -> str:
-    """Warns of shapes with enough learning rates for a verdict but with unfinished runs."""
+    """Warns of shapes whose arms have enough learning rates, too few of which have results."""
     if not _compares_shapes(sweep) or len(shapes) == 1:
         return ""
     few = [

@@ -140,15 +140,15 @@ def test_forward_pass_alone_saves_nothing(monkeypatch):
     widths = (64, 128)
     inputs = make_half_precision_inputs(widths, (30, 20), 64)
     placement = place_on_one_shard(widths)
-    run_hidden_out = pallas_gpu.run_hidden_out
+    run_to_hidden = pallas_gpu.run_to_hidden
     num_outputs = []
 
     def record(*arguments, **options):
-        outputs = run_hidden_out(*arguments, **options)
+        outputs = run_to_hidden(*arguments, **options)
         num_outputs.append(len(outputs))
         return outputs
 
-    monkeypatch.setattr(pallas_gpu, "run_hidden_out", record)
+    monkeypatch.setattr(pallas_gpu, "run_to_hidden", record)
     arguments = (inputs.x_ND, inputs.rows_E, inputs.weights, 0, placement, TILES)
     jax.eval_shape(lambda: run_expert_ffn(*arguments))
     assert num_outputs == [1]
@@ -234,12 +234,12 @@ def test_self_test_runs_the_kernels_and_finds_wrong_ones(monkeypatch):
     monkeypatch.setattr(pallas_gpu, "tiles_for", lambda *_: TILES._replace(blocks=1))
     job = "pallas_gpu", placement, 128, "h100", "bfloat16"
     select.self_test_kernels(*job, interpret=INTERPRET)
-    correct = pallas_gpu.run_hidden_in
+    correct = pallas_gpu.run_from_hidden
 
     def clear_some_rows(*arguments):
         return correct(*arguments).at[64:128].set(0)
 
-    monkeypatch.setattr(pallas_gpu, "run_hidden_in", clear_some_rows)
+    monkeypatch.setattr(pallas_gpu, "run_from_hidden", clear_some_rows)
     with pytest.raises(
         RuntimeError, match="the kernels of pallas_gpu are wrong on this device: y differs"
     ):

@@ -135,11 +135,11 @@ def test_unused_hidden_units_are_nan_in_interpret_mode():
     job = pallas_tpu.make_job(inputs.x_ND, inputs.rows_E, 0, PLACEMENT, TILES, interpret=True)
     weights = inputs.weights
     matmuls = [
-        pallas_tpu.HiddenOutMatmul(0, weights.w_gate, False),
-        pallas_tpu.HiddenOutMatmul(0, weights.w_up, False),
+        pallas_tpu.ToHiddenMatmul(0, weights.w_gate, False),
+        pallas_tpu.ToHiddenMatmul(0, weights.w_up, False),
     ]
     # 64 rows are full row tiles and need no padding.
-    (hidden,) = pallas_tpu.run_hidden_out(
+    (hidden,) = pallas_tpu.run_to_hidden(
         job, [inputs.x_ND], matmuls, lambda gate, up: (gate * up,), num_outputs=1
     )
     expert_of_row = np.repeat(np.arange(5), rows)
@@ -177,8 +177,8 @@ def expected_tasks(rows, empty_experts_have_a_task):
 @pytest.mark.parametrize(
     "list_tasks",
     [
-        pallas_tpu.list_hidden_out_tasks,
-        tile_lists.list_hidden_in_tasks,
+        pallas_tpu.list_to_hidden_tasks,
+        tile_lists.list_from_hidden_tasks,
         pallas_tpu.list_weight_tasks,
     ],
 )
@@ -196,7 +196,7 @@ def test_lists_contain_every_task_once_and_stay_within_their_length(list_tasks):
 
 
 def test_cores_share_no_output_block():
-    tasks = make_tasks(pallas_tpu.list_hidden_out_tasks, ROUTINGS["shared tiles"])
+    tasks = make_tasks(pallas_tpu.list_to_hidden_tasks, ROUTINGS["shared tiles"])
     first, end = (bounds.tolist() for bounds in pallas_tpu.split_tasks(tasks, 2))
     assert first[0] == 0
     assert end[0] == first[1]
@@ -216,7 +216,7 @@ def test_cores_share_no_output_block():
 def test_core_without_tasks_repeats_the_last_block(rows):
     """It writes a block in any case, which must be what the other core writes there."""
     tiles = TILES._replace(inner=16, outer=8, cores=2)
-    tasks = make_tasks(pallas_tpu.list_hidden_out_tasks, rows, place_on_one_shard((4,) * 5), tiles)
+    tasks = make_tasks(pallas_tpu.list_to_hidden_tasks, rows, place_on_one_shard((4,) * 5), tiles)
     first, end = pallas_tpu.split_tasks(tasks, 2)
     num_tasks = int(tasks.num_tasks)
     assert num_tasks == sum(count > 0 for count in rows)  # all of them of one block

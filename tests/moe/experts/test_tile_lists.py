@@ -19,8 +19,8 @@ def make_tasks(widths, rows, num_row_tiles, visits_per_group=None):
     columns = tile_lists.list_column_tiles(place_on_one_shard(widths), 0, num_rows, TILES)
     arguments = (jnp.asarray(rows, jnp.int32), columns, TILES, num_row_tiles)
     if visits_per_group is None:
-        return tile_lists.list_hidden_in_tasks(*arguments)
-    return tile_lists.list_grouped_hidden_out_tasks(*arguments, visits_per_group)
+        return tile_lists.list_from_hidden_tasks(*arguments)
+    return tile_lists.list_grouped_to_hidden_tasks(*arguments, visits_per_group)
 
 
 def to_tuples(tasks):

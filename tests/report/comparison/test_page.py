@@ -189,7 +189,10 @@ def test_report_can_be_written_again_and_forgets_old_pictures(tmp_path):
 def test_missing_learning_rates_give_a_warning_where_shapes_are_compared(tmp_path, claim):
     arms = product(TWO, sweep_results.rates(1e-2), seeds(0, 1))
     claims = Claims(compares_shapes=claim)
-    outcome = lambda arm, config: Outcome(3.0 + config.seed)  # noqa: E731
+
+    def outcome(_, config):
+        return Outcome(3.0 + config.seed)
+
     directory = sweep_results.write_sweep(tmp_path / "s", arms, outcome, claims)
     report = page.write_report(directory, ReportOptions())
     warned = [text for text in report.warnings if "2 of 2 shapes are trained at fewer" in text]

@@ -1,4 +1,4 @@
-"""How arms become shapes and groups, and the names of shapes."""
+"""Arms are grouped into shapes and groups, and shapes are named."""
 
 import pytest
 
